@@ -1,0 +1,33 @@
+# Everything on a fresh machine (Linux, macOS) with Python >= 3.10:   make demo   |   make test
+# Another PyTorch than the one pinned in constraints.txt:             make TORCH=torch==2.9.0 demo
+# Linux without a GPU, PyTorch's smaller CPU build:                   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+BIN := .venv/bin
+RUN := runs/toy
+
+.PHONY: demo test lint clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	sed 's/^torch==.*/$(TORCH)/' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable ".[plot,hf,bench,dev]"
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/python train_sft.py --data toy --out $(RUN)/sft --overwrite
+	$(BIN)/python train_dpo.py --data toy --init $(RUN)/sft --out $(RUN)/dpo --overwrite
+	$(BIN)/python -m experiments.evaluate --policy $(RUN)/dpo --reference $(RUN)/sft --data toy --reward toy --json $(RUN)/evaluation.json
+	@echo "curves: $(RUN)/dpo/curves.png   report: $(RUN)/dpo/report.md"
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs .venv

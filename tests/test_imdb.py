@@ -1,0 +1,263 @@
+"""The IMDb files: who gets which review, texts and prompts by hand, damaged archives, and how a download can fail."""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import need
+
+from data.imdb import prepare
+from minidpo.cli import UserError
+
+FILES = {
+    *(f"{kind}_{name}.jsonl" for kind in ("sft", "prompts") for name in ("train", "test")),
+    *(f"reviews_{name}.jsonl" for name in ("train", "heldout", "test")),
+}
+
+
+def make_archive(path, members):
+    """members: {name under aclImdb/: text}"""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in members.items():
+            data = text.encode("utf-8")
+            info = tarfile.TarInfo(f"aclImdb/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def some_reviews(n=60, n_test=5):
+    """n reviews of each label in train, n_test in test, all different, the longest much over the shortest."""
+    rng = random.Random(1)
+    members = {}
+    for part, count in (("train", n), ("test", n_test)):
+        for label, stars in (("pos", 9), ("neg", 2)):
+            for i in range(count):
+                words = [f"w{rng.randrange(10**6)}" for _ in range(rng.randint(3, 40))]
+                members[f"{part}/{label}/{i}_{stars}.txt"] = " ".join(words)
+    return members
+
+
+def prepared(archive, out):
+    prepare.main(["--archive", str(archive), "--out", str(out)])
+    return {
+        path.name: [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        for path in Path(out).iterdir()
+    }
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# ---- who gets which review ----
+
+
+def test_splits_share_no_review_and_lose_none(tmp_path):
+    members = some_reviews()
+    files = prepared(make_archive(tmp_path / "a.tar.gz", members), tmp_path / "out")
+    assert set(files) == FILES
+    ids = {name: {row["id"] for row in files[f"reviews_{name}.jsonl"]} for name in ("train", "heldout", "test")}
+    assert sorted(i for part in ids.values() for i in part) == sorted(name[:-4] for name in members)
+    assert all(i.startswith("test/") for i in ids["test"])
+    for label in (0, 1):  # one in 25 of 60, rounded up
+        assert sum(row["label"] == label for row in files["reviews_heldout.jsonl"]) == 3
+    for ours, reviews in (("train", "train"), ("test", "heldout")):
+        whole = [row["prompt"] + row["completion"] for row in files[f"sft_{ours}.jsonl"]]
+        assert whole == [row["text"] for row in files[f"reviews_{reviews}.jsonl"]]
+        prompts = [{"prompt": row["prompt"]} for row in files[f"sft_{ours}.jsonl"]]
+        assert files[f"prompts_{ours}.jsonl"] == prompts
+    labels = [row["label"] for row in files["reviews_train.jsonl"]]
+    assert 20 < sum(a != b for a, b in zip(labels, labels[1:], strict=False)) < 95, "sorted by label"
+
+
+def test_rows_hold_what_the_file_names_say(tmp_path):
+    members = some_reviews() | {"train/neg/77_4.txt": "one two three four"}
+    files = prepared(make_archive(tmp_path / "a.tar.gz", members), tmp_path / "out")
+    rows = {row["id"]: row for name in ("train", "heldout") for row in files[f"reviews_{name}.jsonl"]}
+    assert rows["train/neg/77_4"] == {"text": "one two three four", "label": 0, "rating": 4, "id": "train/neg/77_4"}
+    assert (rows["train/pos/0_9"]["label"], rows["train/pos/0_9"]["rating"]) == (1, 9)
+
+
+def test_archive_order_does_not_matter(tmp_path):
+    members = some_reviews()
+    backwards = dict(reversed(members.items()))
+    prepared(make_archive(tmp_path / "a.tar.gz", members), tmp_path / "a")
+    prepared(make_archive(tmp_path / "b.tar.gz", backwards), tmp_path / "b")
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_equal_texts_stay_once_and_in_train(tmp_path, capsys):
+    members = some_reviews()
+    for i in range(5):
+        members[f"test/neg/{i}_2.txt"] = members[f"train/neg/{i}_2.txt"]
+    members["train/pos/1_9.txt"] = members["train/pos/2_9.txt"].replace(" ", " <br /><br />", 1)
+    members["train/pos/3_9.txt"] = "Too short"
+    files = prepared(make_archive(tmp_path / "a.tar.gz", members), tmp_path / "out")
+    rows = [row for name in ("train", "heldout", "test") for row in files[f"reviews_{name}.jsonl"]]
+    assert len({row["text"] for row in rows}) == len(rows) == len(members) - 7
+    assert "7 of them left out" in capsys.readouterr().out
+    ids = {row["id"] for row in rows}
+    assert all(f"train/neg/{i}_2" in ids and f"test/neg/{i}_2" not in ids for i in range(5))
+
+
+def test_everything_else_in_the_archive_is_passed_over(tmp_path):
+    members = some_reviews()
+    more = {"train/unsup/1_0.txt": "not this one", "imdb.vocab": "the", "train/labeledBow.feat": "9 0:1", "README": "x"}
+    more["train/pos/._1_9.txt"] = "a Mac's shadow file"
+    prepared(make_archive(tmp_path / "a.tar.gz", members), tmp_path / "a")
+    prepared(make_archive(tmp_path / "b.tar.gz", members | more), tmp_path / "b")
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+# ---- text and prompts ----
+
+
+def test_clean_by_hand():
+    assert prepare.clean("  Good.<br /><br />Bad\t\tfilm,<br>  5 < 6 \n") == "Good. Bad film, 5 < 6"
+
+
+@pytest.mark.parametrize(
+    "text", ["one two three", "a b c d e", " ".join("abcdefghijkl"), "Ein 🎬 für “alle”, 映画 ok, ja?"]
+)
+def test_trap02_prompt_is_2_to_8_whole_words_and_the_space_is_the_completions(text):
+    counts = set()
+    for i in range(200):
+        row = prepare.cut_prompt({"text": text, "id": f"train/pos/{i}"})
+        assert row["prompt"] + row["completion"] == text
+        assert row["completion"].startswith(" ") and not row["prompt"].endswith(" ")
+        counts.add(len(row["prompt"].split()))
+    assert counts == {n for n in range(2, 9) if n < len(text.split())}
+
+
+# ---- archives that are no good ----
+
+
+def test_missing_or_damaged_archive_says_so_and_touches_nothing(tmp_path):
+    good = make_archive(tmp_path / "good.tar.gz", some_reviews())
+    prepared(good, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+
+    data = good.read_bytes()
+    tar = gzip.decompress(data)
+    bad_header = bytearray(data)
+    bad_header[-8] ^= 1  # gzip's checksum, after everything that tarfile reads
+    cases = {
+        "cut.tar.gz": data[: len(data) // 2],
+        "flipped.tar.gz": bytes(bad_header),
+        "cut_tar.tar.gz": gzip.compress(tar[: len(tar) // 2 + 100]),
+        "page.tar.gz": b"<html>not found</html>",
+        "empty.tar.gz": b"",
+    }
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+    make_archive(tmp_path / "no_neg.tar.gz", {k: v for k, v in some_reviews().items() if "train/neg" not in k})
+    for name in [*cases, "no_neg.tar.gz", "not_there.tar.gz"]:
+        with pytest.raises(UserError, match=name):
+            prepared(tmp_path / name, tmp_path / "out")
+        assert snapshot(tmp_path / "out") == before, name
+
+
+# ---- download ----
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content`, honours Range, and with `break_after` sends only that many bytes of what it promised."""
+
+    content, break_after, ranges, requests = b"", None, True, None
+
+    def do_GET(self):
+        start = 0
+        self.requests.append(self.headers.get("Range"))
+        if self.ranges and "Range" in self.headers:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        body = self.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.break_after])
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(content, **settings):
+    handler = type("Handler", (Server,), {"content": content, "requests": [], **settings})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a.tar.gz", handler
+        server.shutdown()
+
+
+@pytest.fixture
+def content():
+    return random.Random(0).randbytes(300_000)
+
+
+@pytest.fixture
+def download(tmp_path, content, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    return functools.partial(prepare.download, tmp_path, size=len(content), md5=hashlib.md5(content).hexdigest())
+
+
+def test_download_once(tmp_path, content, download):
+    with serving(content) as (url, server):
+        assert download(url=url) == tmp_path / "a.tar.gz"
+        assert (tmp_path / "a.tar.gz").read_bytes() == content
+        download(url=url)
+        assert server.requests == [None], "an archive that is there and right is not fetched again"
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_broken_download_is_continued(tmp_path, content, download, ranges):
+    with serving(content, break_after=100_000, ranges=ranges) as (url, server):
+        with pytest.raises(UserError, match="100,000 of 300,000 bytes.*again to continue"):
+            download(url=url)
+        assert not (tmp_path / "a.tar.gz").exists()
+        server.break_after = None
+        download(url=url)
+    assert server.requests == [None, "bytes=100000-"]
+    assert (tmp_path / "a.tar.gz").read_bytes() == content
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
+
+
+def test_wrong_md5_is_deleted_and_said(tmp_path, content, download):
+    with serving(b"x" + content[1:]) as (url, _):
+        with pytest.raises(UserError, match="MD5"):
+            download(url=url)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_server(download):
+    with serving(b"") as (url, _):
+        pass
+    with pytest.raises(UserError, match="--archive FILE"):
+        download(url=url)
+
+
+# ---- the real thing ----
+
+
+def test_slice(tmp_path):
+    archive = os.environ.get("MINIDPO_IMDB_SLICE", "")
+    need(archive, "MINIDPO_IMDB_SLICE names no IMDb archive")
+    files = prepared(archive, tmp_path)
+    counts = {name: len(rows) for name, rows in files.items()}
+    assert counts["reviews_train.jsonl"] == counts["sft_train.jsonl"] == counts["prompts_train.jsonl"] > 23_000
+    assert counts["reviews_heldout.jsonl"] == counts["sft_test.jsonl"] == counts["prompts_test.jsonl"] > 900
+    for name in ("train", "heldout", "test"):
+        rows = files[f"reviews_{name}.jsonl"]
+        assert 0.49 < sum(row["label"] for row in rows) / len(rows) < 0.51
+        assert all((row["rating"] >= 7) == row["label"] for row in rows)
+        assert not any("<br" in row["text"] or "  " in row["text"] for row in rows)
