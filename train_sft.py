@@ -29,8 +29,8 @@ from minidpo.tokenizer import Tokenizer
 SETS = {
     "paper": {},
     "paper-tldr": {},
-    "toy": dict(preset="toy", batch_size=64, lr=2e-3, warmup_steps=50, epochs=2.0, eval_every=100, sample_tokens=64),
-    "imdb": dict(preset="imdb", batch_size=32, lr=1e-3, warmup_steps=100, epochs=2.0, eval_every=200, sample_tokens=64),
+    "toy": dict(preset="toy", batch_size=32, lr=3e-3, warmup_steps=50, epochs=1.0, eval_every=100, sample_tokens=64),
+    "imdb": dict(preset="imdb", batch_size=16, lr=2e-3, warmup_steps=150, epochs=1.0, eval_every=500, sample_tokens=64),
 }
 
 
@@ -96,9 +96,9 @@ def start_model(settings):
 def response_loss(model, batch, settings):
     """Summed cross-entropy over the response tokens of Rows, in nats, and how many there are."""
     with autocast(settings.device, settings.dtype):
-        logits = model(batch.ids)  # (B, T, V)
-    loss = F.cross_entropy(logits[batch.mask].float(), batch.targets[batch.mask], reduction="sum")
-    return loss, batch.mask.sum().item()
+        hidden = model.hidden(batch.ids)[batch.mask]  # (n, C): no logits are made where none is scored
+    loss = F.cross_entropy(model.logits(hidden), batch.targets[batch.mask], reduction="sum")
+    return loss, len(hidden)
 
 
 def train_step(model, optimizer, rows, indices, settings):

@@ -275,7 +275,7 @@ def _read_config(path):
         config = GPTConfig(
             **{k: values[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")}, block_size=values["n_positions"]
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not a GPT-2 config ({error!r}).") from error
     for name, allowed in {**ONLY, "n_inner": (None, 4 * config.n_embd)}.items():
         if name in values and values[name] not in allowed:

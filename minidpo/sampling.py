@@ -89,8 +89,6 @@ def generate(
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature {temperature}: must be at least 0 (greedy) and finite.")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1.")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k {top_k}: must be at least 1.")
     if top_p is not None and not 0 < top_p <= 1:
@@ -118,7 +116,7 @@ def _generate_batch(model, prompts, max_new_tokens, eot, temperature, top_k, top
     device = model.wte.weight.device
     longest = max(len(p) for p in prompts)
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[eot] * (longest - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     limits = [min(max_new_tokens, model.config.block_size - len(p) + 1) for p in prompts]
     cache = Cache(pad, longest + max(limits), model.config.block_size)
     completions = [[] for _ in prompts]
@@ -152,7 +150,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, seed, **knobs):
     """
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     completions = generate(model, prompts, max_new_tokens, tokenizer.eot, generator=generator, **knobs)
-    return [tokenizer.decode(ids) + ("" if ids[-1] == tokenizer.eot else " ...") for ids in completions]
+    return [tokenizer.decode(ids) + ("" if ids[-1:] == [tokenizer.eot] else " ...") for ids in completions]
 
 
 def main():

@@ -185,11 +185,11 @@ def tiny_gpt(seed, scale=0.6):
 
 
 def sequences(new=NEW):
-    """Every response: up to `new` tokens, ending in eot or at the limit."""
-    for n in range(1, new + 1):
+    """Every response: up to `new` tokens, ending in eot or at the limit; the longest first."""
+    yield from (list(body) for body in itertools.product(range(VOCAB - 1), repeat=new))
+    for n in range(new, 0, -1):
         for body in itertools.product(range(VOCAB - 1), repeat=n - 1):
             yield [*body, EOT]
-    yield from (list(body) for body in itertools.product(range(VOCAB - 1), repeat=new))
 
 
 @torch.no_grad()
@@ -282,7 +282,8 @@ def test_trap15_sampled_ids_are_never_encoded_again(monkeypatch):
             model.wte.weight.mul_(40)
     drawn = [[*b" the", tokenizer.eot], [*b"the the"]]
     assert all(tokenizer.encode(tokenizer.decode(ids)) != [i for i in ids if i != tokenizer.eot] for ids in drawn)
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: drawn)
+    samples = {policy: drawn, reference: [[tokenizer.eot], [tokenizer.eot]]}
+    monkeypatch.setattr(evaluate, "generate", lambda model, *_, **__: samples[model])
     encoded, encode = [], tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
     settings = evaluate.Settings("", "", "", "none")

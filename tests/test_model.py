@@ -1,0 +1,383 @@
+"""GPT-2 exactly: against the architecture written out in plain matrix products, and against Hugging Face's."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import need
+
+from minidpo import checkpoint
+from minidpo.cli import UserError
+from minidpo.model import GPT, GPTConfig
+from minidpo.tokenizer import Tokenizer
+
+try:
+    import safetensors.torch
+    import transformers
+except ImportError:
+    transformers = None
+
+SHAPE = dict(vocab_size=211, block_size=24, n_layer=3, n_head=4, n_embd=32)
+
+
+def random_model(seed=0, **shape):
+    """A GPT whose every weight is random, biases and LayerNorms too, so that none can be mistaken for another."""
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(GPTConfig(**SHAPE | shape))
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, mean=float("ln_" in name), std=0.2, generator=generator)
+    return model
+
+
+def random_ids(*shape, seed=0, vocab_size=SHAPE["vocab_size"]):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the architecture ----
+
+
+def forward_by_hand(model, ids):
+    """The logits of one row, from GPT-2's formulas: (T,) -> (T, V)."""
+    w = {name: weight.detach() for name, weight in model.named_parameters()}
+    n_head = model.config.n_head
+
+    def layer_norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        variance = (centred**2).mean(-1, keepdim=True)
+        return centred / (variance + 1e-5) ** 0.5 * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    x = torch.stack([w["wte.weight"][i] + w["wpe.weight"][t] for t, i in enumerate(ids.tolist())])
+    T, C = x.shape
+    D = C // n_head
+    for layer in range(model.config.n_layer):
+        h = f"h.{layer}."
+        qkv = linear(layer_norm(x, h + "ln_1"), h + "attn.c_attn")
+        y = torch.zeros_like(x)
+        for head in range(n_head):
+            q, k, v = (qkv[:, part * C + head * D : part * C + (head + 1) * D] for part in range(3))
+            for t in range(T):
+                weights = torch.stack([(q[t] @ k[s] / math.sqrt(D)).exp() for s in range(t + 1)])
+                y[t, head * D : (head + 1) * D] = (weights / weights.sum()) @ v[: t + 1]
+        x = x + linear(y, h + "attn.c_proj")
+        x = x + linear(gelu(linear(layer_norm(x, h + "ln_2"), h + "mlp.c_fc")), h + "mlp.c_proj")
+    return layer_norm(x, "ln_f") @ w["wte.weight"].T
+
+
+@torch.no_grad()
+def test_forward_by_hand():
+    model = random_model().double()
+    ids = random_ids(2, 7)
+    expected = torch.stack([forward_by_hand(model, row) for row in ids])
+    torch.testing.assert_close(model(ids), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model.hidden(ids) @ model.wte.weight.T, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name, n_parameters",
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_trap14_presets_have_gpt2s_number_of_weights(name, n_parameters):
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(GPTConfig.preset(name))
+    assert model.n_parameters == n_parameters
+    assert sum(weight.numel() for weight in model.state_dict().values()) == n_parameters  # nothing saved twice
+
+
+def test_trap14_the_head_is_the_embedding():
+    model = random_model()
+    names = [name for name, _ in model.named_parameters()]
+    assert names.count("wte.weight") == 1 and not any("head" in name for name in names)
+    hidden = model.hidden(random_ids(1, 4)).detach()
+    with torch.no_grad():
+        model.wte.weight.mul_(2)
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.wte.weight.T)
+    # both uses reach the one gradient: of a token that is only predicted, and of one that is only read
+    gradient = torch.autograd.grad(model(torch.tensor([[5]]))[0, 0, 7], model.wte.weight)[0]
+    assert gradient[5].any() and gradient[7].any() and not gradient[6].any()
+
+
+def test_presets_take_overrides_and_unknown_names_are_refused():
+    assert GPTConfig.preset("gpt2", vocab_size=600, dropout=0.1) == GPTConfig(600, 1024, 12, 12, 768, 0.1)
+    with pytest.raises(UserError, match="unknown preset 'gpt2-medum'. Did you mean 'gpt2-medium'"):
+        GPTConfig.preset("gpt2-medum")
+    with pytest.raises(UserError, match="n_embd 10 does not divide into 3 heads"):
+        GPTConfig(10, 10, 1, 3, 10)
+
+
+def test_initialisation_is_gpt2s():
+    model = GPT(GPTConfig(2000, 500, n_layer=8, n_head=4, n_embd=128), torch.Generator().manual_seed(0))
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any(), name
+        elif "ln_" in name:
+            assert (weight == 1).all(), name
+        else:
+            std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 * 8 layers) = 4
+            assert weight.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(weight.mean().item()) < 5 * std / weight.numel() ** 0.5, name
+    same = GPT(model.config, torch.Generator().manual_seed(0))
+    other = GPT(model.config, torch.Generator().manual_seed(1))
+    assert checkpoint.fingerprint(model) == checkpoint.fingerprint(same) != checkpoint.fingerprint(other)
+
+
+@torch.no_grad()
+def test_trap12_what_comes_later_and_who_is_beside_changes_nothing():
+    model = random_model().double()
+    ids = random_ids(3, 10)
+    changed = ids.clone()
+    changed[:, 6:] = random_ids(3, 4, seed=1)
+    a, b = model(ids), model(changed)
+    torch.testing.assert_close(a[:, :6], b[:, :6], rtol=1e-12, atol=1e-12)
+    assert not torch.isclose(a[:, 6:], b[:, 6:]).all(-1).any()
+    torch.testing.assert_close(model(ids[1:2, :6]), a[1:2, :6], rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_longer_than_the_context_is_refused():
+    model = random_model()
+    assert model(random_ids(1, 24)).shape == (1, 24, 211)
+    with pytest.raises(UserError, match="a row of 25 tokens is longer than the model's context of 24"):
+        model(random_ids(1, 25))
+
+
+# ---- dropout and precision ----
+
+# GPT-2 drops in four places; each alone must be found by set_dropout
+PLACES = {
+    "embedding": lambda model: setattr(model.drop, "p", 0.5),
+    "attention weights": lambda model: setattr(model.h[1].attn, "dropout", 0.5),
+    "attention output": lambda model: setattr(model.h[1].attn.resid_dropout, "p", 0.5),
+    "mlp output": lambda model: setattr(model.h[1].mlp.dropout, "p", 0.5),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", PLACES)
+def test_trap07_set_dropout_finds_every_dropout(place):
+    model, ids = random_model(), random_ids(2, 8)
+    plain = model.train()(ids)
+    PLACES[place](model)
+    assert not torch.equal(model(ids), model(ids)), "the dropout set here did nothing"
+    assert torch.equal(model.eval()(ids), plain)
+    model.train().set_dropout(0.0)
+    assert torch.equal(model(ids), model(ids)) and torch.equal(model(ids), plain)
+    assert model.config.dropout == 0.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", PLACES)
+def test_trap07_the_configs_dropout_reaches_every_place(place):
+    model = random_model(dropout=0.5)
+    where = {"embedding": model.drop, "mlp output": model.h[1].mlp.dropout}
+    where["attention output"] = model.h[1].attn.resid_dropout
+    p = model.h[1].attn.dropout if place == "attention weights" else where[place].p
+    assert p == 0.5
+    model.set_dropout(0.0)
+    PLACES[place](model)
+    ids = random_ids(2, 8)
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_trap07_two_forwards_in_train_mode_agree_whatever_the_checkpoint_says(tmp_path):
+    checkpoint.save(tmp_path, random_model(vocab_size=257, dropout=0.3), Tokenizer.train([], 257))
+    model, *_ = checkpoint.load(tmp_path)
+    ids = random_ids(2, 8)
+    assert model.training and model.config.dropout == 0.3 and not torch.equal(model(ids), model(ids))
+    model.set_dropout(0.0)
+    assert torch.equal(model(ids), model(ids))
+
+
+@torch.no_grad()
+def test_trap06_logits_are_fp32_even_under_autocast():
+    """Shifted by -100, as GPT-2's are: in bf16 they could only step by 0.5."""
+    model, ids = random_model(), random_ids(2, 8)
+    model.ln_f.bias.copy_(-100 * model.wte.weight.mean(0) / model.wte.weight.mean(0).norm() ** 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden(ids)
+        logits = model(ids)
+    assert logits.dtype == torch.float32 and logits.mean() < -50
+    torch.testing.assert_close(logits.double(), hidden.double() @ model.wte.weight.double().T, rtol=1e-5, atol=1e-4)
+    assert model.double()(ids).dtype == torch.float64
+
+
+# ---- Hugging Face's layout ----
+
+
+def write_folder(folder, tensors, **values):
+    """A GPT-2 folder of `tensors`; `values` are put into its config.json."""
+    folder.mkdir(exist_ok=True)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    shape = dict(vocab_size=211, n_positions=24, n_layer=3, n_head=4, n_embd=32)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape, **values}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hugging(tmp_path_factory):
+    """A random GPT-2 of transformers and the folder it was saved to; every weight random."""
+    need(transformers, "needs transformers and safetensors: pip install minidpo[hf,bench]")
+    generator = torch.Generator().manual_seed(0)
+    shape = dict(vocab_size=211, n_positions=24, n_layer=3, n_head=4, n_embd=32)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **shape)).eval()
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, mean=float("ln_" in name), std=0.2, generator=generator)
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def tensors(hugging):
+    """The weights of that folder, by name."""
+    return safetensors.torch.load_file(hugging[1] / "model.safetensors")
+
+
+@torch.no_grad()
+def same_logits(ours, theirs, vocab_size=211):
+    ids = random_ids(3, 24, vocab_size=vocab_size)
+    logits = theirs(ids).logits
+    torch.testing.assert_close(ours.eval()(ids), logits, rtol=0, atol=1e-5)
+    assert logits.std() > 0.5  # far from uniform: 1e-5 says something
+
+
+def test_trap13_logits_are_hugging_faces(hugging):
+    model, folder = hugging
+    ours = GPT.from_pretrained(folder)
+    same_logits(ours, model)
+    assert ours.n_parameters == sum(p.numel() for p in model.parameters())
+    assert torch.equal(ours.wte.weight, model.transformer.wte.weight)
+    assert ours.config == GPTConfig(**SHAPE) and ours.config.dropout == 0  # where config.json says 0.1
+
+
+def test_trap13_the_hubs_style_of_file(hugging, tensors, tmp_path):
+    """Keys without `transformer.`, the causal mask as a buffer of each layer, the head beside its tied twin."""
+    model, folder = hugging
+    hub = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    for layer in range(3):
+        hub[f"h.{layer}.attn.bias"] = torch.ones(24, 24).tril().view(1, 1, 24, 24)
+        hub[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    hub["lm_head.weight"] = hub["wte.weight"].clone()
+    write_folder(tmp_path, hub, **json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    same_logits(GPT.from_pretrained(tmp_path), model)
+    half = {name: tensor.half() for name, tensor in hub.items()}  # a file in half precision is read into fp32
+    loaded = GPT.from_pretrained(write_folder(tmp_path, half))
+    assert torch.equal(loaded.wpe.weight, hub["wpe.weight"].half().float())
+
+
+@pytest.mark.parametrize(
+    "field, value, fine",
+    [
+        ("activation_function", "gelu", "gelu_new"),
+        ("activation_function", "relu", "gelu_pytorch_tanh"),
+        ("n_inner", 100, 128),
+        ("n_inner", 0, None),
+        ("layer_norm_epsilon", 1e-6, 1e-5),
+        ("scale_attn_weights", False, True),
+        ("scale_attn_by_inverse_layer_idx", True, False),
+        ("add_cross_attention", True, False),
+        ("tie_word_embeddings", False, True),
+    ],
+)
+def test_trap13_config_values_that_change_the_forward_pass_are_refused(tensors, tmp_path, field, value, fine):
+    with pytest.raises(UserError, match=rf"config.json: {field} is {value!r}, which this model does not have"):
+        GPT.from_pretrained(write_folder(tmp_path, tensors, **{field: value}))
+    GPT.from_pretrained(write_folder(tmp_path, tensors, **{field: fine}))
+
+
+def test_trap13_other_config_values_are_ignored_and_dropout_loads_as_0(tensors, tmp_path):
+    others = dict(
+        attn_pdrop=0.1, embd_pdrop=0.2, resid_pdrop=0.3, n_ctx=1024, initializer_range=9.0, summary_type="cls_index",
+        reorder_and_upcast_attn=True, use_cache=False, torch_dtype="float16", task_specific_params={"a": 1}, new="x",
+    )  # fmt: skip
+    model = GPT.from_pretrained(write_folder(tmp_path, tensors, **others))
+    assert model.config == GPTConfig(**SHAPE)
+    ids = random_ids(2, 8)
+    assert torch.equal(model.train()(ids), model(ids))
+
+
+def without(tensors, name):
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: without(t, "transformer.h.1.mlp.c_fc.bias"), r"lacks h.1.mlp.c_fc.bias \(1 tensors"),
+        (lambda t: without(t, "transformer.wte.weight"), "lacks wte.weight"),
+        (lambda t: t | {"transformer.h.3.ln_1.bias": torch.ones(32)}, "holds 'transformer.h.3.ln_1.bias', which"),
+        (lambda t: t | {"score.weight": torch.ones(2, 32)}, "holds 'score.weight', which GPT-2 does not have"),
+        (
+            lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)},
+            r"h.0.attn.c_attn.weight is \(32, 96\), config.json asks for \(96, 32\)",
+        ),
+        (lambda t: t | {"transformer.wte.weight": torch.ones(212, 32)}, r"wte.weight is \(212, 32\)"),
+        (lambda t: t | {"transformer.ln_f.weight": torch.ones(1, 32)}, r"ln_f.weight is \(1, 32\)"),
+    ],
+)
+def test_tensors_missing_left_over_or_misshaped_are_named(tensors, tmp_path, change, message):
+    with pytest.raises(UserError, match="model.safetensors: .*" + message):
+        GPT.from_pretrained(write_folder(tmp_path, change(tensors)))
+
+
+def test_damaged_folders_are_named(tensors, tmp_path):
+    path = write_folder(tmp_path, tensors) / "model.safetensors"
+    content = path.read_bytes()
+    for damaged in (content[:-100], content[:100], b"", b"no safetensors at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="model.safetensors is damaged or not a safetensors file"):
+            GPT.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="model.safetensors not found"):
+        GPT.from_pretrained(tmp_path)
+    no_heads = b'{"vocab_size": 9, "n_positions": 9, "n_layer": 1, "n_head": 0, "n_embd": 8}'
+    for damaged in (b"{", b"[]", b"{}", b'{"vocab_size": "many"}', b"\xff\xfe", no_heads):
+        (tmp_path / "config.json").write_bytes(damaged)
+        with pytest.raises(UserError, match="config.json: not a GPT-2 config"):
+            GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json not found"):
+        GPT.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gpt3 is neither a folder nor one of gpt2, gpt2-medium"):
+        GPT.from_pretrained("gpt3")
+
+
+def test_saved_folders_open_in_transformers_and_here(tmp_path):
+    need(transformers, "needs transformers and safetensors: pip install minidpo[hf,bench]")
+    tokenizer = Tokenizer.train(["a film as fine as this film", "Größe 映画 😀"] * 3, 280)
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    model.save_pretrained(tmp_path / "saved", tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    same_logits(model, theirs, vocab_size=tokenizer.vocab_size)
+    assert theirs.config.attn_pdrop == theirs.config.embd_pdrop == theirs.config.resid_pdrop == 0
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == tokenizer.eot
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in ("a film as fine", " as this\n\n  film 12 Größe", "映画 😀 never seen"):
+        assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
+    assert their_tokenizer.eos_token_id == tokenizer.eot
+
+    again, its_tokenizer, state = checkpoint.load(tmp_path / "saved")
+    assert checkpoint.fingerprint(again) == checkpoint.fingerprint(model)
+    assert its_tokenizer.fingerprint == tokenizer.fingerprint and state == {}
+
+
+def test_trap19_a_compiled_or_wrapped_model_is_saved_under_plain_names(tmp_path):
+    plain, tokenizer = random_model(vocab_size=257), Tokenizer.train([], 257)
+
+    class Wrapped(torch.nn.Module):  # as DistributedDataParallel wraps, without its processes
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    compiled = torch.compile(plain, backend="eager")
+    for i, model in enumerate((plain, compiled, Wrapped(plain), Wrapped(compiled), torch.compile(Wrapped(plain)))):
+        checkpoint.save(tmp_path / str(i), model, tokenizer)
+        saved = torch.load(tmp_path / str(i) / "checkpoint.pt", weights_only=True)
+        assert list(saved["model"]) == [name for name, _ in plain.named_parameters()]
+        loaded, *_ = checkpoint.load(tmp_path / str(i))
+        assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(plain)
