@@ -3,61 +3,63 @@
     python train_dpo.py --data toy --init runs/sft --out runs/dpo
 
 DPO (Rafailov et al. 2023, arXiv 2305.18290; numbers in brackets are the paper's equations) fits a language model to
-preferences "for prompt x, people chose y_w over y_l" without a reward model and without sampling. In eight steps:
+preferences "for prompt x, people chose y_w over y_l" without a reward model and without sampling. Step by step:
 
 WHAT WE WANT. A policy pi whose responses earn a high reward r(x, y), but that stays near the reference pi_ref, the
 model we start from; beta > 0 is the price of one nat of distance:
 
-    max_pi  E[ r(x, y) ]  -  beta KL( pi(y|x) || pi_ref(y|x) )                                                      (3)
+    max_pi  E[ r(x, y) ]  -  beta KL( pi(y|x) || pi_ref(y|x) )                                                  (3)
 
 WHAT SOLVES IT. For one prompt, write the KL out and collect everything under one expectation over y ~ pi:
 
     E[ r - beta log(pi / pi_ref) ]  =  -beta E[ log( pi(y|x) / ( pi_ref(y|x) exp(r(x, y) / beta) ) ) ]
 
-The denominator is positive but sums over y to Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not to 1. Divided by Z(x) it is a
-distribution; call it pi*. Then the objective is -beta KL(pi || pi*) + beta log Z(x). Z does not depend on pi, and a KL is
-smallest, 0, where both sides are equal. So
+The denominator is positive, but over all y it sums to Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not to 1. Divide
+it by Z(x) and it is a distribution; call that pi*. The objective is now -beta KL(pi || pi*) + beta log Z(x). Z does not
+depend on pi, and a KL is smallest, 0, where its two sides are equal. So
 
-    pi*(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)                                                           (4)
+    pi*(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)                                                       (4)
 
 WHY NOT STOP HERE. Z(x) is a sum over every possible response: pi* can be written down, but not computed.
 
 TURN IT AROUND. Take the logarithm of (4) and solve for the reward under which a given pi would be optimal:
 
-    r(x, y)  =  beta log( pi(y|x) / pi_ref(y|x) )  +  beta log Z(x)                                                 (5)
+    r(x, y)  =  beta log( pi(y|x) / pi_ref(y|x) )  +  beta log Z(x)                                             (5)
 
-WHAT PEOPLE'S CHOICES SAY. Bradley-Terry: the better response wins with a probability that depends on rewards only by their
-difference, p(y_w over y_l | x) = sigmoid( r(x, y_w) - r(x, y_l) ) (1). Put (5) in: beta log Z(x) is the same for both responses
-of a prompt, and cancels. With h = log(pi/pi_ref)(y_w|x) - log(pi/pi_ref)(y_l|x):
+WHAT PEOPLE'S CHOICES SAY. Bradley-Terry: the better response wins with a probability that depends on the rewards only
+by their difference, p(y_w over y_l | x) = sigmoid( r(x, y_w) - r(x, y_l) ) (1). Put (5) in: beta log Z(x) is the same
+for both responses to a prompt, and cancels. What is left is made of the policy itself:
 
-    p(y_w over y_l | x)  =  sigmoid( beta h )                                                                       (6)
+    p(y_w over y_l | x)  =  sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) )    (6)
 
-THE LOSS is the negative log-likelihood of the choices, as for any classifier. Its logit is made of the policy itself:
+THE LOSS is the negative log-likelihood of the choices, as for any classifier:
 
-    L(pi)  =  -E[ log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) ) ]            (7)
+    L(pi)  =  -E[ log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) ) ]        (7)
 
-THE IMPLICIT REWARD is what stands there twice: beta log pi(y|x)/pi_ref(y|x), up to a term of x alone. So for a pair
-    chosen_reward = beta (log pi - log pi_ref)(y_w),  rejected_reward the same for y_l,
-    margin = chosen_reward - rejected_reward,         loss = -log sigmoid(margin).
+THE IMPLICIT REWARD is what stands there twice: beta log pi(y|x)/pi_ref(y|x), the reward (5) up to a term of x alone. So
+
+    chosen_reward = beta (log pi - log pi_ref)(y_w|x),  rejected_reward the same for y_l,
+    margin = chosen_reward - rejected_reward,           loss = -log sigmoid(margin).
 
 ITS GRADIENT (A.4) shows what a step does. The derivative of -log sigmoid(m) is -sigmoid(-m), hence
 
-    grad L  =  -beta sigmoid( rejected_reward - chosen_reward ) [ grad log pi(y_w|x) - grad log pi(y_l|x) ]
+    grad L  =  -beta E[ sigmoid(rejected_reward - chosen_reward) ( grad log pi(y_w|x) - grad log pi(y_l|x) ) ]
 
-Up with the chosen, down with the rejected, each pair weighted by how wrong the implicit reward still is about it. At the start
-pi = pi_ref: both rewards are 0, every loss is log 2 = 0.693, every weight is 1/2. A loss of log 2 is no flat spot.
+Up with the chosen, down with the rejected, each pair weighted by how wrong the implicit reward still is about it. At
+the start pi = pi_ref: both rewards are 0, every loss is ln 2 = 0.693, every weight is 1/2. So ln 2 is no flat spot.
 
-WHERE DID THE KL TERM GO? Nowhere: it became the reference inside the logarithms. (3) pays beta per nat of distance and (7) has
-no such term, since (4) already took the best trade of reward against distance; (5) reads off the reward for which pi *is* that
-trade. The leash is in the logit: to move the margin by 1 the log-ratio must move by 1/beta nats, and once the loss is content,
-the weight sigmoid(-margin) goes to 0 and so does the pull away from the reference. Larger beta = stays closer to the reference.
-It is a leash on the pairs in the data only: nothing is sampled, so far from them nobody looks. And labels that are never wrong
-have no finite optimum (the margin can always grow): then epochs and learning rate hold the leash, not beta.
+WHERE DID THE KL TERM GO? (3) pays beta for every nat of distance, and (7) has no such term. It became the reference
+inside the logarithms: (4) already took the best trade of reward against distance, and (5) reads off the reward for
+which pi *is* that trade. The leash is the scale of the margin: to move it by 1, the log-ratios must move by 1/beta
+nats, and once the margin is as large as the choices warrant, the pull ends. Larger beta = stays closer to the
+reference. Two things the leash does not do. It holds on the pairs in the data: nothing is sampled, so nobody looks
+elsewhere. And if the labels are never wrong, no margin is ever large enough: then epochs and learning rate hold the
+leash, not beta.
 
-WHY DOES THE CHOSEN REWARD FALL? (7) sees the margin alone; it grows as well when both log-probabilities fall, the rejected
-faster. Chosen and rejected share words, so pushing one down drags the other along, and the probability taken from both goes to
-responses in neither column. A falling rewards/chosen with growing rewards/margins is the loss at work, not a bug. Watch how far
-it falls: SFT on the chosen responses first, a larger beta and fewer epochs all make it fall less.
+WHY DOES THE CHOSEN REWARD FALL? (7) sees the margin alone, which also grows when both log-probabilities fall, the
+rejected one faster. Chosen and rejected share words, so pushing one down drags the other along, and what both lose goes
+to responses in neither column. A falling rewards/chosen with growing rewards/margins is the loss at work, not a bug.
+SFT on the chosen responses first, a larger beta and fewer epochs all make it fall less.
 """
 
 import dataclasses
@@ -187,6 +189,11 @@ class Settings:
         if self.dropout > 0:
             raise UserError("--dropout must be 0 here: with it, policy and reference differ on the same row by chance.")
 
+    @property
+    def variant(self):
+        """The keywords of `dpo_loss`."""
+        return {name: getattr(self, name) for name in ("beta", "label_smoothing", "loss_type", "reference_free")}
+
 
 # ---- 3. The pieces of the loop ----
 
@@ -203,23 +210,48 @@ def reference_logps(model, rows, settings):
     return logps
 
 
-def forward(policy, rows, reference, indices, settings):
-    """The losses (B,) of the pairs `indices` and their summed metrics (6,): loss, both rewards, accuracy, both logps."""
-    batch = data.preference_batch([rows[i] for i in indices], settings.device)
-    reference_chosen, reference_rejected = reference[indices].to(settings.device).unbind(-1)
-    with autocast(settings.device, settings.dtype):
-        chosen, rejected = response_logps(policy, batch)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen, rejected, reference_chosen, reference_rejected,
-        settings.beta, settings.label_smoothing, settings.loss_type, settings.reference_free,
-    )  # fmt: skip
+def train_step(policy, optimizer, rows, reference, indices, settings):
+    """One optimiser step on the pairs `indices`; returns the metrics before it, by name."""
+    size = settings.micro_batch_size or len(indices)
+    sums = 0.0
+    for i in range(0, len(indices), size):
+        micro = indices[i : i + size]
+        batch = data.preference_batch([rows[j] for j in micro], settings.device)
+        with autocast(settings.device, settings.dtype):
+            logps = response_logps(policy, batch)
+        losses, *rewards = dpo_loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)
+        (losses.sum() / len(indices)).backward()  # the mean over the step's pairs, however they are cut
+        sums = sums + summed(losses, *rewards, *logps)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip)
+    metrics = {**means(sums, len(indices)), "grad_norm": grad_norm.item()}
+    if not all(math.isfinite(m) for m in metrics.values()):
+        raise UserError(f"not a finite number in {metrics}\nin the batch of usable pairs {sorted(indices)}, from 0.")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(policy, rows, reference, settings):
+    """The metrics on all of `rows`, by name."""
+    sums = 0.0
+    for indices in data.batches(rows, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0):
+        batch = data.preference_batch([rows[i] for i in indices], settings.device)
+        with autocast(settings.device, settings.dtype):
+            logps = response_logps(policy, batch)
+        sums = sums + summed(*dpo_loss(*logps, *reference[indices].to(settings.device).T, **settings.variant), *logps)
+    return {"eval/" + name: value for name, value in means(sums, len(rows)).items()}
+
+
+def summed(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
+    """Six metrics (B,) -> their sums (6,), still on the device."""
     wins = (chosen_rewards > rejected_rewards) + 0.5 * (chosen_rewards == rejected_rewards)  # a tie is half a win
-    metrics = (losses, chosen_rewards, rejected_rewards, wins, chosen, rejected)
-    return losses, torch.stack([m.detach().sum().double() for m in metrics])
+    metrics = (losses, chosen_rewards, rejected_rewards, wins, chosen_logps, rejected_logps)
+    return torch.stack([m.detach().sum() for m in metrics])
 
 
-def named(sums, n):
-    """Summed metrics (6,) over n pairs -> the means, by name."""
+def means(sums, n):
+    """The sums (6,) over n pairs -> means, by name."""
     loss, chosen_reward, rejected_reward, wins, chosen, rejected = (sums / n).tolist()
     return {
         "loss": loss,
@@ -232,33 +264,6 @@ def named(sums, n):
     }
 
 
-def train_step(policy, optimizer, rows, reference, indices, settings):
-    """One optimiser step on the pairs `indices`; returns the metrics before it, by name."""
-    size = settings.micro_batch_size or len(indices)
-    sums = 0.0
-    for i in range(0, len(indices), size):
-        losses, metrics = forward(policy, rows, reference, indices[i : i + size], settings)
-        (losses.sum() / len(indices)).backward()  # the mean over the step's pairs, however they are cut
-        sums = sums + metrics
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip)
-    metrics = {**named(sums, len(indices)), "grad_norm": grad_norm.item()}
-    if not all(math.isfinite(m) for m in metrics.values()):
-        raise UserError(
-            f"not a finite number in {metrics}\nin the batch of pairs {sorted(indices)} (usable pairs, from 0)."
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return metrics
-
-
-@torch.no_grad()
-def evaluate(policy, rows, reference, settings):
-    """The metrics on all of `rows`, by name."""
-    order = data.batches(rows, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0)
-    sums = sum(forward(policy, rows, reference, indices, settings)[1] for indices in order)
-    return {"eval/" + name: value for name, value in named(sums, len(rows)).items()}
-
-
 @torch.no_grad()
 def check_start(policy, rows, reference, indices, settings):
     """Before the first update policy and reference are the same model: every log-ratio must be 0 up to rounding."""
@@ -269,15 +274,13 @@ def check_start(policy, rows, reference, indices, settings):
     allowed = 1e-3 * logps.abs() if settings.dtype == "bfloat16" else 1e-4 + 1e-6 * logps.abs()
     if (ratio > allowed).any():
         raise UserError(
-            f"before the first update the policy is {ratio.max():.3g} nats from the reference; it must be 0. Likely causes: "
-            "dropout is on, the reference's log-probabilities come from other weights or data, or padding is seen."
+            f"before the first update the policy is {ratio.max():.3g} nats from the reference; it must be 0. Likely "
+            "causes: dropout is on, the reference comes from other weights or data, or padding is seen."
         )
-    losses, *_ = dpo_loss(*logps.T, *reference[indices].T, settings.beta, settings.label_smoothing, settings.loss_type)
-    start = math.log(2) if settings.loss_type == "sigmoid" else 1 / (2 * settings.beta) ** 2
-    name = "ln 2" if settings.loss_type == "sigmoid" else "1 / (2 beta)^2"
-    print(
-        f"before the first update: log-ratios within {ratio.max():.1g} nats, loss {losses.mean():.6f} ({name} = {start:.6f})"
-    )
+    losses, *_ = dpo_loss(*logps.T, *reference[indices].T, **settings.variant)
+    ipo = settings.loss_type == "ipo"
+    expected = f"1 / (2 beta)^2 = {1 / (2 * settings.beta) ** 2:.6f}" if ipo else f"ln 2 = {math.log(2):.6f}"
+    print(f"before the first update: log-ratios within {ratio.max():.1g} nats, loss {losses.mean():.6f} ({expected})")
 
 
 def main():
@@ -297,9 +300,7 @@ def main():
     # -- the reference is the same model: of it only numbers are kept, and a sample of its completions
     if settings.resume:
         if state.get("data") != data_fingerprint:
-            raise UserError(
-                f"the pairs differ from those {settings.out} was started with. Restore them, or start a new run."
-            )
+            raise UserError(f"{settings.out} was started with other pairs. Restore them, or start a new run.")
         first_step, reference, before = state["step"], state["reference"], state["before"]
     else:
         rounding = (settings.device, settings.dtype, settings.micro_batch_size or settings.batch_size)
@@ -322,9 +323,7 @@ def main():
     total = math.ceil(settings.epochs * steps_per_epoch)
     last_step = min(total, settings.max_steps or total)
     if first_step >= last_step and (folder.path / "report.md").exists():
-        raise UserError(
-            f"nothing to do: {settings.out} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps."
-        )
+        raise UserError(f"{settings.out} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
     order = data.batches(rows, settings.batch_size, settings.seed, first_step // steps_per_epoch)
     if first_step == 0 and not settings.reference_free:
         check_start(policy, rows, reference, order[0], settings)
@@ -333,10 +332,9 @@ def main():
     folder.begin(first_step, tokenizer)
 
     def save(step):
-        state = dict(step=step, optimizer=optimizer.state_dict(), data=data_fingerprint, before=before)
-        checkpoint.save(
-            settings.out, policy, tokenizer, {**state, "reference": torch.cat((reference, held_out_reference))}
-        )
+        both = torch.cat((reference, held_out_reference))
+        state = dict(step=step, optimizer=optimizer.state_dict(), data=data_fingerprint, before=before, reference=both)
+        checkpoint.save(settings.out, policy, tokenizer, state)
 
     policy.train()
     with CatchInterrupt() as interrupt, tqdm(total=last_step, initial=first_step, desc="dpo", unit="step") as bar:
@@ -360,9 +358,7 @@ def main():
             bar.update()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['rewards/accuracies']:.2f}")
             if done == 2 * settings.warmup_steps + 50 and abs(metrics["rewards/margins"]) < 1e-3:
-                tqdm.write(
-                    f"warning: after {done} steps the margin is still {metrics['rewards/margins']:.1g}. Is the lr too small?"
-                )
+                tqdm.write(f"warning: after {done} steps the margin is still at 0. Is the learning rate too small?")
             if done == last_step or done % settings.save_every == 0 or interrupt.requested:
                 save(done)
             if interrupt.requested and done < last_step:
@@ -371,10 +367,10 @@ def main():
     # -- what came of it
     after = complete(policy, tokenizer, prompts, settings.sample_tokens, settings.seed)
     texts = [tokenizer.decode(prompt) for prompt in prompts]
-    notes = [
-        f"DPO on {len(rows):,} pairs of {settings.data} from {settings.init}: {last_step} steps of {settings.batch_size} pairs."
-    ]
-    folder.finish({"prompt": texts, "before": before, "after": after}, notes)
+    notes = (
+        f"DPO on {len(rows):,} pairs of {settings.data} from {settings.init}: {last_step} steps, beta {settings.beta}."
+    )
+    folder.finish({"prompt": texts, "before": before, "after": after}, [notes])
 
 
 if __name__ == "__main__":

@@ -151,9 +151,7 @@ def main():
     torch.manual_seed(settings.seed)  # dropout's
     if settings.resume:
         if state.get("data") != data_fingerprint:
-            raise UserError(
-                f"the rows differ from those {settings.out} was started with. Restore them, or start a new run."
-            )
+            raise UserError(f"{settings.out} was started with other rows. Restore them, or start a new run.")
         first_step = state["step"]
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -163,9 +161,7 @@ def main():
     total = math.ceil(settings.epochs * steps_per_epoch)
     last_step = min(total, settings.max_steps or total)
     if first_step >= last_step and (folder.path / "report.md").exists():
-        raise UserError(
-            f"nothing to do: {settings.out} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps."
-        )
+        raise UserError(f"{settings.out} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
     order = data.batches(rows, settings.batch_size, settings.seed, first_step // steps_per_epoch)
     folder.begin(first_step, tokenizer)
 

@@ -63,8 +63,9 @@ def sequence_kl(policy, reference, prompts, samples, batch_size=128, progress=No
         log_ratio = log_pi - reference(batch.ids).log_softmax(-1)
         at_sample = log_ratio.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # (B, T)
         in_full = (log_pi.exp() * log_ratio).sum(-1)  # (B, T)
-        plain[indices] = (at_sample.double() * batch.mask).sum(-1).cpu()
-        exact[indices] = (in_full.double() * batch.mask).sum(-1).cpu()
+        mask = batch.mask.cpu()  # where there is float64, unlike on MPS
+        plain[indices] = (at_sample.cpu().double() * mask).sum(-1)
+        exact[indices] = (in_full.cpu().double() * mask).sum(-1)
     return plain, exact
 
 

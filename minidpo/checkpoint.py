@@ -104,7 +104,7 @@ def read(path, keys):
 
 
 def cached(path, compute):
-    """The tensor kept at `path`; on first use `compute()` makes it. The path must name all that the tensor depends on."""
+    """The tensor kept at `path`; on first use `compute()` makes it. The path must name all that it depends on."""
     if Path(path).exists():
         print(f"using {path}")
         return read(path, keys=("tensor",))["tensor"]

@@ -1,4 +1,4 @@
-"""What the command lines share: settings as a dataclass, errors that say what to do, and a Ctrl-C that loses nothing."""
+"""What the commands share: settings as a dataclass, errors that say what to do, and a Ctrl-C that loses nothing."""
 
 import argparse
 import dataclasses

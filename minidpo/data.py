@@ -167,7 +167,7 @@ def load_rows(path, encode, fields, tokenizer, max_length):
 
 
 def load_split(kind, name, eval_data, tokenizer, max_length):
-    """(rows, held-out rows) of a dataset; kind "pairs" or "sft". A file holds nothing out: give eval_data, or get []."""
+    """(rows, held-out rows) of a dataset; kind "pairs" or "sft". A file holds nothing out: that takes eval_data."""
     encode, fields = (encode_pairs, PAIR) if kind == "pairs" else (encode_sft, SFT)
     rows = load_rows(find(name, f"{kind}_train"), encode, fields, tokenizer, max_length)
     test = find(eval_data, f"{kind}_test") if eval_data else find(name, f"{kind}_test") if name in FOLDERS else None
@@ -203,7 +203,7 @@ class PreferenceBatch(NamedTuple):
 
 
 def sft_batch(rows, device="cpu"):
-    """list of (prompt_ids, response_ids) -> Rows. Raises ValueError for empty prompt_ids: nothing precedes the response."""
+    """list of (prompt_ids, response_ids) -> Rows. Raises ValueError for empty prompt_ids: eot at least comes first."""
     T = max(len(prompt) + len(response) for prompt, response in rows) - 1
     ids = torch.zeros(len(rows), T, dtype=torch.long)
     targets = torch.zeros(len(rows), T, dtype=torch.long)

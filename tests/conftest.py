@@ -1,4 +1,4 @@
-"""Shared by the tests: where the fixtures outside the repository are, and skipping that is loud and never happens in CI."""
+"""Shared by the tests: skipping for want of a package or a file is loud, and never happens in CI."""
 
 import os
 

@@ -260,7 +260,7 @@ def test_resume_from_a_checkpoint_of_another_model(home, capsys):
     assert f"{path} does not hold one of our models" in message and "size mismatch" in message
     path.write_bytes((home / "sft" / "checkpoint.pt").read_bytes())
     message = refused(capsys, home, train_dpo.main, *dpo_flags(home, out=home / "dpo"), "--resume", "--max-steps", 3)
-    assert "differ from those" in message and "start a new run" in message
+    assert "was started with other" in message and "start a new run" in message
     torch.save({**saved, "state": {}}, path)
     message = refused(capsys, home, train_dpo.main, *dpo_flags(home, out=home / "dpo"), "--resume", "--max-steps", 3)
     assert str(home / "dpo") in message
@@ -336,7 +336,7 @@ def test_resume_with_changed_data(home, capsys, main, flags_of, file, name):
     lines = (home / file).read_text(encoding="utf-8").splitlines(keepends=True)
     (home / file).write_text("".join(lines[1:]), encoding="utf-8")
     message = refused(capsys, home, main, *flags_of(home, out=home / name), "--resume", "--max-steps", 3)
-    assert "differ from those" in message and "Restore them" in message
+    assert "was started with other" in message and "Restore them" in message
 
 
 # ---- settings ----

@@ -712,9 +712,9 @@ def test_nan_stops_and_names_the_batch(home, tmp_path, stage, monkeypatch, capsy
     module, poisoned = (train_sft, "response_loss") if stage is sft else (train_dpo, "dpo_loss")
     function, calls = getattr(module, poisoned), []
 
-    def nan(*args):
+    def nan(*args, **kwargs):
         calls.append(1)
-        value, *rest = function(*args)
+        value, *rest = function(*args, **kwargs)
         return (value * math.nan if len(calls) == (3 if stage is sft else 4) else value, *rest)  # step 3
 
     monkeypatch.setattr(module, poisoned, nan)
