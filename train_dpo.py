@@ -140,7 +140,7 @@ SETS = {
     "paper": {},
     "paper-tldr": dict(beta=0.5),
     # the toy's pairs are few and noisy: at the paper's beta it leaves the language behind (see README)
-    "toy": dict(beta=0.7, optimizer="adamw", lr=5e-4, warmup_steps=20, decay=True, epochs=1.0, sample_tokens=64),
+    "toy": dict(beta=0.7, optimizer="adamw", lr=2e-4, warmup_steps=20, decay=True, epochs=1.0, sample_tokens=64),
     "imdb": dict(beta=0.1, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, epochs=1.0, sample_tokens=64),
 }
 

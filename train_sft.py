@@ -29,7 +29,7 @@ from minidpo.tokenizer import Tokenizer
 SETS = {
     "paper": {},
     "paper-tldr": {},
-    "toy": dict(preset="toy", batch_size=32, lr=3e-3, warmup_steps=50, epochs=1.0, eval_every=100, sample_tokens=64),
+    "toy": dict(preset="toy", vocab_size=2048, batch_size=32, lr=3e-3, warmup_steps=50, epochs=2.0, eval_every=200, sample_tokens=64),
     "imdb": dict(preset="imdb", batch_size=16, lr=2e-3, warmup_steps=150, epochs=1.0, eval_every=500, sample_tokens=64),
 }
 
