@@ -8,7 +8,7 @@ OPTIMIZERS = ("adamw", "rmsprop")
 
 
 def make_optimizer(model, name, lr, weight_decay=0.0):
-    """AdamW (betas 0.9 and 0.95), or RMSprop with PyTorch's defaults as in the DPO paper, which holds half the state.
+    """AdamW (betas 0.9 and 0.99), or RMSprop with PyTorch's defaults as in the DPO paper, which holds half the state.
 
     Weight decay, AdamW's alone, spares what is not a matrix: biases and LayerNorms.
     """
@@ -19,7 +19,7 @@ def make_optimizer(model, name, lr, weight_decay=0.0):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # one pass over the weights, not a dozen
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)  # one pass over the weights, not a dozen
 
 
 def learning_rate(step, total, peak, warmup_steps, decay):
