@@ -17,7 +17,7 @@ RUN := runs/toy
 demo: .venv/.installed
 	$(BIN)/python train_sft.py --data toy --out $(RUN)/sft --overwrite
 	$(BIN)/python train_dpo.py --data toy --init $(RUN)/sft --out $(RUN)/dpo --overwrite
-	$(BIN)/python -m experiments.evaluate --policy $(RUN)/dpo --reference $(RUN)/sft --data toy --reward toy --json $(RUN)/evaluation.json
+	$(BIN)/python -m experiments.evaluate --policy $(RUN)/dpo --reference $(RUN)/sft --data toy --reward toy --samples-per-prompt 4 --max-new-tokens 96 --json $(RUN)/evaluation.json
 	@echo "curves: $(RUN)/dpo/curves.png   report: $(RUN)/dpo/report.md"
 
 test: .venv/.installed
