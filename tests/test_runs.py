@@ -261,8 +261,14 @@ def test_trap09_one_bit_of_one_weight_changes_the_fingerprint():
 
 
 def test_trap10_micro_batches_give_the_same_dpo_run(home, tmp_path):
+    flags = (
+        "--eval-data",
+        home / "held_out.jsonl",
+        "--max-steps",
+        6,
+    )  # the optimiser makes rounding grow with each step
     for size in (0, 1, 4):  # 4 does not divide the batch of 6
-        dpo(home, tmp_path / str(size), "--micro-batch-size", size, "--eval-data", home / "held_out.jsonl")
+        dpo(home, tmp_path / str(size), "--micro-batch-size", size, *flags)
     runs = {size: metrics_of(tmp_path / str(size)) for size in (0, 1, 4)}
     for metrics in runs.values():
         del metrics[0]["rewards/accuracies"]  # all ties at first, broken by rounding
