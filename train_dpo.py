@@ -141,7 +141,7 @@ SETS = {
     "paper-tldr": dict(beta=0.5),
     # the toy's labels are noisy, drawn with beta 1 in mind: at the paper's 0.1 the toy leaves its language behind
     "toy": dict(beta=0.8, optimizer="adamw", lr=6e-4, warmup_steps=20, decay=True),
-    "imdb": dict(beta=0.1, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
+    "imdb": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
 }
 
 
