@@ -198,15 +198,20 @@ class Settings:
 # ---- 3. The pieces of the loop ----
 
 
+def logps_of(model, rows, indices, settings):
+    """`response_logps` of the pairs `indices` of `rows`, on the device and in the precision that were asked for."""
+    batch = data.preference_batch([rows[i] for i in indices], settings.device)
+    with autocast(settings.device, settings.dtype):
+        return response_logps(model, batch)
+
+
 @torch.no_grad()
 def reference_logps(model, rows, settings):
     """log pi_ref of all pairs -> (N, 2), chosen and rejected, on the CPU. Once: the reference never changes."""
     logps = torch.empty(len(rows), 2, dtype=model.wte.weight.dtype)
     order = data.batches(rows, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0)
     for indices in tqdm(order, desc="reference", unit="batch"):
-        batch = data.preference_batch([rows[i] for i in indices], settings.device)
-        with autocast(settings.device, settings.dtype):
-            logps[indices] = torch.stack(response_logps(model, batch), dim=-1).cpu()
+        logps[indices] = torch.stack(logps_of(model, rows, indices, settings), dim=-1).cpu()
     return logps
 
 
@@ -216,9 +221,7 @@ def train_step(policy, optimizer, rows, reference, indices, settings):
     sums = 0.0
     for i in range(0, len(indices), size):
         micro = indices[i : i + size]
-        batch = data.preference_batch([rows[j] for j in micro], settings.device)
-        with autocast(settings.device, settings.dtype):
-            logps = response_logps(policy, batch)
+        logps = logps_of(policy, rows, micro, settings)
         losses, *rewards = dpo_loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)
         (losses.sum() / len(indices)).backward()  # the mean over the step's pairs, however they are cut
         sums = sums + summed(losses, *rewards, *logps)
@@ -236,9 +239,7 @@ def evaluate(policy, rows, reference, settings):
     """The metrics on all of `rows`, by name."""
     sums = 0.0
     for indices in data.batches(rows, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0):
-        batch = data.preference_batch([rows[i] for i in indices], settings.device)
-        with autocast(settings.device, settings.dtype):
-            logps = response_logps(policy, batch)
+        logps = logps_of(policy, rows, indices, settings)
         sums = sums + summed(*dpo_loss(*logps, *reference[indices].to(settings.device).T, **settings.variant), *logps)
     return {"eval/" + name: value for name, value in means(sums, len(rows)).items()}
 
@@ -267,9 +268,7 @@ def means(sums, n):
 @torch.no_grad()
 def check_start(policy, rows, reference, indices, settings):
     """Before the first update policy and reference are the same model: every log-ratio must be 0 up to rounding."""
-    batch = data.preference_batch([rows[i] for i in indices], settings.device)
-    with autocast(settings.device, settings.dtype):
-        logps = torch.stack(response_logps(policy, batch), dim=-1).cpu()
+    logps = torch.stack(logps_of(policy, rows, indices, settings), dim=-1).cpu()
     ratio = (logps - reference[indices]).abs()
     allowed = 1e-3 * logps.abs() if settings.dtype == "bfloat16" else 1e-4 + 1e-6 * logps.abs()
     if (ratio > allowed).any():
