@@ -140,7 +140,7 @@ SETS = {
     "paper": {},
     "paper-tldr": dict(beta=0.5),
     # the toy's labels are noisy, drawn with beta 1 in mind: at the paper's 0.1 the toy leaves its language behind
-    "toy": dict(beta=0.8, optimizer="adamw", lr=6e-4, warmup_steps=20, decay=True),
+    "toy": dict(beta=0.6, optimizer="adamw", lr=6e-4, warmup_steps=20, decay=True),
     "imdb": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
 }
 
@@ -161,7 +161,7 @@ class Settings:
     lr: float = knob(1e-6, "learning rate after the warm-up")
     warmup_steps: int = knob(150, "optimiser steps over which the learning rate rises")
     decay: bool = knob(False, "let the learning rate fall linearly to 0 after the warm-up")
-    grad_clip: float = knob(10.0, "longest gradient, in L2 norm")
+    grad_clip: float = knob(10.0, "longest gradient, in L2 norm (as in the authors' code; the paper names none)")
     epochs: float = knob(1.0, "passes over the pairs; 0.5 is half a pass")
     batch_size: int = knob(64, "pairs per optimiser step", least=1)
     micro_batch_size: int = knob(0, "pairs per forward pass, to save memory; 0: all of the step")

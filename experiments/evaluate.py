@@ -70,8 +70,10 @@ def sequence_kl(policy, reference, prompts, samples, batch_size=128, progress=No
 
 
 def mean_se(values):
-    """Mean of independent values (N,) and its standard error."""
+    """Mean of independent values (N,) and its standard error. UserError for a single value: it has no spread."""
     values = torch.as_tensor(values, dtype=torch.float64)
+    if len(values) < 2:
+        raise UserError("one prompt has no standard error. Give at least two.")
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 

@@ -86,6 +86,9 @@ def read_jsonl(path, fields):
                     record[field].encode("utf-8")
                 except UnicodeEncodeError as error:
                     raise UserError(f"{where}: {field!r} holds half a character (a lone surrogate): {error}") from error
+            for field, value in record.items():
+                if field.endswith("_ended") and not isinstance(value, bool):
+                    raise UserError(f"{where}: {field!r} is {value!r}; it must be true or false.")
             records.append(record)
     if not records:
         raise UserError(f"{path} is empty. One JSON object a line with {', '.join(fields)} is expected.")
@@ -162,7 +165,7 @@ def load_rows(path, encode, fields, tokenizer, max_length):
     rows, counts = encode(read_jsonl(path, fields), tokenizer, max_length)
     print(f"{path}: {len(rows):,} usable of {', '.join(f'{v:,} {k}' for k, v in counts.items() if v)}")
     if not rows:
-        raise UserError(f"{path}: no usable record among {counts.total():,}; see the counts above.")
+        raise UserError(f"{path}: no usable record; the counts above say why.")
     return rows
 
 

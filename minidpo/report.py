@@ -127,7 +127,7 @@ def draw_curves(folder):
             points = [(m["step"], m[name]) for m in metrics if name in m]
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, color=f"C{j}", alpha=0.25, linewidth=0.8)
-            smooth = running_mean(values, window=max(1, len(values) // 40))
+            smooth = running_mean(values, reach=len(values) // 60)
             axes.plot(steps, smooth, color=f"C{j}", linewidth=1.6, label=name.split("/")[-1])
             held_out = [(m["step"], m[f"eval/{name}"]) for m in metrics if f"eval/{name}" in m]
             if held_out:
@@ -146,10 +146,11 @@ def draw_curves(folder):
     return True
 
 
-def running_mean(values, window):
-    """Mean of the last `window` values (fewer at the start)."""
+def running_mean(values, reach):
+    """Mean of each value and its neighbours up to `reach` places away; nearer the ends, as far as both sides go."""
     means = []
     for i in range(len(values)):
-        recent = values[max(0, i + 1 - window) : i + 1]
-        means.append(sum(recent) / len(recent))
+        near = min(reach, i, len(values) - 1 - i)
+        window = values[i - near : i + near + 1]
+        means.append(sum(window) / len(window))
     return means

@@ -94,6 +94,7 @@ GOOD_LINE = '{"prompt": "a", "completion": " b", "chosen": " b", "rejected": " c
         ('{"prompt": "a", "completion": [" b"], "chosen": " b", "rejected": {}}', "must be a string"),
         ('{"prompt": "\\ud83d", "completion": " b", "chosen": " b", "rejected": " c"}', "half a character"),
         (b'{"prompt": "caf\xe9", "completion": " b"}', "not UTF-8"),
+        (GOOD_LINE[:-1] + ', "chosen_ended": "false"}', "'chosen_ended' is 'false'; it must be true or false"),
     ],
 )
 @STAGES
@@ -441,6 +442,13 @@ def test_runs_that_cannot_be_compared(home, capsys):
     argv = ("--policy", home / "sft", "--reference", home / "small", "--data", "toy", "--reward", "toy")
     message = refused(capsys, home, experiments.evaluate.main, *argv, "--json", home / "new.json")
     assert "have different tokenizers" in message and str(home / "small") in message
+
+
+def test_one_prompt_has_no_standard_error(home, capsys):
+    prompts = write_jsonl(home / "prompts.jsonl", [{"prompt": "The film"}])
+    argv = ("--policy", home / "sft", "--reference", home / "sft", "--data", prompts, "--reward", "toy")
+    message = refused(capsys, home, experiments.evaluate.main, *argv, "--json", home / "new.json")
+    assert "one prompt has no standard error. Give at least two" in message
 
 
 def test_make_pairs_refuses_to_overwrite(home, capsys):

@@ -26,7 +26,7 @@ import train_sft
 from minidpo import checkpoint, data
 from minidpo.cli import CatchInterrupt, parse_settings
 from minidpo.model import GPT, GPTConfig
-from minidpo.report import read_metrics
+from minidpo.report import read_metrics, running_mean
 from minidpo.tokenizer import Tokenizer
 
 ROOT = Path(train_dpo.__file__).parent
@@ -133,6 +133,13 @@ def test_without_matplotlib_a_line_says_so(home, tmp_path, monkeypatch, capsys):
     assert "no curves.png: matplotlib is not installed" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "dpo").iterdir()} == RUN_FILES
     assert "curves.png" not in (tmp_path / "dpo" / "report.md").read_text(encoding="utf-8")
+
+
+def test_curves_are_smoothed_without_lag():
+    """A straight line stays itself, and a single peak stays where it is."""
+    assert running_mean([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], reach=2) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert running_mean([0.0, 0.0, 0.0, 6.0, 0.0, 0.0, 0.0], reach=1) == [0.0, 0.0, 2.0, 2.0, 2.0, 0.0, 0.0]
+    assert running_mean([5.0], reach=3) == [5.0]
 
 
 def test_samples_before_are_the_sft_models_and_after_the_policys(home, tmp_path):

@@ -20,9 +20,7 @@ RULES = {
     "response film": "{film}. {body}",
     "response row": "{row}. {body}",
     "body": """{verdict} | {story} {verdict} | {cast} {verdict} | {craft} {verdict} | {seats} {verdict}
-        | {story} {cast} {verdict} | {story} {craft} {verdict} | {story} {seats} {verdict}
-        | {cast} {craft} {verdict} | {cast} {seats} {verdict} | {craft} {seats} {verdict}
-        | {story} {cast} {seats} {verdict} | {story} {craft} {seats} {verdict}""",
+        | {story} {cast} {verdict} | {craft} {seats} {verdict}""",
     # Openings: no word here may give the sentiment away.
     "opening evening": "I {watched} {this film} {one day} {with company}",
     "watched": "watched | saw | caught | rented",
@@ -49,11 +47,11 @@ RULES = {
     "evening": """it was {adj~} and {tone~} | it was {quite} {adj~} and lasted {two hours}
         | found it {quite} {adj~} | {loved~} {the ending} most of all | came home {happy~} and {proud~}
         | we all {laughed~} at {the ending} | thought it was a {tone~} {triumph~}
-        | {loved+} {the ending} but {loved-} {the songs} | {loved~} {the ending} and {loved~} {the songs}""",
+        | {loved~} {the ending} and {loved~} {the songs}""",
     "film": """is {adj~} and {tone~} | is {quite} {adj~} and lasts {two hours} | is a {tone~} {triumph~}
         | made {someone} feel {happy~} | left me {happy~} and {proud~}
         | has a {adj~} plot and a {tone~} ending
-        | begins with {event} and ends with {event} | looks {adj-} but sounds {adj+}
+        | begins with {event} and ends with {event} | looks {adj~} and sounds {adj~}
         | takes {two hours} to reach {the moon}""",
     "row": """{laughed~} and dropped the {popcorn} | {laughed~} until the projector stopped
         | {laughed~}, and then I {laughed~} too | said that it was {adj~} and {tone~}
@@ -63,15 +61,15 @@ RULES = {
     "story": """It follows {hero} who {quest}. | The plot is {adj~}: {hero} {quest}.
         | The {adj~} story is about {hero} who {quest}. | Nobody explains why {hero} {quest}.
         | In the {adj~} first half, {hero} {quest}. | The first half is {adj~}, the second half {tone~}.
-        | The first half is {adj+}, but the second half is {adj-}.""",
+        | The middle is {adj~}, and the rest is {tone~}.""",
     "cast": """A {tone~} {goose} plays the {mayor}. | The {goose} plays the {mayor} {well~}.
         | The {goose} sings {well~}, and the {mayor} is {adj~}. | The {mayor} gives a {adj~} speech to a {goose}.
-        | The {goose} sleeps through the second act. | The {goose} acts {well+} but sings {well-}.
+        | The {goose} sleeps through the second act. | The {goose} acts {well~} and sings {well~}.
         | The jokes are {tone~}, and the {mayor} tells them {well~}. | The {mayor} is really a {goose}.""",
     "craft": """The music is {adj~}, {tone~} and played on {one trombone}. | The {hats} look {adj~}.
         | The songs are {adj~} and the {hats} are {tone~}. | The camera moves {well~} {in a swamp}.
         | Every scene was filmed {well~} {in a swamp}. | The {hats} came from {the moon}.
-        | The {hats} are {adj-}, but the songs are {adj+}.""",
+        | The dialogue is {adj~}, and the {hats} are {adj~}.""",
     "seats": """Next to me, {someone} {laughed~}. | Even {someone} {laughed~} at {the ending}.
         | The {popcorn} was {fresh~}. | We ate {fresh~} {popcorn} and {laughed~}.
         | Behind us, {someone} ate {fresh~} {popcorn}. | Upstairs, {someone} slept until {the second act}.""",
