@@ -22,7 +22,7 @@ from minidpo.files import atomic_write
 HERE = Path(__file__).resolve().parent
 FULL = HERE / "full"  # not in git
 ROWS = {
-    "sft_train": 20_000,
+    "sft_train": 70_000,
     "sft_test": 1_000,
     "pairs_train": 10_000,
     "pairs_test": 1_000,
