@@ -91,6 +91,7 @@ def parse_settings(cls, description, argv=None, sets=None):
             per_set = [f"{name}: {values[field.name]}" for name, values in sets.items() if field.name in values]
             text += f" (default {field.default!r}{'; ' if per_set else ''}{', '.join(per_set)})"
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        kind = {"action": "append"} if field.type is list else kind  # given several times: a list of texts
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), required=required, **kind)
     given = vars(parser.parse_args(argv))
 
