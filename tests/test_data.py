@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import write_jsonl
 
-from minidpo import data
+from minidpo import checkpoint, data
 from minidpo.cli import UserError
 from minidpo.data import Rows, encode_pairs, encode_sft, fit, preference_batch, read_jsonl, sft_batch
+from minidpo.model import GPT, GPTConfig
 from minidpo.tokenizer import Tokenizer
 
 ROOT = Path(data.__file__).parent.parent
@@ -369,3 +370,13 @@ def test_command_on_a_bad_file_says_where(tmp_path, monkeypatch, capsys):
     path = write_jsonl(tmp_path / "rows.jsonl", [pair("a", "b", "c"), {"prompt": "a"}])
     with pytest.raises(UserError, match="line 2: no field 'chosen'"):
         look(monkeypatch, capsys, path)
+
+
+def test_command_takes_tokenizer_and_context_of_a_run(tmp_path, monkeypatch, capsys):
+    """A run whose tokenizer knows no merge and whose context holds 12 tokens: one token a byte, and rows are cut."""
+    tokenizer = Tokenizer.train([], 257)
+    checkpoint.save(tmp_path / "run", GPT(GPTConfig(257, block_size=12, n_layer=1, n_head=1, n_embd=4)), tokenizer)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "The film", "completion": " sings and sings."}])
+    out = look(monkeypatch, capsys, path, "--run", tmp_path / "run")
+    assert "1 response cut" in out and "longest 11, of at most 12" in out
+    assert "completion  ∎·T·h·e· ·f·i·l·m·[ ][s][i]" in out

@@ -161,6 +161,28 @@ def test_padding_gets_no_gradient_and_spreads_no_nan():
     assert (gradient[0, [0, 2]] == 0).all()
 
 
+def test_both_sides_get_their_gradient():
+    """Against finite differences along a random direction of all weights; training changes both log-probabilities."""
+    model, batch, step = random_model(), preference_batch(random_rows(5)), 1e-6
+    weights = list(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    direction = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
+    gradients = [torch.autograd.grad(side.sum(), weights) for side in response_logps(model, batch)]
+    along = [sum((g * d).sum() for g, d in zip(gradient, direction, strict=True)) for gradient in gradients]
+
+    def moved(size):
+        with torch.no_grad():
+            for weight, d in zip(weights, direction, strict=True):
+                weight += size * d
+            sums = [side.sum() for side in response_logps(model, batch)]
+            for weight, d in zip(weights, direction, strict=True):
+                weight -= size * d
+        return sums
+
+    for slope, up, down in zip(along, moved(step), moved(-step), strict=True):
+        close(slope, (up - down) / (2 * step), 1e-5)
+
+
 # ---- dpo_loss ----
 
 

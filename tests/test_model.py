@@ -381,3 +381,54 @@ def test_trap19_a_compiled_or_wrapped_model_is_saved_under_plain_names(tmp_path)
         assert list(saved["model"]) == [name for name, _ in plain.named_parameters()]
         loaded, *_ = checkpoint.load(tmp_path / str(i))
         assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(plain)
+
+
+def test_trap19_a_wrappers_name_is_not_saved(tmp_path):
+    """As torch.compile and DistributedDataParallel name what they wrap; the real ones take seconds to import."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, name, inner):
+            super().__init__()
+            self.add_module(name, inner)
+            self.config = inner.config
+
+    plain, tokenizer = random_model(vocab_size=257), Tokenizer.train([], 257)
+    checkpoint.save(tmp_path, Wrapped("_orig_mod", Wrapped("module", plain)), tokenizer)
+    loaded, *_ = checkpoint.load(tmp_path)
+    assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(plain)
+
+
+def test_where_the_tokenizer_of_a_gpt2_folder_comes_from(tmp_path, monkeypatch):
+    """Its bpe.json if it has one, else vocab.json and merges.txt, else GPT-2's if the vocabulary is as large."""
+    need(transformers, "needs safetensors: pip install minidpo[hf]")
+    tokenizer = Tokenizer.train(["a film as fine as this film"] * 3, 265)
+    random_model(vocab_size=265).save_pretrained(tmp_path / "own", tokenizer)
+    (tmp_path / "own" / "bpe.json").unlink()
+    _, loaded, _ = checkpoint.load(tmp_path / "own")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    (tmp_path / "own" / "merges.txt").unlink()
+    with pytest.raises(UserError, match="no bpe.json and no vocab.json with merges.txt, and 265 tokens are not GPT-2"):
+        checkpoint.load(tmp_path / "own")
+
+    monkeypatch.setattr(Tokenizer, "gpt2", lambda: Tokenizer([bytes([i % 256]) * (1 + i // 256) for i in range(50256)]))
+    random_model(vocab_size=50257, n_layer=1, n_embd=8).save_pretrained(tmp_path / "gpt2s")
+    _, loaded, _ = checkpoint.load(tmp_path / "gpt2s")
+    assert loaded.vocab_size == 50257
+
+
+def test_a_hub_name_is_downloaded_without_the_files_we_do_not_read(tmp_path, monkeypatch):
+    """The hub's folder also holds the weights for two other frameworks, 500 MB each."""
+    need(transformers, "needs huggingface_hub: pip install minidpo[hf]")
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, set(allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    assert checkpoint.fingerprint(GPT.from_pretrained("gpt2-medium")) == checkpoint.fingerprint(model)
+    assert asked == [("gpt2-medium", {"config.json", "model.safetensors", "vocab.json", "merges.txt"})]

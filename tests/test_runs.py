@@ -833,3 +833,21 @@ def test_unwritable_folder_is_one_message(home, tmp_path, stage, monkeypatch, ca
     assert stop.value.code == 2 and message.count("error:") == 1
     assert str(tmp_path) in message and "Permission denied. Check the path, its permissions" in message
     assert (tmp_path / "file").read_text(encoding="utf-8") == "not a folder"
+
+
+def test_a_write_that_fails_for_another_reason_says_which_and_leaves_the_file(tmp_path):
+    """`atomic` names the file in an OSError; any other error passes as it is."""
+    minidpo.files.atomic_write(tmp_path / "file", "before")
+    with pytest.raises(RuntimeError, match="^mine$"), minidpo.files.atomic(tmp_path / "file") as file:
+        file.write(b"half")
+        raise RuntimeError("mine")
+    assert contents(tmp_path) == {"file": b"before"}
+
+
+def test_gpt2s_tokenizer_for_a_model_from_scratch(home, tmp_path, monkeypatch):
+    """`--tokenizer gpt2`: a model of another shape that reads and writes GPT-2's tokens."""
+    tokenizer = Tokenizer.train(["The film sings."] * 3, 262)
+    monkeypatch.setattr(Tokenizer, "gpt2", lambda: tokenizer)  # GPT-2's 50,257 would make a model of 1.6 M weights
+    sft(home, tmp_path / "sft", "--tokenizer", "gpt2", "--max-steps", 1)
+    model, its_tokenizer, _ = checkpoint.load(tmp_path / "sft")
+    assert its_tokenizer.fingerprint == tokenizer.fingerprint and model.config.vocab_size == 262

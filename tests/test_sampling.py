@@ -1,5 +1,6 @@
 """Batched, cached, ragged sampling against one prompt at a time without a cache, and against exact probabilities."""
 
+import io
 import itertools
 import sys
 
@@ -255,3 +256,16 @@ def test_command_completes_side_by_side(run_folder, monkeypatch, capsys):
 def test_command_on_a_prompt_longer_than_the_context(run_folder, capsys):
     message = fails(capsys, sampling.main, "--run", run_folder / "a", "--prompt", "a" * 24)
     assert "prompt 0 has 25 tokens; the model's context holds 1 to 24. Shorten it" in message
+
+
+def test_command_ends_where_the_input_does(run_folder, monkeypatch, capsys):
+    """Ctrl-D, or the end of a file of prompts: `... < prompts.txt`."""
+    monkeypatch.setattr(sys, "argv", ["minidpo.sampling", "--run", str(run_folder / "a"), "--max-new-tokens", "2"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The film\nHer cast\n"))
+    sampling.main()
+    assert capsys.readouterr().out.count("prompt: ") == 2
+
+
+def test_an_unknown_device_comes_with_the_valid_ones(run_folder, capsys):
+    message = fails(capsys, sampling.main, "--run", run_folder / "a", "--prompt", "a", "--device", "cudaa")
+    assert "unknown device 'cudaa'. Did you mean 'cuda'" in message and "Valid: auto, cpu, cuda, mps" in message
