@@ -5,8 +5,9 @@ PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 RUN := runs/toy
+SEED ?= 0
 
-.PHONY: demo test lint clean
+.PHONY: demo test coverage lint clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,15 +16,21 @@ RUN := runs/toy
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/python train_sft.py --data toy --out $(RUN)/sft --overwrite
-	$(BIN)/python train_dpo.py --data toy --init $(RUN)/sft --out $(RUN)/dpo --overwrite
-	$(BIN)/python -m experiments.evaluate --policy $(RUN)/dpo --reference $(RUN)/sft --data toy --reward toy --samples-per-prompt 4 --max-new-tokens 96 --json $(RUN)/evaluation.json
+	$(BIN)/python train_sft.py --data toy --out $(RUN)/sft --overwrite --seed $(SEED)
+	$(BIN)/python train_dpo.py --data toy --init $(RUN)/sft --out $(RUN)/dpo --overwrite --seed $(SEED)
+	$(BIN)/python -m experiments.evaluate --policy $(RUN)/dpo --reference $(RUN)/sft --data toy --reward toy --samples-per-prompt 4 --max-new-tokens 96 --seed $(SEED) --json $(RUN)/evaluation.json
 	@echo "curves: $(RUN)/dpo/curves.png   report: $(RUN)/dpo/report.md"
 
 test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+coverage: .venv/.installed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: .venv/.installed
 	$(BIN)/ruff check --fix .
