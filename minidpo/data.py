@@ -7,7 +7,9 @@ crosses the border; the first eot starts the document and is never scored, the l
 """
 
 import argparse
+import gzip
 import json
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -57,39 +59,60 @@ def new_file(path, overwrite):
     return Path(path)
 
 
-def read_jsonl(path, fields):
-    """One JSON object a line -> list of dicts with the given string fields. Blank lines are passed over.
+def json_lines(path, fields):
+    """One JSON object a line, of a plain or a gzip file (*.gz) -> pairs (where, object), `where` for error messages.
 
-    Raises UserError, with file and line number, for a line that is not UTF-8, not a JSON object, lacks a field, or
-    holds something in it that is not a text.
+    Blank lines are passed over. Raises UserError, with file and line number, for a line that is not UTF-8, not a JSON
+    object, or lacks one of `fields`, and for gzip data that is damaged or cut.
+    """
+    where = path
+    try:
+        # as bytes: only "\n" ends a line, whatever else the text holds
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
+                except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, a number of 5,000 digits
+                    raise UserError(f"{where}: not JSON ({error}). One object a line is expected.") from error
+                if not isinstance(record, dict):
+                    kind = type(record).__name__
+                    raise UserError(f"{where}: a {kind} where an object with {', '.join(fields)} belongs.")
+                for field in fields:
+                    if field not in record:
+                        raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
+                yield where, record
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{where}: damaged gzip data there or after ({error}). Fetch the file again.") from error
+
+
+def check_text(record, field, where):
+    """UserError unless record[field] is a text that can be written as UTF-8."""
+    if not isinstance(record[field], str):
+        raise UserError(f"{where}: {field!r} is a {type(record[field]).__name__}; it must be a string.")
+    try:
+        record[field].encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {field!r} holds half a character (a lone surrogate): {error}") from error
+
+
+def read_jsonl(path, fields):
+    """One JSON object a line -> list of dicts with the given string fields.
+
+    Raises UserError as `json_lines` does, and for a field that holds something else than a text.
     """
     records = []
-    with open(path, "rb") as file:  # as bytes: only "\n" ends a line, whatever else the text holds
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-            except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, or a number of 5,000 digits
-                raise UserError(f"{where}: not JSON ({error}). One object a line is expected.") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: a {type(record).__name__} where an object with {', '.join(fields)} belongs.")
-            for field in fields:
-                if field not in record:
-                    raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
-                if not isinstance(record[field], str):
-                    raise UserError(f"{where}: {field!r} is a {type(record[field]).__name__}; it must be a string.")
-                try:
-                    record[field].encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise UserError(f"{where}: {field!r} holds half a character (a lone surrogate): {error}") from error
-            for field, value in record.items():
-                if field.endswith("_ended") and not isinstance(value, bool):
-                    raise UserError(f"{where}: {field!r} is {value!r}; it must be true or false.")
-            records.append(record)
+    for where, record in json_lines(path, fields):
+        for field in fields:
+            check_text(record, field, where)
+        for field, value in record.items():
+            if field.endswith("_ended") and not isinstance(value, bool):
+                raise UserError(f"{where}: {field!r} is {value!r}; it must be true or false.")
+        records.append(record)
     if not records:
         raise UserError(f"{path} is empty. One JSON object a line with {', '.join(fields)} is expected.")
     return records

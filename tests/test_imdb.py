@@ -1,16 +1,11 @@
-"""The IMDb files: who gets which review, texts and prompts by hand, damaged archives, and how a download can fail."""
+"""The IMDb files: who gets which review, texts and prompts by hand, damaged archives."""
 
-import contextlib
-import functools
 import gzip
-import hashlib
-import http.server
 import io
 import json
 import os
 import random
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -166,84 +161,6 @@ def test_missing_or_damaged_archive_says_so_and_touches_nothing(tmp_path):
         with pytest.raises(UserError, match=name):
             prepared(tmp_path / name, tmp_path / "out")
         assert snapshot(tmp_path / "out") == before, name
-
-
-# ---- download ----
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`, honours Range, and with `break_after` sends only that many bytes of what it promised."""
-
-    content, break_after, ranges, requests = b"", None, True, None
-
-    def do_GET(self):
-        start = 0
-        self.requests.append(self.headers.get("Range"))
-        if self.ranges and "Range" in self.headers:
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        body = self.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: self.break_after])
-
-    def log_message(self, *_):
-        pass
-
-
-@contextlib.contextmanager
-def serving(content, **settings):
-    handler = type("Handler", (Server,), {"content": content, "requests": [], **settings})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/a.tar.gz", handler
-        server.shutdown()
-
-
-@pytest.fixture
-def content():
-    return random.Random(0).randbytes(300_000)
-
-
-@pytest.fixture
-def download(tmp_path, content, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    return functools.partial(prepare.download, tmp_path, size=len(content), md5=hashlib.md5(content).hexdigest())
-
-
-def test_download_once(tmp_path, content, download):
-    with serving(content) as (url, server):
-        assert download(url=url) == tmp_path / "a.tar.gz"
-        assert (tmp_path / "a.tar.gz").read_bytes() == content
-        download(url=url)
-        assert server.requests == [None], "an archive that is there and right is not fetched again"
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_broken_download_is_continued(tmp_path, content, download, ranges):
-    with serving(content, break_after=100_000, ranges=ranges) as (url, server):
-        with pytest.raises(UserError, match="100,000 of 300,000 bytes.*again to continue"):
-            download(url=url)
-        assert not (tmp_path / "a.tar.gz").exists()
-        server.break_after = None
-        download(url=url)
-    assert server.requests == [None, "bytes=100000-"]
-    assert (tmp_path / "a.tar.gz").read_bytes() == content
-    assert os.listdir(tmp_path) == ["a.tar.gz"]
-
-
-def test_wrong_md5_is_deleted_and_said(tmp_path, content, download):
-    with serving(b"x" + content[1:]) as (url, _):
-        with pytest.raises(UserError, match="MD5"):
-            download(url=url)
-    assert os.listdir(tmp_path) == []
-
-
-def test_no_server(download):
-    with serving(b"") as (url, _):
-        pass
-    with pytest.raises(UserError, match="--archive FILE"):
-        download(url=url)
 
 
 # ---- the real thing ----

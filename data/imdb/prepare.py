@@ -20,23 +20,21 @@ completion. Everything follows from a hash of the review's name: same archive, s
 import dataclasses
 import gzip
 import hashlib
-import http.client
 import json
 import re
 import tarfile
-import urllib.error
-import urllib.request
 import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
+from data.download import download
 from minidpo.cli import UserError, knob, parse_settings, run
 from minidpo.files import atomic_write
 
 FOLDER = Path(__file__).parent
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-SIZE, MD5 = 84_125_825, "7c2ac02c03563afcf9b574c7e56c153a"
+DIGEST = "md5:7c2ac02c03563afcf9b574c7e56c153a"
 MEMBER = re.compile(r"(?:.*/)?((train|test)/(pos|neg)/\d+_(\d+))\.txt")  # not unsup/, not the vocabulary
 HELD_OUT_ONE_IN = 25
 SEED = "minidpo imdb 1"  # another string gives another split, order and set of prompts
@@ -49,58 +47,7 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. The archive: fetched once, checked, read in place
-
-
-def download(folder, url=URL, size=SIZE, md5=MD5):
-    """Fetches the archive into `folder` and returns its path. A transfer that broke is continued by the next call.
-
-    The bytes collect in a `.part` file, which gets its name when size and MD5 are right. UserError otherwise.
-    """
-    target = Path(folder) / url.rsplit("/", 1)[-1]
-    if target.exists() and _md5(target) == md5:
-        return target
-    part = target.with_name(target.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    if part.stat().st_size < size:
-        try:
-            _fetch(url, part, size)
-            why = "the connection closed early"
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            why = error
-        if part.stat().st_size < size:
-            raise UserError(
-                f"{url}: {why}. {part.stat().st_size:,} of {size:,} bytes are here. Run the same command again to "
-                "continue, or fetch the archive elsewhere and pass --archive FILE."
-            )
-    if part.stat().st_size != size or _md5(part) != md5:
-        found = f"{part.stat().st_size:,} bytes, MD5 {_md5(part)}"
-        part.unlink()
-        raise UserError(
-            f"{url}: got {found} instead of {size:,} bytes, MD5 {md5}; the file was deleted. "
-            "Run the same command again, or fetch the archive elsewhere and pass --archive FILE."
-        )
-    part.replace(target)
-    return target
-
-
-def _fetch(url, part, size):
-    """Appends to the file `part` what is missing; starts over if the server cannot continue in the middle."""
-    have = part.stat().st_size
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        if response.status != 206:  # 206 Partial Content: the server does continue
-            have = 0
-        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem)
-        with open(part, "ab" if have else "wb") as file, bar:
-            while block := response.read(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-
-
-def _md5(path):
-    return hashlib.md5(path.read_bytes()).hexdigest()
+# 1. The archive, read in place
 
 
 def clean(text):
@@ -177,7 +124,7 @@ def cut_prompt(review):
 
 def main(argv=None):
     settings = parse_settings(Settings, __doc__, argv)
-    archive = settings.archive or download(FOLDER)
+    archive = settings.archive or download(URL, FOLDER / "aclImdb_v1.tar.gz", DIGEST, "pass --archive FILE")
     reviews = read_archive(archive)
     splits, left_out = split(reviews)
     print(f"{archive}: {len(reviews):,} reviews read, {left_out} of them left out (duplicates, or under 3 words)")
