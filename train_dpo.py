@@ -6,7 +6,7 @@ DPO (Rafailov et al. 2023, arXiv 2305.18290; numbers in brackets are the paper's
 preferences "for prompt x, people chose y_w over y_l" without a reward model and without sampling. Step by step:
 
 WHAT WE WANT. A policy pi whose responses earn a high reward r(x, y), but that stays near the reference pi_ref, the
-model we start from; beta > 0 is the price of one nat of distance:
+model we start from; beta > 0 is the price of one nat of distance, x comes from the data, y from pi(.|x):
 
     max_pi  E[ r(x, y) ]  -  beta KL( pi(y|x) || pi_ref(y|x) )                                                  (3)
 
@@ -22,7 +22,8 @@ depend on pi, and a KL is smallest, 0, where its two sides are equal. So
 
 WHY NOT STOP HERE. Z(x) is a sum over every possible response: pi* can be written down, but not computed.
 
-TURN IT AROUND. Take the logarithm of (4) and solve for the reward under which a given pi would be optimal:
+TURN IT AROUND. Take the logarithm of (4) and solve for the reward. Read backwards, it says of any pi for which reward
+it is the optimum:
 
     r(x, y)  =  beta log( pi(y|x) / pi_ref(y|x) )  +  beta log Z(x)                                             (5)
 
@@ -52,13 +53,13 @@ WHERE DID THE KL TERM GO? (3) pays beta for every nat of distance, and (7) has n
 inside the logarithms: (4) already took the best trade of reward against distance, and (5) reads off the reward for
 which pi *is* that trade. The leash is the scale of the margin: to move it by 1, the log-ratios must move by 1/beta
 nats, and once the margin is as large as the choices warrant, the pull ends. Larger beta = stays closer to the
-reference. Two things the leash does not do. It holds on the pairs in the data: nothing is sampled, so nobody looks
-elsewhere. And if the labels are never wrong, no margin is ever large enough: then epochs and learning rate hold the
-leash, not beta.
+reference. Two things the leash does not do. It holds on the pairs in the data: nothing is sampled, so away from them
+nothing keeps pi near the reference. And if the labels are never wrong, no margin is ever large enough: then epochs and
+learning rate hold the leash, not beta.
 
 WHY DOES THE CHOSEN REWARD FALL? (7) sees the margin alone, which also grows when both log-probabilities fall, the
 rejected one faster. Chosen and rejected share words, so pushing one down drags the other along, and what both lose goes
-to responses in neither column. A falling rewards/chosen with growing rewards/margins is the loss at work, not a bug.
+to responses that are in no pair. A falling rewards/chosen with growing rewards/margins is the loss at work, not a bug.
 SFT on the chosen responses first, a larger beta and fewer epochs all make it fall less.
 """
 
@@ -139,7 +140,7 @@ def dpo_loss(
 SETS = {
     "paper": {},
     "paper-tldr": dict(beta=0.5),
-    # the toy's labels are noisy, drawn with beta 1 in mind: at the paper's 0.1 the toy leaves its language behind
+    # the toy's rewards differ by several units, and exp(r / beta) goes with them: at 0.1 the toy leaves its language
     "toy": dict(beta=0.7, optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True),
     "imdb": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
 }
@@ -216,7 +217,7 @@ def reference_logps(model, rows, settings):
 
 
 def train_step(policy, optimizer, rows, reference, indices, settings):
-    """One optimiser step on the pairs `indices`; returns the metrics before it, by name."""
+    """One optimiser step on the pairs `indices`; returns the metrics before it, by name. reference: (N, 2)."""
     size = settings.micro_batch_size or len(indices)
     sums = 0.0
     for i in range(0, len(indices), size):
@@ -284,7 +285,7 @@ def check_start(policy, rows, reference, indices, settings):
 
 def main():
     # -- what was asked for
-    settings = parse_settings(Settings, __doc__.split("\n\n")[0], sets=SETS)
+    settings = parse_settings(Settings, "Stage 2: trains a policy on preferences, by DPO.", sets=SETS)
     folder = Run(settings)
     settings.device = pick_device(settings.device)
 

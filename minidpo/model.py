@@ -129,9 +129,9 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=std, generator=generator)
 
     def hidden(self, ids, cache=None):
-        """ids (B, T) -> (B, T, C), the stream after the final LayerNorm. With `cache` (see sampling.py) the tokens
+        """ids (B, T) -> (B, T, C), the stream after the final LayerNorm.
 
-        continue the rows that the cache holds.
+        With `cache` (see sampling.py) the tokens continue the rows that the cache holds.
         """
         T = ids.shape[1]
         if cache is None:
@@ -175,11 +175,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """A GPT from a folder in Hugging Face's GPT-2 layout (config.json, model.safetensors), or by a hub name such
+        """A GPT from a folder in Hugging Face's GPT-2 layout (config.json, model.safetensors), or from the hub.
 
-        as "gpt2-large", which is downloaded. Needs the extra `hf`. Tensors are copied one at a time. Raises UserError
-        for a config.json value that changes the forward pass in a way we do not have, and for a tensor that is
-        missing, left over or of another shape.
+        A hub name such as "gpt2-large" is downloaded. Needs the extra `hf`. Tensors are copied one at a time. Raises
+        UserError for a config.json value that changes the forward pass in a way we do not have, and for a tensor that
+        is missing, left over or of another shape.
         """
         from safetensors import SafetensorError, safe_open
 

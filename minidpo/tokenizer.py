@@ -209,7 +209,7 @@ def _merges(tokens, file):
     for i, token in enumerate(tokens[256:], start=256):
         parts = [token[k : k + 1] for k in range(len(token))]
         while len(parts) > 2:
-            joins = [a + b for a, b in pairwise(parts)]  # one that is no token comes last and ends as no token below
+            joins = [a + b for a, b in pairwise(parts)]  # one that is no token ranks last, and is refused below
             k = min(range(len(joins)), key=lambda k: ranks.get(joins[k], len(tokens)))
             parts[k : k + 2] = [joins[k]]
         if len(parts) < 2 or any(ranks.get(part, i) >= i for part in parts):
