@@ -162,6 +162,8 @@ def main():
     steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
     total = math.ceil(settings.epochs * steps_per_epoch)
     last_step = min(total, settings.max_steps or total)
+    if total <= settings.warmup_steps:
+        print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {settings.warmup_steps}, or --batch-size.")
     if first_step >= last_step and (folder.path / "report.md").exists():
         raise UserError(f"{settings.out} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
     order = data.batches(rows, settings.batch_size, settings.seed, first_step // steps_per_epoch)

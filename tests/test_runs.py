@@ -750,6 +750,17 @@ def test_a_margin_that_never_leaves_the_start_is_said(home, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+def test_a_run_that_is_all_warm_up_is_said(home, tmp_path, capsys):
+    for stage in (sft, dpo):
+        stage(home, tmp_path / stage.__name__, "--epochs", 1, "--warmup-steps", 0)
+        assert "warm-up" not in capsys.readouterr().out
+        steps = len(read_metrics(tmp_path / stage.__name__))
+        for warmup, said in ((steps - 1, False), (steps, True)):
+            stage(home, tmp_path / stage.__name__, "--epochs", 1, "--warmup-steps", warmup, "--overwrite")
+            warning = f"warning: all {steps} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size."
+            assert (warning in capsys.readouterr().out) == said
+
+
 class FullDisk:
     """A file on a disk with room for so many bytes more."""
 
