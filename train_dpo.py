@@ -59,8 +59,8 @@ learning rate hold the leash, not beta.
 
 WHY DOES THE CHOSEN REWARD FALL? (7) sees the margin alone, which also grows when both log-probabilities fall, the
 rejected one faster. Chosen and rejected share words, so pushing one down drags the other along, and what both lose goes
-to responses that are in no pair. A falling rewards/chosen with growing rewards/margins is the loss at work, not a bug.
-SFT on the chosen responses first, a larger beta and fewer epochs all make it fall less.
+to responses that are in no pair. A falling rewards/chosen with growing rewards/margins is the loss at work, not a bug:
+for a small beta the mean rewards/chosen of the optimum (4) itself is below 0 (counted in docs/displacement.md).
 """
 
 import dataclasses
