@@ -264,10 +264,8 @@ def by_length(seed, settings):
     fresh model, in which the first word says nothing about the length, without the empty response.
     Trained: DPO on `length_pairs` from a model after SFT on both columns, so that it can write every length.
     """
-    beta, scaled = (
-        settings.length_beta,
-        settings.length_beta * 3.5,
-    )  # the pairs have 2, 3, 4 or 5 tokens: 3.5 on average
+    beta = settings.length_beta
+    scaled = 3.5 * beta  # the pairs' responses have 2, 3, 4 or 5 tokens: 3.5 on average
     rows = []
 
     def add(kind, name, logps, reference, lengths, good):
