@@ -71,7 +71,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minidpo import checkpoint, data
+from minidpo import checkpoint, data, fast, memory, parallel
 from minidpo.cli import CatchInterrupt, UserError, knob, parse_settings, run
 from minidpo.device import DEVICES, DTYPES, autocast, pick_device, pick_dtype
 from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer
@@ -138,7 +138,10 @@ def dpo_loss(
 # ---- 2. Settings. The defaults are the paper's (section B); each dataset has a set of its own, flags override ----
 
 SETS = {
+    # "Unless noted otherwise, we use a beta = 0.1, batch size of 64 and the RMSprop optimizer with a learning rate of
+    # 1e-6 by default. We linearly warmup the learning rate from 0 to 1e-6 over 150 steps." (section B)
     "paper": {},
+    # "For TL;DR summarization, we use beta = 0.5, while rest of the parameters remain the same." (section B)
     "paper-tldr": dict(beta=0.5),
     # the toy's rewards differ by several units, and exp(r / beta) goes with them: at 0.1 the toy leaves its language
     "toy": dict(beta=0.7, optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True),
@@ -158,7 +161,7 @@ class Settings:
     loss_type: str = knob("sigmoid", "sigmoid (DPO) or ipo", choices=("sigmoid", "ipo"))
     label_smoothing: float = knob(0.0, "probability that a label is flipped (conservative DPO)")
     reference_free: bool = knob(False, "count the reference's log-probabilities as 0")
-    optimizer: str = knob("rmsprop", "rmsprop (the paper's) or adamw", choices=OPTIMIZERS)
+    optimizer: str = knob("rmsprop", "rmsprop (the paper's), adamw, or sgd with momentum", choices=OPTIMIZERS)
     lr: float = knob(1e-6, "learning rate after the warm-up")
     warmup_steps: int = knob(150, "optimiser steps over which the learning rate rises")
     decay: bool = knob(False, "let the learning rate fall linearly to 0 after the warm-up")
@@ -166,6 +169,9 @@ class Settings:
     epochs: float = knob(1.0, "passes over the pairs; 0.5 is half a pass")
     batch_size: int = knob(64, "pairs per optimiser step", least=1)
     micro_batch_size: int = knob(0, "pairs per forward pass, to save memory; 0: all of the step")
+    micro_tokens: int = knob(0, "input tokens per forward pass, padding counted, to save memory; 0: no limit")
+    recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
+    compile: bool = knob(False, "torch.compile the blocks: faster on a GPU, after a minute of compiling")
     max_length: int = knob(0, "longest row in tokens; 0: the model's context")
     dropout: float = knob(0.0, "stays 0: policy and reference must agree on the same row")
     max_steps: int = knob(0, "stop after this many optimiser steps, on the way of --epochs; 0: go all the way")
@@ -177,6 +183,7 @@ class Settings:
     seed: int = knob(0, "of the order of the pairs and of the sampling")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
     dtype: str = knob("auto", "precision of the matrix products", choices=DTYPES)
+    fast: bool = knob(False, "the same numbers in less time and memory: minidpo/fast.py in place of response_logps")
     resume: bool = knob(False, "go on with the run in --out, with its settings")
     overwrite: bool = knob(False, "replace the run in --out")
 
@@ -195,6 +202,10 @@ class Settings:
         """The keywords of `dpo_loss`."""
         return {name: getattr(self, name) for name in ("beta", "label_smoothing", "loss_type", "reference_free")}
 
+    def cut(self, batches, rows):
+        """The batches in micro-batches."""
+        return data.micro_batches(batches, rows, self.micro_batch_size, self.micro_tokens)
+
 
 # ---- 3. The pieces of the loop ----
 
@@ -202,26 +213,26 @@ class Settings:
 def logps_of(model, rows, indices, settings):
     """`response_logps` of the pairs `indices` of `rows`, on the device and in the precision that were asked for."""
     batch = data.preference_batch([rows[i] for i in indices], settings.device)
+    function = fast.response_logps if settings.fast else response_logps
     with autocast(settings.device, settings.dtype):
-        return response_logps(model, batch)
+        return parallel.call(function, model, batch)
 
 
 @torch.no_grad()
 def reference_logps(model, rows, settings):
     """log pi_ref of all pairs -> (N, 2), chosen and rejected, on the CPU. Once: the reference never changes."""
-    logps = torch.empty(len(rows), 2, dtype=model.wte.weight.dtype)
-    order = data.batches(rows, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0)
-    for indices in tqdm(order, desc="reference", unit="batch"):
+    logps = torch.zeros(len(rows), 2, dtype=model.wte.weight.dtype)
+    order = data.batches(rows, settings.batch_size, seed=0, epoch=0)
+    for indices in tqdm(parallel.mine(settings.cut(order, rows)), desc="reference", unit="batch"):
         logps[indices] = torch.stack(logps_of(model, rows, indices, settings), dim=-1).cpu()
-    return logps
+    return parallel.total(logps)
 
 
 def train_step(policy, optimizer, rows, reference, indices, settings):
     """One optimiser step on the pairs `indices`; returns the metrics before it, by name. reference: (N, 2)."""
-    size = settings.micro_batch_size or len(indices)
-    sums = 0.0
-    for i in range(0, len(indices), size):
-        micro = indices[i : i + size]
+    mine = parallel.mine(indices)  # all of them, unless several processes share the step
+    sums = torch.zeros(6, device=settings.device)
+    for micro in parallel.exchange_once(policy, settings.cut([mine], rows)):
         logps = logps_of(policy, rows, micro, settings)
         losses, *rewards = dpo_loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)
         (losses.sum() / len(indices)).backward()  # the mean over the step's pairs, however they are cut
@@ -238,8 +249,9 @@ def train_step(policy, optimizer, rows, reference, indices, settings):
 @torch.no_grad()
 def evaluate(policy, rows, reference, settings):
     """The metrics on all of `rows`, by name."""
-    sums = 0.0
-    for indices in data.batches(rows, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0):
+    sums = torch.zeros(6, device=settings.device)
+    order = data.batches(rows, settings.batch_size, seed=0, epoch=0)
+    for indices in parallel.mine(settings.cut(order, rows)):
         logps = logps_of(policy, rows, indices, settings)
         sums = sums + summed(*dpo_loss(*logps, *reference[indices].to(settings.device).T, **settings.variant), *logps)
     return {"eval/" + name: value for name, value in means(sums, len(rows)).items()}
@@ -253,8 +265,8 @@ def summed(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logp
 
 
 def means(sums, n):
-    """The sums (6,) over n pairs -> means, by name."""
-    loss, chosen_reward, rejected_reward, wins, chosen, rejected = (sums / n).tolist()
+    """The sums (6,) over n pairs, shared out over the processes if there are several -> means, by name."""
+    loss, chosen_reward, rejected_reward, wins, chosen, rejected = (parallel.total(sums) / n).tolist()
     return {
         "loss": loss,
         "rewards/chosen": chosen_reward,
@@ -283,6 +295,7 @@ def check_start(policy, rows, reference, indices, settings):
     print(f"before the first update: log-ratios within {ratio.max():.1g} nats, loss {losses.mean():.6f} ({expected})")
 
 
+@parallel.joined()
 def main():
     # -- what was asked for
     settings = parse_settings(Settings, "Stage 2: trains a policy on preferences, by DPO.", sets=SETS)
@@ -292,10 +305,12 @@ def main():
     # -- the policy starts as the SFT model
     policy, tokenizer, state = checkpoint.load(settings.out if settings.resume else settings.init)
     policy.to(settings.device).set_dropout(0.0)
+    policy.prepare(settings.compile, settings.recompute)
     settings.dtype = pick_dtype(settings.dtype, settings.device, policy.config.n_embd)
     max_length = min(settings.max_length or policy.config.block_size, policy.config.block_size)
     rows, held_out = data.load_split("pairs", settings.data, settings.eval_data, tokenizer, max_length)
     data_fingerprint = checkpoint.fingerprint(rows, held_out)
+    memory.check(policy, rows, settings)
 
     # -- the reference is the same model: of it only numbers are kept, and a sample of its completions
     if settings.resume:
@@ -303,7 +318,8 @@ def main():
             raise UserError(f"{settings.out} was started with other pairs. Restore them, or start a new run.")
         first_step, reference, before = state["step"], state["reference"], state["before"]
     else:
-        rounding = (settings.device, settings.dtype, settings.micro_batch_size or settings.batch_size)
+        sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
+        rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes)
         name = checkpoint.fingerprint(policy, data_fingerprint, rounding)
         cache = folder.path.parent / "reference_logps" / f"{name}.pt"  # shared by the runs side by side there
         reference = checkpoint.cached(
@@ -317,6 +333,7 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
     else:
         before = complete(policy, tokenizer, prompts, settings.sample_tokens, settings.seed)
+    del state  # the size of two models if it holds AdamW's; what is needed of it, others hold
 
     # -- the loop: the order of the pairs follows from seed and epoch, so a resumed run finds its place by counting
     steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
@@ -336,9 +353,10 @@ def main():
     def save(step):
         both = torch.cat((reference, held_out_reference))
         state = dict(step=step, optimizer=optimizer.state_dict(), data=data_fingerprint, before=before, reference=both)
-        checkpoint.save(settings.out, policy, tokenizer, state)
+        folder.save(policy, tokenizer, state)
 
     policy.train()
+    trained = parallel.wrap(policy)
     with CatchInterrupt() as interrupt, tqdm(total=last_step, initial=first_step, desc="dpo", unit="step") as bar:
         for step in range(first_step, last_step):
             started = time.perf_counter()
@@ -348,7 +366,7 @@ def main():
             lr = learning_rate(step, total, settings.lr, settings.warmup_steps, settings.decay)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            metrics = train_step(policy, optimizer, rows, reference, indices, settings)
+            metrics = train_step(trained, optimizer, rows, reference, indices, settings)
 
             seconds = time.perf_counter() - started
             tokens = sum(2 * len(p) + len(w) + len(l) - 2 for p, w, l in (rows[i] for i in indices))
@@ -361,9 +379,10 @@ def main():
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['rewards/accuracies']:.2f}")
             if done == 2 * settings.warmup_steps + 50 and abs(metrics["rewards/margins"]) < 1e-3:
                 tqdm.write(f"warning: after {done} steps the margin is still at 0. Is the learning rate too small?")
-            if done == last_step or done % settings.save_every == 0 or interrupt.requested:
+            stop = parallel.anywhere(interrupt.requested)
+            if done == last_step or done % settings.save_every == 0 or stop:
                 save(done)
-            if interrupt.requested and done < last_step:
+            if stop and done < last_step:
                 raise UserError(f"stopped after step {done} and saved. Go on with the same command and --resume.")
 
     # -- what came of it

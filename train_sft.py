@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minidpo import checkpoint, data
+from minidpo import checkpoint, data, parallel
 from minidpo.cli import CatchInterrupt, UserError, knob, parse_settings, run
 from minidpo.device import DEVICES, DTYPES, autocast, pick_device, pick_dtype
 from minidpo.model import GPT, PRESETS, GPTConfig
@@ -107,12 +107,14 @@ def train_step(model, optimizer, rows, indices, settings):
     """One optimiser step on the rows `indices`; returns the loss before it, in nats a response token."""
     n = sum(len(rows[i][1]) for i in indices)  # response tokens: each counts the same, however the step is cut
     size = settings.micro_batch_size or len(indices)
+    mine = parallel.mine(indices)  # all of them, unless several processes share the step
     total = 0.0
-    for i in range(0, len(indices), size):
-        batch = data.sft_batch([rows[j] for j in indices[i : i + size]], settings.device)
-        loss, _ = response_loss(model, batch, settings)
+    for micro in parallel.exchange_once(model, [mine[i : i + size] for i in range(0, len(mine), size)]):
+        batch = data.sft_batch([rows[i] for i in micro], settings.device)
+        loss, _ = parallel.call(response_loss, model, batch, settings)
         (loss / n).backward()
         total += loss.item() / n
+    total = parallel.total(total)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip).item()
     if not (math.isfinite(total) and math.isfinite(grad_norm)):
         raise UserError(
@@ -128,13 +130,14 @@ def evaluate(model, rows, settings):
     """Mean loss over the response tokens of all `rows`, dropout off."""
     model.eval()
     loss, tokens = 0.0, 0
-    for indices in data.batches(rows, settings.batch_size, seed=0, epoch=0):
+    for indices in parallel.mine(data.batches(rows, settings.batch_size, seed=0, epoch=0)):
         batch_loss, n = response_loss(model, data.sft_batch([rows[i] for i in indices], settings.device), settings)
         loss, tokens = loss + batch_loss.item(), tokens + n
     model.train()
-    return {"eval/loss": loss / tokens}
+    return {"eval/loss": parallel.total(loss) / parallel.total(tokens)}
 
 
+@parallel.joined()
 def main():
     # -- what was asked for
     settings = parse_settings(Settings, __doc__.split("\n\n")[0], sets=SETS)
@@ -150,13 +153,11 @@ def main():
     data_fingerprint = checkpoint.fingerprint(rows)
     optimizer = make_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay)
     first_step = 0
-    torch.manual_seed(settings.seed)  # dropout's
     if settings.resume:
         if state.get("data") != data_fingerprint:
             raise UserError(f"{settings.out} was started with other rows. Restore them, or start a new run.")
         first_step = state["step"]
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
 
     # -- the loop: the order of the rows follows from seed and epoch, so a resumed run finds its place by counting
     steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
@@ -170,6 +171,7 @@ def main():
     folder.begin(first_step, tokenizer)
 
     model.train()
+    trained = parallel.wrap(model)
     with CatchInterrupt() as interrupt, tqdm(total=last_step, initial=first_step, desc="sft", unit="step") as bar:
         for step in range(first_step, last_step):
             started = time.perf_counter()
@@ -179,7 +181,8 @@ def main():
             lr = learning_rate(step, total, settings.lr, settings.warmup_steps, decay=True)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            metrics = train_step(model, optimizer, rows, indices, settings)
+            parallel.seed(settings.seed, step)  # dropout's, so that a resumed run draws it again
+            metrics = train_step(trained, optimizer, rows, indices, settings)
 
             tokens = sum(len(prompt) + len(response) - 1 for prompt, response in (rows[i] for i in indices))
             metrics |= {"lr": lr, "tokens_per_second": tokens / (time.perf_counter() - started)}
@@ -189,12 +192,10 @@ def main():
             folder.log(done, metrics)
             bar.update()
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
-            if done == last_step or done % settings.save_every == 0 or interrupt.requested:
-                state = dict(
-                    step=done, optimizer=optimizer.state_dict(), data=data_fingerprint, rng=torch.get_rng_state()
-                )
-                checkpoint.save(settings.out, model, tokenizer, state)
-            if interrupt.requested and done < last_step:
+            stop = parallel.anywhere(interrupt.requested)
+            if done == last_step or done % settings.save_every == 0 or stop:
+                folder.save(model, tokenizer, dict(step=done, optimizer=optimizer.state_dict(), data=data_fingerprint))
+            if stop and done < last_step:
                 raise UserError(f"stopped after step {done} and saved. Go on with the same command and --resume.")
 
     # -- what came of it

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from minidpo import parallel
 from minidpo.cli import UserError, run, unknown
 
 FOLDERS = {"toy": "toy_sentiment", "imdb": "imdb", "hh": "hh", "tldr": "tldr"}
@@ -41,7 +42,8 @@ def find(data, file):
     if data == "toy":
         from data.toy_sentiment.generate import ensure
 
-        folder = ensure()
+        with parallel.first_before_others():
+            folder = ensure()
     path = folder / f"{file}.jsonl"
     if not path.exists():
         if file == "pairs_train" and data == "imdb":
@@ -273,6 +275,28 @@ def batches(rows, batch_size, seed, epoch, pool=32):
 
 
 # ---- 4. a look ----
+
+
+def micro_batches(batches, rows, size, tokens):
+    """The batches (lists of indices of the pairs `rows`) cut to what fits into memory at once, in the same order.
+
+    At most `size` pairs each, and at most `tokens` input positions, the padding of both sides counted; 0: no limit. A
+    pair that is longer by itself stands alone. Whatever the cuts, a step sums over its pairs, so they change no result.
+    """
+    cut = []
+    for batch in batches:
+        micro, longest = [], (0, 0)
+        for index in batch:
+            prompt, chosen, rejected = rows[index]
+            lengths = len(prompt) + len(chosen) - 1, len(prompt) + len(rejected) - 1
+            longer = max(longest[0], lengths[0]), max(longest[1], lengths[1])
+            if micro and (len(micro) == size or tokens and (len(micro) + 1) * sum(longer) > tokens):
+                cut.append(micro)
+                micro, longer = [], lengths
+            micro.append(index)
+            longest = longer
+        cut.append(micro)
+    return cut
 
 
 def show(path, tokenizer, n, max_length):

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from minidpo.cli import UserError, unknown
 from minidpo.files import atomic, atomic_write
@@ -25,6 +27,7 @@ PRESETS = {  # block_size, n_layer, n_head, n_embd; 124 M, 355 M, 774 M and 1.6 
     "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
 }
 LAYER_NORM_EPS = 1e-5
+PIECE = 2**21  # numbers that are read from a file at once: 8 MB of fp32
 
 
 @dataclasses.dataclass
@@ -93,6 +96,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-LN: what attention and MLP compute from the normalised stream is added to the stream."""
 
+    recompute = False  # see GPT.prepare
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
@@ -101,6 +106,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, cache, use_reentrant=False)
+        return self._forward(x, cache)
+
+    def _forward(self, x, cache):
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -142,7 +152,8 @@ class GPT(nn.Module):
             positions = cache.start(ids)
         x = self.drop(self.wte(ids) + self.wpe(positions))
         for block in self.h:
-            x = block(x, cache)
+            # sampling's cache changes from token to token: nothing there for a compiler
+            x = block(x) if cache is None else block.forward(x, cache)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -171,58 +182,47 @@ class GPT(nn.Module):
             elif isinstance(module, Attention):
                 module.dropout = p
 
+    def prepare(self, compile=False, recompute=False):
+        """How the blocks run in training, not what they compute; the weights keep their names. Returns self.
+
+        recompute: the backward pass finds only each block's input and computes the block again (activation
+        checkpointing, Chen et al. 2016, arXiv 1604.06174): a third more work, a fraction of the memory.
+        compile: torch.compile, block by block, so that one compilation serves all layers. On a CPU it takes a C++
+        compiler, and rounding differs from the plain path's.
+        """
+        for block in self.h:
+            block.recompute = recompute
+            if compile:
+                block.compile()
+        return self
+
     # ---- GPT-2 weights in and out (Hugging Face's layout) ----
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
         """A GPT from a folder in Hugging Face's GPT-2 layout (config.json, model.safetensors), or from the hub.
 
-        A hub name such as "gpt2-large" is downloaded. Needs the extra `hf`. Tensors are copied one at a time. Raises
-        UserError for a config.json value that changes the forward pass in a way we do not have, and for a tensor that
-        is missing, left over or of another shape.
+        A hub name such as "gpt2-large" is downloaded. Needs the extra `hf`. The weights are read in small pieces, so
+        that memory never holds much more than the model. Raises UserError for a config.json value that changes the
+        forward pass in a way we do not have, for a tensor that is missing, left over or of another shape, and without
+        the extra or, for a name, without a network.
         """
-        from safetensors import SafetensorError, safe_open
-
         folder = _folder(name_or_folder)
-        model = cls(_read_config(folder / "config.json"))
-        weights = dict(model.named_parameters())
+        config = _read_config(folder / "config.json")
+        with torch.device("meta"):  # shapes without memory, and no time spent on first weights
+            model = cls(config)
+        model.to_empty(device="cpu")
         path = folder / "model.safetensors"
         if not path.exists():
             raise UserError(f"{path} not found: a GPT-2 folder holds its weights in that file.")
-        try:
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                for key in file.keys():
-                    name = key.removeprefix("transformer.")
-                    # buffers of old files (the causal mask), and the head where it was saved beside its tied twin
-                    if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-                        continue
-                    if name not in weights:
-                        raise UserError(f"{path}: holds {key!r}, which GPT-2 does not have.")
-                    tensor = file.get_tensor(key)
-                    if name.startswith("h.") and tensor.dim() == 2:
-                        tensor = tensor.T  # OpenAI's Conv1D keeps (in, out), nn.Linear (out, in)
-                    if tensor.shape != weights[name].shape:
-                        expected = tuple(weights[name].shape)
-                        raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, config.json asks for {expected}.")
-                    weights.pop(name).copy_(tensor)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged or not a safetensors file ({error}). Fetch it again.") from error
-        if weights:
-            raise UserError(f"{path}: lacks {', '.join(sorted(weights)[:3])} ({len(weights)} tensors in all).")
+        _read_weights(path, dict(model.named_parameters()))
         return model
 
     def save_pretrained(self, folder, tokenizer=None):
-        """Writes Hugging Face's GPT-2 layout, so that transformers' AutoModelForCausalLM opens it. Extra `hf`."""
-        from safetensors.torch import save
-
+        """Writes Hugging Face's GPT-2 layout, so that transformers' AutoModelForCausalLM opens it."""
         folder = Path(folder)
-        tensors = {}
-        for name, weight in self.named_parameters():
-            weight = weight.detach().cpu()
-            transposed = name.startswith("h.") and weight.dim() == 2
-            tensors["transformer." + name] = (weight.T if transposed else weight).contiguous()
         with atomic(folder / "model.safetensors") as file:
-            file.write(save(tensors, metadata={"format": "pt"}))
+            _write_weights(file, self.named_parameters())
         config = self.config
         values = {
             "architectures": ["GPT2LMHeadModel"],
@@ -250,10 +250,81 @@ def _folder(name_or_folder):
         raise UserError(
             f"{name_or_folder} is neither a folder nor one of {', '.join(n for n in PRESETS if 'gpt2' in n)}."
         )
-    from huggingface_hub import snapshot_download
+    files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise UserError(f"--init {name_or_folder} takes the extra hf: {_EXTRA}") from error
+    try:
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=files))  # with a progress bar of its own
+    except (OSError, errors.HTTPError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{name_or_folder} could not be fetched from huggingface.co ({reason}) and is not in the local cache. Try "
+            f"again with a network; or run `hf download {name_or_folder} {' '.join(files)} --local-dir FOLDER` where "
+            "there is one, copy the folder here and give it in place of the name."
+        ) from error
 
-    patterns = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
-    return Path(snapshot_download(str(name_or_folder), allow_patterns=patterns))
+
+_EXTRA = 'pip install -e ".[hf]"'
+
+
+# ---- the weights' file: safetensors. 8 bytes with the header's length, a header in JSON, the tensors' bytes ----
+
+
+def _stored(name, weight):
+    """The weight as the file has it: a block's matrices are (in, out), as in OpenAI's Conv1D; nn.Linear's (out, in)."""
+    return weight.T if name.startswith("h.") and weight.dim() == 2 else weight
+
+
+@torch.no_grad()
+def _read_weights(path, weights):
+    """Fills `weights` (name -> parameter) from a safetensors file, piece by piece."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise UserError(f"{path} takes the extra hf: {_EXTRA}") from error
+    missing = dict(weights)
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+        with tqdm(keys, desc="weights", unit="tensor", delay=1) as bar:
+            for key in bar:
+                name = key.removeprefix("transformer.")
+                # buffers of old files (the causal mask), and the head where it was saved beside its tied twin
+                if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+                    continue
+                if name not in missing:
+                    raise UserError(f"{path}: holds {key!r}, which GPT-2 does not have.")
+                target = _stored(name, missing.pop(name))
+                step = max(1, PIECE // target[0].numel())  # rows
+                for i in range(0, len(target), step):
+                    # opened for each piece: the file is mapped, and what was read stays in memory until it is closed
+                    with safe_open(path, framework="pt") as file:
+                        source = file.get_slice(key)
+                        shape = tuple(source.get_shape())
+                        if shape != target.shape:
+                            raise UserError(f"{path}: {key} is {shape}, config.json asks for {tuple(target.shape)}.")
+                        target[i : i + step].copy_(source[i : i + step])
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}). Fetch it again.") from error
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(sorted(missing)[:3])} ({len(missing)} tensors in all).")
+
+
+def _write_weights(file, named_weights):
+    """Writes (name, weight) pairs as safetensors, under Hugging Face's names, one tensor at a time."""
+    weights = {name: _stored(name, weight.detach()) for name, weight in named_weights}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, weight in weights.items():
+        begin, end = end, end + weight.numel() * weight.element_size()
+        dtype = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}[weight.dtype]
+        header["transformer." + name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [begin, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8
+    file.write(len(header).to_bytes(8, "little") + header)
+    for weight in weights.values():
+        file.write(weight.cpu().contiguous().view(torch.uint8).numpy())
 
 
 # what a config.json may say about the forward pass, since it is what the code above computes

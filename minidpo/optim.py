@@ -4,16 +4,21 @@ import torch
 
 from minidpo.cli import unknown
 
-OPTIMIZERS = ("adamw", "rmsprop")
+OPTIMIZERS = ("adamw", "rmsprop", "sgd")
 
 
 def make_optimizer(model, name, lr, weight_decay=0.0):
-    """AdamW (betas 0.9 and 0.99), or RMSprop with PyTorch's defaults as in the DPO paper, which holds half the state.
+    """AdamW (betas 0.9 and 0.99), or RMSprop with PyTorch's defaults as in the DPO paper, which holds half the state;
+    or SGD with a momentum of 0.9, which unlike the two does not give noise the same step as signal.
 
     Weight decay, AdamW's alone, spares what is not a matrix: biases and LayerNorms.
     """
     if name == "rmsprop":
-        return torch.optim.RMSprop(model.parameters(), lr=lr)
+        # one tensor at a time. The for-each form, PyTorch's choice on CUDA, makes a copy of all the state on the way
+        # (3.1 GB for gpt2-large) to save some thousand kernel launches: milliseconds in a step of seconds
+        return torch.optim.RMSprop(model.parameters(), lr=lr, foreach=False)
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     if name != "adamw":
         raise unknown("optimizer", name, list(OPTIMIZERS))
     matrices = [p for p in model.parameters() if p.dim() >= 2]

@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
-from minidpo.checkpoint import FILE
+from minidpo import checkpoint, parallel
+from minidpo.checkpoint import FILE, PREVIOUS
 from minidpo.cli import UserError
 from minidpo.files import atomic, atomic_write
 
 # what a run writes, beside bpe.json and its checkpoint: --overwrite removes these and nothing else
-WRITTEN = ("settings.json", "bpe.json", FILE, "metrics.jsonl", "samples.md", "curves.png", "report.md")
+WRITTEN = ("settings.json", "bpe.json", FILE, PREVIOUS, "metrics.jsonl", "samples.md", "curves.png", "report.md")
 
 
 class Run:
-    """One run's folder. Nothing in it changes before `begin`, so that bad input leaves an older run as it was."""
+    """One run's folder. Nothing in it changes before `begin`, so that bad input leaves an older run as it was.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, settings):
         self.settings = settings
@@ -26,7 +31,7 @@ class Run:
             raise UserError(f"--out is the model to start from, --init {settings.init}. Give another folder as --out.")
         if settings.resume and settings.overwrite:
             raise UserError("--resume continues a run and --overwrite removes it: give one of them.")
-        if settings.resume and not (self.path / FILE).exists():
+        if settings.resume and not checkpoint.exists(self.path):
             raise UserError(f"{self.path / FILE} not found: nothing was saved to resume. Start again with --overwrite.")
         if held and not settings.resume and not settings.overwrite:
             raise UserError(
@@ -35,6 +40,9 @@ class Run:
 
     def begin(self, step, tokenizer):
         """Opens the folder for a run that goes on from `step` (0: a fresh one)."""
+        parallel.total(0)  # by now every process has seen the folder as it was
+        if parallel.rank() > 0:
+            return
         path = self.path / "metrics.jsonl"
         lines = []
         if step:  # a killed run may have logged steps that its checkpoint does not hold
@@ -50,6 +58,7 @@ class Run:
         self._metrics = open(path, "ab", buffering=0)  # each line reaches the file at once
         print("settings: " + ", ".join(f"{name} {value!r}" for name, value in values.items()))
 
+    @parallel.by_the_first
     def log(self, step, metrics):
         """Appends one line to metrics.jsonl; `step` counts finished optimiser steps."""
         try:
@@ -57,9 +66,17 @@ class Run:
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._metrics.name) from error
 
+    @parallel.by_the_first
+    def save(self, model, tokenizer, state):
+        """A checkpoint, once the log is on the disk: a power cut may leave lines too many, never too few."""
+        os.fsync(self._metrics.fileno())
+        checkpoint.save(self.path, model, tokenizer, state)
+
+    @parallel.by_the_first
     def finish(self, samples, notes):
         """Writes samples.md, curves.png and report.md. samples: {"prompt": [...], column name: [...], ...} of texts."""
         self._metrics.close()
+        (self.path / PREVIOUS).unlink(missing_ok=True)  # its work is done
         table = samples_table(samples)
         atomic_write(self.path / "samples.md", f"# Samples at temperature 1\n\n{table}")
         drawn = draw_curves(self.path)
@@ -100,6 +117,9 @@ PANELS = (  # what belongs in one picture
     ("loss",),
     ("rewards/chosen", "rewards/rejected", "rewards/margins"),
     ("rewards/accuracies",),
+    ("reward",),
+    ("kl",),
+    ("kl_coef",),
     ("logps/chosen", "logps/rejected"),
     ("grad_norm",),
     ("lr",),

@@ -273,7 +273,8 @@ def test_measuring_does_not_depend_on_the_batches(home, monkeypatch, sizes, buck
     assert 0.2 < metrics["eval/rewards/accuracies"] < 0.8
 
     if not buckets:
-        monkeypatch.setattr(data, "batches", lambda rows, n, **_: torch.arange(len(rows)).split(n))
+        as_they_come = lambda rows, n, **_: [part.tolist() for part in torch.arange(len(rows)).split(n)]  # noqa: E731
+        monkeypatch.setattr(data, "batches", as_they_come)
     other = settings(**sizes)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))
     pairs, rows = [pairs[i] for i in order], rows[::-1]

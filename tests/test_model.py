@@ -2,14 +2,20 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import need
 
 from minidpo import checkpoint
+from minidpo import model as model_module
 from minidpo.cli import UserError
 from minidpo.model import GPT, GPTConfig
+from minidpo.sampling import generate
 from minidpo.tokenizer import Tokenizer
 
 try:
@@ -206,6 +212,64 @@ def test_trap06_logits_are_fp32_even_under_autocast():
     assert model.double()(ids).dtype == torch.float64
 
 
+# ---- how the blocks run: recompute, compile ----
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(ids).log_softmax(-1)[..., 3].sum().backward()
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recompute_changes_no_number_and_runs_each_block_twice(dropout):
+    model, ids = random_model(dropout=dropout).double(), random_ids(2, 9)
+    torch.manual_seed(0)
+    expected = gradients(model, ids)
+    calls = []
+    model.h[1].attn.register_forward_hook(lambda *args: calls.append(1))
+    model.prepare(recompute=True)
+    torch.manual_seed(0)  # the second run of a block must drop what the first dropped
+    for name, gradient in gradients(model, ids).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
+    assert len(calls) == 2
+    with torch.no_grad():
+        model(ids)
+    assert len(calls) == 3  # nothing is run twice where there is no backward pass
+    model.prepare(recompute=False)
+    gradients(model, ids)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_trap19_compiled_blocks_change_no_number_and_no_name(recompute, monkeypatch, tmp_path):
+    compiled = []
+
+    def backend(graph, inputs):  # in the place of the compiler, which takes a minute: runs what it was given
+        compiled.append(graph)
+        return graph.forward
+
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend=backend))
+    plain, model, tokenizer = random_model(vocab_size=257), random_model(vocab_size=257), Tokenizer.train([], 257)
+    torch._dynamo.reset()
+    model.prepare(compile=True, recompute=recompute)
+    for T in (5, 9, 13):
+        ids = random_ids(2, T)
+        expected, got = gradients(plain, ids), gradients(model, ids)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
+    assert 0 < len(compiled) <= 2  # one for all three layers, and one more for any length
+    before = len(compiled)
+    samples = [generate(m, [[1, 2, 3]], 4, eot=0, temperature=0) for m in (model, plain)]
+    assert samples[0] == samples[1]
+    assert len(compiled) == before  # sampling goes its own way
+    assert list(model.state_dict()) == list(plain.state_dict())
+    checkpoint.save(tmp_path, model, tokenizer)
+    loaded, *_ = checkpoint.load(tmp_path)
+    assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(plain)
+
+
 # ---- Hugging Face's layout ----
 
 
@@ -314,7 +378,7 @@ def without(tensors, name):
         (lambda t: t | {"score.weight": torch.ones(2, 32)}, "holds 'score.weight', which GPT-2 does not have"),
         (
             lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)},
-            r"h.0.attn.c_attn.weight is \(32, 96\), config.json asks for \(96, 32\)",
+            r"h.0.attn.c_attn.weight is \(96, 32\), config.json asks for \(32, 96\)",  # as the file has it,
         ),
         (lambda t: t | {"transformer.wte.weight": torch.ones(212, 32)}, r"wte.weight is \(212, 32\)"),
         (lambda t: t | {"transformer.ln_f.weight": torch.ones(1, 32)}, r"ln_f.weight is \(1, 32\)"),
@@ -432,3 +496,82 @@ def test_a_hub_name_is_downloaded_without_the_files_we_do_not_read(tmp_path, mon
     model.save_pretrained(tmp_path)
     assert checkpoint.fingerprint(GPT.from_pretrained("gpt2-medium")) == checkpoint.fingerprint(model)
     assert asked == [("gpt2-medium", {"config.json", "model.safetensors", "vocab.json", "merges.txt"})]
+
+
+# ---- fetching, and memory on the way ----
+
+
+def test_without_a_network_the_message_says_what_to_do(monkeypatch):
+    need(transformers, "needs huggingface_hub: pip install minidpo[hf]")
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    for error in (LocalEntryNotFoundError("Name or service not known"), HTTPError("500 Server Error")):
+
+        def download(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        with pytest.raises(UserError) as stop:
+            GPT.from_pretrained("gpt2-xl")
+        message = str(stop.value)
+        assert "gpt2-xl could not be fetched" in message and str(error) in message
+        assert "hf download gpt2-xl config.json model.safetensors vocab.json merges.txt --local-dir FOLDER" in message
+
+
+def test_without_the_extra_the_message_names_it(monkeypatch, tmp_path):
+    random_model().save_pretrained(tmp_path)  # writing needs no package
+    for package, name in (("huggingface_hub", "gpt2"), ("safetensors", tmp_path)):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(UserError, match=r'takes the extra hf: pip install -e "\.\[hf\]"'):
+                GPT.from_pretrained(name)
+
+
+def test_a_file_of_many_pieces_is_read_and_written_whole(hugging, tmp_path, monkeypatch):
+    """Pieces of a few rows, as a large model's tensors are read; and bf16 and float64 models, written and read."""
+    whole = GPT.from_pretrained(hugging[1])
+    monkeypatch.setattr(model_module, "PIECE", 70)  # 2 rows of 32, or less than one of 96
+    assert checkpoint.fingerprint(GPT.from_pretrained(hugging[1])) == checkpoint.fingerprint(whole)
+    for dtype in (torch.bfloat16, torch.float64):
+        whole.to(dtype).save_pretrained(tmp_path / str(dtype))
+        stored = safetensors.torch.load_file(tmp_path / str(dtype) / "model.safetensors")
+        assert all(tensor.dtype == dtype for tensor in stored.values())
+        assert torch.equal(stored["transformer.h.1.mlp.c_fc.weight"], whole.h[1].mlp.c_fc.weight.T)
+        assert torch.equal(stored["transformer.wte.weight"], whole.wte.weight)
+
+
+MEMORY = """
+import sys, torch
+from experiments.gpu import Peak
+from minidpo.model import GPT, GPTConfig
+
+folder = sys.argv[1]
+shape = dict(vocab_size=50257, block_size=64, n_layer=6, n_head=8, n_embd=512)
+GPT(GPTConfig(**{**shape, "vocab_size": 300})).save_pretrained(folder)
+GPT.from_pretrained(folder)  # libraries load what they need
+model = GPT(GPTConfig(**shape))
+with Peak("cpu") as peak:
+    model.save_pretrained(folder)
+print(4 * model.n_parameters)
+print(peak.bytes)
+del model
+with Peak("cpu") as peak:
+    GPT.from_pretrained(folder)
+print(peak.bytes)
+"""
+
+
+def test_loading_holds_little_more_than_the_model_and_saving_little(tmp_path):
+    """Peaks of resident memory, in a process of their own: at most 1.2 times the model, and 0.2 times beside it."""
+    need(transformers, "needs safetensors: pip install minidpo[hf]")
+    need(Path("/proc/self/clear_refs").exists(), "needs Linux, whose /proc tells a process's peak")
+    root = Path(__file__).parent.parent
+    # malloc gives back what is freed, so that what is counted is what is held
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(root)}
+    child = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    output = subprocess.run(child, env=environment, cwd=root, capture_output=True, text=True, check=True).stdout
+    size, saving, loading = map(int, output.split())
+    assert size > 150e6
+    assert 0.95 * size < loading < 1.2 * size
+    assert saving < 0.2 * size

@@ -26,6 +26,7 @@ import train_sft
 from minidpo import checkpoint, data
 from minidpo.cli import CatchInterrupt, parse_settings
 from minidpo.model import GPT, GPTConfig
+from minidpo.optim import learning_rate, make_optimizer
 from minidpo.report import read_metrics, running_mean
 from minidpo.tokenizer import Tokenizer
 
@@ -480,17 +481,23 @@ CHANGES = {
         "label_smoothing": (0.1, "weights"),
         "reference_free": (True, "weights"),
         "decay": (True, "weights"),
+        "micro_tokens": (60, "forward sizes"),
+        "compile": (True, "how the blocks run"),
+        "recompute": (True, "how the blocks run"),
     },
 }
 # what a run cannot do without, how it treats its folder, what cannot be changed here: see the other tests
 ELSEWHERE = {sft: {"data", "settings", "out", "resume", "overwrite", "device"}}
-ELSEWHERE[dpo] = ELSEWHERE[sft] | {"init", "dropout"}
+ELSEWHERE[dpo] = ELSEWHERE[sft] | {"init", "dropout", "fast"}
 
 
 def observe(stage, home, out, flags):
     """What a short run did, by the names that `CHANGES` uses."""
-    seen = {"forward sizes": [], "row lengths": set(), "order": [], "saves": []}
+    seen = {"forward sizes": [], "row lengths": set(), "order": [], "saves": [], "how the blocks run": None}
     sft_batch, batches, save = data.sft_batch, data.batches, checkpoint.save
+
+    def watch_blocks(self, *how):  # test_model.py has what comes of it; a compiler would take a minute
+        seen["how the blocks run"] = how
 
     def watch_rows(rows, device="cpu"):
         seen["forward sizes"].append(len(rows))
@@ -509,6 +516,7 @@ def observe(stage, home, out, flags):
         mock.patch.object(data, "sft_batch", watch_rows),
         mock.patch.object(data, "batches", watch_order),
         mock.patch.object(checkpoint, "save", watch_save),
+        mock.patch.object(GPT, "prepare", watch_blocks),
     ):
         stage(home, out, "--epochs", 1.2, *flags)
     saved, metrics = state_of(out), metrics_of(out)
@@ -584,6 +592,30 @@ def test_data_and_settings_choose_the_set_and_flags_override():
     both = of("--data", "toy", "--beta", "3", "--no-decay")
     assert (both.beta, both.decay, both.optimizer) == (3.0, False, "adamw")
     assert of("--data", "toy").beta != 0.1  # at the paper's beta the toy breaks
+
+
+def test_the_papers_settings_are_the_papers():
+    """Rafailov et al. 2023, appendix B; what it does not name is PyTorch's default, or off."""
+    for data_name, name, beta in (("hh", "paper", 0.1), ("mine.jsonl", "paper", 0.1), ("tldr", "paper-tldr", 0.5)):
+        asked = parse_settings(
+            train_dpo.Settings, "", ["--data", data_name, "--init", "x", "--out", "y"], train_dpo.SETS
+        )
+        named = parse_settings(
+            train_dpo.Settings, "", ["--data", "toy", "--init", "x", "--out", "y", "--settings", name], train_dpo.SETS
+        )
+        for settings in (asked, named):
+            assert (settings.settings, settings.beta, settings.batch_size) == (name, beta, 64)
+            assert settings.variant == dict(beta=beta, label_smoothing=0.0, loss_type="sigmoid", reference_free=False)
+            model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))
+            optimizer = make_optimizer(model, settings.optimizer, settings.lr)
+            assert type(optimizer) is torch.optim.RMSprop
+            (group,) = optimizer.param_groups
+            assert {k: group[k] for k in ("lr", "alpha", "eps", "momentum", "weight_decay", "centered")} == dict(
+                lr=1e-6, alpha=0.99, eps=1e-8, momentum=0, weight_decay=0, centered=False
+            )
+            rates = [learning_rate(s, 1000, settings.lr, settings.warmup_steps, settings.decay) for s in range(1000)]
+            assert rates[:150] == pytest.approx([1e-6 * (s + 1) / 150 for s in range(150)])
+            assert set(rates[149:]) == {1e-6}
 
 
 COMMANDS = [

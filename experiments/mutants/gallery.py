@@ -489,10 +489,10 @@ GALLERY = [
         name="evaluation-moves-the-rng",
         file="minidpo/data.py",
         old="    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)",
-        new="    generator = torch.manual_seed(seed * 1_000_003 + epoch)",
+        new="    generator = torch.default_generator",
         mistake="The shuffle draws from the global generator, and an evaluation in the middle of training shuffles "
         "too.",
-        see="Nothing in DPO, whose loop draws nothing. In SFT with dropout, how often one evaluates changes the "
+        see="Nothing in the first epoch. After it, how often one evaluates changes the order of the pairs, and the "
         "weights.",
         test="tests/test_runs.py::test_trap17_evaluating_and_sampling_change_no_weights[sft]",
         trained=False,
