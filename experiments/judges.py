@@ -5,10 +5,11 @@ A judge is a callable, `judge(prompts, a, b) -> verdicts`: lists of texts of one
 
     toy                    the toy's ground truth
     FILE                   a trained reward: a file that `minidpo.rewards` loads
+    FOLDER                 a reward model: a run folder of `experiments.baselines.reward_model`
     implicit:RUN,REFERENCE the implicit reward of a run, log pi(y|x) - log pi_ref(y|x)
     chat:QUESTION          a chat model behind an OpenAI-compatible endpoint, asked one of QUESTIONS
 
-The first three compare two numbers, and equal numbers are a tie. The chat model reads both responses in one message and
+All but the last compare two numbers; equal ones are a tie. The chat model reads both responses in one message and
 must choose one, as the paper's GPT-4 did. Such judges favour a place in the message: the caller swaps sides at random.
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from experiments.baselines import reward_model
 from minidpo import checkpoint, data
 from minidpo.cli import UserError, unknown
 from minidpo.files import atomic_write
@@ -320,6 +322,9 @@ def load_judge(name, answers=None, endpoint="", model="", key_env="OPENAI_API_KE
         if not comma or not run or not reference:
             raise UserError(f"--judge {name}: write implicit:RUN,REFERENCE, for example implicit:runs/dpo,runs/sft")
         return implicit_judge(run, reference, device)
+    if name != "toy" and Path(name).is_dir():
+        model, tokenizer = reward_model.load(name)
+        return reward_judge(reward_model.of_texts(model.to(device), tokenizer))
     if name == "toy" or Path(name).exists():
         return reward_judge(load_reward(name))
-    raise unknown("judge", name, ["toy", "FILE", "implicit:RUN,REFERENCE", *(f"chat:{q}" for q in QUESTIONS)])
+    raise unknown("judge", name, ["toy", "FILE", "FOLDER", "implicit:RUN,REFERENCE", *(f"chat:{q}" for q in QUESTIONS)])

@@ -49,7 +49,8 @@ class Settings:
     data: str = knob(dataclasses.MISSING, "toy, imdb, hh, tldr, or a JSONL file with prompt and completion or chosen")
     judge: list = knob(
         dataclasses.MISSING,
-        "toy, the file of a trained reward, implicit:RUN,REFERENCE, or chat:simple, chat:concise, chat:helpful; "
+        "toy, the file of a trained reward, the run folder of a reward model, implicit:RUN,REFERENCE, "
+        "or chat:simple, chat:concise, chat:helpful; "
         "may be repeated",
     )
     out: str = knob(dataclasses.MISSING, "folder for the results")

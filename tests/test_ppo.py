@@ -6,22 +6,26 @@ shares with DPO.
 """
 
 import copy
+import importlib.util
 import json
 import math
 
 import pytest
 import tiny
 import torch
+from conftest import need
 from test_theory import EOT, PROMPTS, RESPONSES, SYMBOLS, every_logp, objective, optimum
 
 import train_sft
 from experiments import evaluate
-from experiments.baselines import ppo
+from experiments.baselines import ppo, reward_model
 from minidpo import checkpoint
 from minidpo.cli import UserError
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
+from minidpo.report import read_metrics
 from minidpo.rewards import SentimentClassifier
+from minidpo.tokenizer import Tokenizer
 from train_dpo import token_logps
 
 SINGLE = [(y,) for y in range(SYMBOLS)]  # the bandit's responses
@@ -333,10 +337,10 @@ def sft(tmp_path_factory):
     return folder
 
 
-def command(folder, out, *argv):
+def command(folder, out, *argv, draw=False):
     files = ("--data", folder / "sft.jsonl", "--init", folder / "sft", "--reward", folder / "reward.pt", "--out", out)
     steps = ("--steps", 4, "--rollouts", 8, "--minibatch-size", 4, "--epochs", 1, "--lr", 1e-3, "--max-new-tokens", 12)
-    tiny.call(ppo.main, *files, *steps, "--device", "cpu", "--samples", 2, *argv)
+    tiny.call(ppo.main, *files, *steps, "--device", "cpu", "--samples", 2, *argv, draw=draw)
 
 
 def test_command_writes_a_run_that_evaluate_reads_and_leaves_the_reference_alone(sft, tmp_path, capsys):
@@ -352,6 +356,48 @@ def test_command_writes_a_run_that_evaluate_reads_and_leaves_the_reference_alone
         "--reward", sft / "reward.pt", "--limit", 4, "--device", "cpu", "--json", tmp_path / "eval.json",
     )  # fmt: skip
     assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["kl_exact"] > 0
+
+
+def test_the_reward_may_be_a_reward_model(sft, tmp_path, capsys):
+    """It is asked about the very ids that were drawn, and must come from the same tokenizer."""
+    pairs = [
+        {"prompt": f"{subject} film", "chosen": chosen, "rejected": rejected}
+        for subject in ("The", "This", "A") for chosen, rejected in ((" aa.", " zz."), (" bad day.", " buzz."))
+    ]  # fmt: skip
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    knobs = ("--epochs", 20, "--lr", 1e-3, "--warmup-steps", 2, "--samples", 0, "--device", "cpu")
+    files = ("--data", tmp_path / "pairs.jsonl", "--init", sft / "sft", "--out", tmp_path / "reward")
+    tiny.call(reward_model.main, *files, *knobs)
+    command(sft, tmp_path / "ppo", "--reward", tmp_path / "reward")
+    assert all(math.isfinite(m["reward"]) for m in read_metrics(tmp_path / "ppo"))
+
+    _, tokenizer, _ = checkpoint.load(sft / "sft")
+    model, _ = reward_model.load(tmp_path / "reward")
+    reward = ppo.load(str(tmp_path / "reward"), tokenizer, "cpu")
+    prompt, response = [tokenizer.eot, *tokenizer.encode("The film")], tokenizer.encode(" aa.")
+    ids = [response, [*response, tokenizer.eot]]  # a response that was cut, and one that ended
+    scores = reward(["unread"] * 2, ["unread"] * 2, [prompt] * 2, ids)
+    assert scores == [model.score([prompt], [one]).item() for one in ids] and scores[0] != scores[1]
+
+    with pytest.raises(UserError, match="another tokenizer"):
+        ppo.load(str(tmp_path / "reward"), Tokenizer.train(["abc abc abc"], 260), "cpu")
+    with pytest.raises(UserError, match="not a reward model"):
+        ppo.load(str(sft / "sft"), tokenizer, "cpu")
+
+
+def test_the_picture_shows_reward_kl_and_its_price(sft, tmp_path, monkeypatch):
+    need(importlib.util.find_spec("matplotlib"), "no matplotlib")
+    from matplotlib.axes import Axes
+
+    titles, set_title = [], Axes.set_title
+
+    def noting(self, title, **style):
+        titles.append(title)
+        return set_title(self, title, **style)
+
+    monkeypatch.setattr(Axes, "set_title", noting)
+    command(sft, tmp_path / "ppo", draw=True)
+    assert {"reward", "kl", "kl_coef"} <= set(titles) and (tmp_path / "ppo" / "curves.png").stat().st_size > 0
 
 
 def test_trap18_a_resumed_run_ends_in_the_same_weights(sft, tmp_path):

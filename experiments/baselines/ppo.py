@@ -33,12 +33,14 @@ import copy
 import dataclasses
 import math
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from experiments.baselines import reward_model
 from minidpo import checkpoint, data
 from minidpo.cli import CatchInterrupt, UserError, knob, parse_settings, run
 from minidpo.device import DEVICES, pick_device
@@ -138,7 +140,7 @@ class Settings:
         dataclasses.MISSING, "the model to start from, and the reference: a run folder, a GPT-2 folder or name"
     )
     out: str = knob(dataclasses.MISSING, "the run folder to write")
-    reward: str = knob("toy", "toy, or the file of a trained classifier")
+    reward: str = knob("toy", "toy, the file of a trained classifier, or the run folder of a reward model")
     settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
     kl_target: float = knob(6.0, "where the controller keeps the KL, in nats a response; 0: kl_coef is fixed")
     kl_coef: float = knob(0.2, "price of a nat of distance from the reference, to begin with")
@@ -309,8 +311,14 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
             on_step(step + 1, metrics, state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
 
-def load(name):
-    """--reward -> the callable that `train` takes; this one looks at the texts alone."""
+def load(name, tokenizer, device):
+    """--reward -> the callable that `train` takes: a reward model looks at the ids, any other reward at the texts.
+
+    Raises UserError for a reward model with another tokenizer than the policy's.
+    """
+    if name != "toy" and Path(name).is_dir():
+        model = reward_model.load_matching(name, tokenizer).to(device)
+        return lambda prompts, responses, prompt_ids, response_ids: model.score(prompt_ids, response_ids).tolist()
     of_texts = load_reward(name)
     return lambda prompts, responses, prompt_ids, response_ids: of_texts(prompts, responses)
 
@@ -320,7 +328,7 @@ def main():
     folder = Run(settings)
     settings.device = pick_device(settings.device)
     reference, tokenizer, _ = checkpoint.load(settings.init)
-    reward = load(settings.reward)
+    reward = load(settings.reward, tokenizer, settings.device)
     policy, _, state = checkpoint.load(settings.out) if settings.resume else (copy.deepcopy(reference), None, {})
     policy.to(settings.device), reference.to(settings.device)
     records = data.read_jsonl(data.find(settings.data, "prompts_train"), ("prompt",))

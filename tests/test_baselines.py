@@ -1,0 +1,486 @@
+"""The baselines: losses against float64 loops, the reward model on a reward that is known, Best-of-N by enumeration.
+
+The language that can be enumerated is that of tests/test_theory.py: 3 prompts, 121 responses of up to 4 tokens.
+"""
+
+import json
+import math
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+from test_theory import EOT, PROMPTS, RESPONSES, SYMBOLS, X, Y, every_logp
+from tiny import call, contents, fails, write_data, write_jsonl
+
+import train_dpo
+import train_sft
+from experiments.baselines import best_of_n, fit, pair_means, pair_step, preferred_ft, reward_model, unlikelihood
+from experiments.baselines.reward_model import RewardModel
+from experiments.judges import load_judge
+from minidpo import checkpoint
+from minidpo.cli import UserError
+from minidpo.model import GPT, GPTConfig
+from minidpo.optim import make_optimizer
+from minidpo.report import read_metrics
+from minidpo.tokenizer import Tokenizer
+
+# five pairs of the language: responses of 1 to 4 tokens, with and without an end
+ROWS = [
+    ([EOT, 0], [0, 1, EOT], [2, EOT]),
+    ([EOT, 1], [1, 1, 2, 0], [0, 2, 1, EOT]),
+    ([EOT, 2], [EOT], [2, 2, 2, EOT]),
+    ([EOT, 1], [2, EOT], [EOT]),
+    ([EOT, 0], [0, 0, 1, 1], [1, EOT]),
+]
+
+
+def gpt(seed=0, dtype=torch.float64, block_size=6, n_embd=16):
+    """A GPT over the language's symbols, far from uniform."""
+    model = GPT(GPTConfig(vocab_size=SYMBOLS, block_size=block_size, n_layer=1, n_head=2, n_embd=n_embd)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    return model
+
+
+def rewarder(seed=0, **shape):
+    """A RewardModel whose head is not at 0."""
+    model = RewardModel(gpt(seed, **shape))
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(seed))
+    model.mean.fill_(0.7)
+    return model
+
+
+def log_p(model, prompt, response):
+    """log pi(y|x) by the chain rule, one token at a time."""
+    ids, total = list(prompt), 0.0
+    for token in response:
+        total += model(torch.tensor([ids]))[0, -1].softmax(-1)[token].log().item()
+        ids.append(token)
+    return total
+
+
+def reward_of(model, prompt, response):
+    """The head on the stream at the last token, of a row that is alone, without its leading eot."""
+    hidden = model.gpt.hidden(torch.tensor([[*prompt, *response][1:]]))
+    return (hidden[0, -1] * model.head.weight[0]).sum().item()
+
+
+def softplus(x):
+    return max(x, 0) + math.log1p(math.exp(-abs(x)))
+
+
+def settings(cls, **knobs):
+    return cls(data="", init="", out="", **{"device": "cpu", "dtype": "float32", "optimizer": "adamw", **knobs})
+
+
+def weights_of(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+# ---- the losses, by loops ----
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_unlikelihood_against_a_loop_over_tokens(alpha):
+    policy, indices = gpt(), [3, 0, 1, 4, 2]
+    values = unlikelihood.measure(policy, ROWS, indices, settings(unlikelihood.Settings, alpha=alpha))
+    for i, loss in zip(indices, values["loss"].tolist(), strict=True):
+        prompt, chosen, rejected = ROWS[i]
+        expected = -log_p(policy, prompt, chosen) + alpha * log_p(policy, prompt, rejected)
+        assert loss == pytest.approx(expected, abs=1e-10)
+    assert values["logps/rejected"][0].item() == pytest.approx(log_p(policy, *ROWS[3][::2]), abs=1e-10)
+
+
+def test_preferred_ft_is_the_mean_over_the_tokens_of_the_chosen():
+    policy = gpt()
+    total = sum(log_p(policy, prompt, chosen) for prompt, chosen, _ in ROWS)
+    expected = -total / sum(len(chosen) for _, chosen, _ in ROWS)
+    knobs = settings(preferred_ft.Settings, batch_size=5, lr=0.0)
+    assert preferred_ft.evaluate(policy, ROWS, knobs)["eval/loss"] == pytest.approx(expected, abs=1e-10)
+    seen = []
+    preferred_ft.train(policy, ROWS, knobs, lambda step, metrics: seen.append(metrics["loss"]))
+    assert seen == [pytest.approx(expected, abs=1e-10)]
+
+
+def test_bradley_terry_against_a_loop():
+    model = rewarder()
+    values = reward_model.measure(model, ROWS, [4, 2, 0, 1, 3], settings(reward_model.Settings))
+    for i, *got in zip([4, 2, 0, 1, 3], *(values[k].tolist() for k in values), strict=True):
+        prompt, chosen, rejected = ROWS[i]
+        a, b = reward_of(model, prompt, chosen), reward_of(model, prompt, rejected)
+        assert got == pytest.approx([softplus(b - a), a, b, a - b, float(a > b)], abs=1e-10)
+    ties = reward_model.measure(RewardModel(gpt()), ROWS, [0, 1], settings(reward_model.Settings))
+    assert ties["rewards/accuracies"].tolist() == [0.5, 0.5]  # it begins at 0 for every response
+    assert ties["loss"].tolist() == pytest.approx([math.log(2)] * 2, abs=1e-12)
+
+
+def test_bradley_terry_by_hand():
+    losses = reward_model.bradley_terry_loss(torch.tensor([2.0, -1.0, 0.0]), torch.tensor([1.0, 1.0, 0.0]))
+    assert losses.tolist() == pytest.approx([0.313262, 2.126928, 0.693147], abs=1e-6)
+
+
+# ---- which way they push ----
+
+
+def directions(loss_of):
+    """d loss / d chosen and d loss / d rejected at a pair of numbers."""
+    pair = [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (-3.0, -2.5)]
+    return [gradient.item() for gradient in torch.autograd.grad(loss_of(*pair).sum(), pair)]
+
+
+def test_gradients_by_hand():
+    assert directions(partial(unlikelihood.unlikelihood_loss, alpha=0.3)) == [-1.0, pytest.approx(0.3)]
+    weight = 1 / (1 + math.exp(-0.5))  # sigmoid(rejected - chosen)
+    assert directions(reward_model.bradley_terry_loss) == pytest.approx([-weight, weight])
+
+
+@pytest.mark.parametrize("method", [preferred_ft, unlikelihood, reward_model])
+def test_a_small_step_goes_the_right_way(method):
+    more = {"alpha": 1.0} if method is unlikelihood else {}
+    knobs = settings(method.Settings, batch_size=5, lr=1e-4, warmup_steps=0, **more)
+    model = rewarder() if method is reward_model else gpt()
+    before, after = [], []
+    for found in (before, after):
+        for prompt, chosen, rejected in ROWS:
+            of = reward_of if method is reward_model else log_p
+            found.append([of(model, prompt, chosen), of(model, prompt, rejected)])
+        if found is before:
+            method.train(model, ROWS, knobs)
+    (chosen, rejected), (new_chosen, new_rejected) = (torch.tensor(found).T for found in (before, after))
+    if method is preferred_ft:
+        assert new_chosen.mean() > chosen.mean()
+    else:
+        assert (new_chosen - new_rejected).mean() > (chosen - rejected).mean()
+
+
+# ---- the loop ----
+
+
+@pytest.mark.parametrize("method", [preferred_ft, unlikelihood, reward_model])
+def test_trap10_a_step_is_the_same_however_it_is_cut(method):
+    whole, *cut = [], [], []
+    for found, size in zip((whole, *cut), (0, 1, 2), strict=True):
+        model = rewarder() if method is reward_model else gpt()
+        knobs = settings(method.Settings, batch_size=5, micro_batch_size=size, lr=1e-2, warmup_steps=0, epochs=2)
+        metrics = []
+        method.train(model, ROWS, knobs, lambda step, m, metrics=metrics: metrics.append(m))
+        found += [weights_of(model), *({k: v for k, v in m.items() if "second" not in k} for m in metrics)]
+    for found in cut:
+        torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-8)
+        for a, b in zip(found[1:], whole[1:], strict=True):
+            assert a == pytest.approx(b, abs=1e-8)
+
+
+def test_pair_metrics_are_means_over_pairs_whatever_the_batches():
+    model, knobs = rewarder(), settings(reward_model.Settings, batch_size=2)  # 2 + 2 + 1
+    means = pair_means(reward_model.measure, model, ROWS, knobs)
+    alone = [reward_model.measure(model, ROWS, [i], knobs) for i in range(5)]
+    for name in alone[0]:
+        assert means["eval/" + name] == pytest.approx(sum(one[name].item() for one in alone) / 5, abs=1e-7)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    policy = gpt()
+    measure = lambda *args: {"loss": math.nan * unlikelihood.measure(*args)["loss"]}  # noqa: E731
+    before = weights_of(policy)
+    knobs = settings(unlikelihood.Settings)
+    with pytest.raises(UserError, match=r"not a finite number.*\n.*pairs \[0, 2\]"):
+        pair_step(measure, policy, make_optimizer(policy, "adamw", 0.1), ROWS, [2, 0], knobs)
+    assert torch.equal(weights_of(policy), before)
+
+
+TRAIN = ("--batch-size", 8, "--lr", 5e-3, "--warmup-steps", 2, "--samples", 2, "--sample-tokens", 4, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The data of `write_data`, an SFT run `sft`, a reward model `reward`, and prompts.jsonl with 3 prompts."""
+    folder = tmp_path_factory.mktemp("baselines")
+    write_data(folder)
+    call(train_sft.main, "--data", folder / "sft.jsonl", "--out", folder / "sft", "--preset", "toy", *TRAIN)
+    command(reward_model, folder, folder / "reward", "--epochs", 4)
+    prompts = ("The film", "This story", "Her cast")
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    return folder
+
+
+def command(method, home, out, *argv):
+    files = ("--data", home / "pairs.jsonl", "--eval-data", home / "held_out.jsonl", "--init", home / "sft")
+    call(method.main, *files, "--out", out, *TRAIN, *argv)
+
+
+def test_fit_with_dpos_step_is_train_dpo(home, tmp_path):
+    """Bit for bit: what differs between the methods is the loss, and nothing else."""
+    command(train_dpo, home, tmp_path / "dpo", "--beta", 0.3, "--epochs", 1.5)
+    policy, tokenizer, _ = checkpoint.load(home / "sft")
+    rows = train_dpo.data.load_rows(
+        home / "pairs.jsonl", train_dpo.data.encode_pairs, train_dpo.data.PAIR, tokenizer, policy.config.block_size
+    )
+    knobs = settings(train_dpo.Settings, beta=0.3, epochs=1.5, batch_size=8, lr=5e-3, warmup_steps=2)
+    knobs.optimizer = "rmsprop"
+    reference = train_dpo.reference_logps(policy, rows, knobs)
+    seen = []
+    step = partial(train_dpo.train_step, reference=reference)
+    fit(policy, rows, step, knobs, lambda step, metrics: seen.append((step, metrics["loss"])))
+    assert torch.equal(weights_of(policy), weights_of(checkpoint.load(tmp_path / "dpo")[0]))
+    assert seen == [(m["step"], m["loss"]) for m in read_metrics(tmp_path / "dpo")] and len(seen) == 5
+
+
+# ---- the reward model ----
+
+
+def test_scores_against_a_loop_in_any_batches():
+    model = rewarder()
+    prompts, responses = [list(x) for x in PROMPTS for _ in RESPONSES], RESPONSES * X
+    expected = [reward_of(model, *both) - 0.7 for both in zip(prompts, responses, strict=True)]
+    for batch_size in (1, 7, 1000):
+        scores = model.train().score(prompts, responses, batch_size)
+        assert scores.shape == (X * Y,) and scores.dtype == torch.float64 and model.training
+        assert scores.tolist() == pytest.approx(expected, abs=1e-10)
+    ended, cut = model.score([[EOT, 0]] * 2, [[1, 2, EOT], [1, 2]]).tolist()
+    assert abs(ended - cut) > 1e-3  # the eot is read like any other token
+    assert len(model.score([], [])) == 0
+
+
+def test_the_longest_row_that_training_keeps_fits():
+    model = rewarder(block_size=6)
+    assert torch.isfinite(model.score([[EOT, 0, 1]], [[0, 1, 2, EOT]])).all()  # 1 + 2 + 3 = 6 positions and its eot
+    with pytest.raises(UserError, match="longer than the model's context"):
+        model.score([[EOT, 0, 1]], [[0, 1, 2, 0, EOT]])
+
+
+def test_it_recovers_a_linear_reward_from_noisy_choices():
+    """r(y) = 1.5 (0s) - 1 (1s) + 0.5 if it ended; 6,000 pairs labelled by Bradley-Terry."""
+    count = torch.tensor([[y.count(0), y.count(1), y.count(2), y[-1] == EOT] for y in RESPONSES], dtype=torch.float64)
+    weights = torch.tensor([1.5, -1.0, 0.0, 0.5], dtype=torch.float64)
+    truth = count @ weights
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(Y, (2, 6000), generator=generator)
+    first_wins = torch.rand(6000, generator=generator) < torch.sigmoid(truth[a] - truth[b])
+    rows = [
+        (PROMPTS[i % X], *(RESPONSES[j] for j in ((p, q) if wins else (q, p))))
+        for i, (p, q, wins) in enumerate(zip(a.tolist(), b.tolist(), first_wins.tolist(), strict=True))
+        if p != q
+    ]
+    model = RewardModel(gpt(dtype=torch.float32))
+    knobs = settings(reward_model.Settings, lr=1e-2, warmup_steps=10, decay=True, batch_size=64, epochs=3)
+    reward_model.train(model, rows, knobs)
+    for prompt in PROMPTS:
+        scores = model.score([prompt] * Y, RESPONSES).double()
+        features = torch.cat([count, torch.ones(Y, 1, dtype=torch.float64)], dim=1)
+        found = torch.linalg.lstsq(features, scores[:, None]).solution[:4, 0]
+        torch.testing.assert_close(found, weights, rtol=0, atol=0.35)
+        assert torch.corrcoef(torch.stack([scores, truth]))[0, 1] > 0.98
+    sides = [model.score([p for p, *_ in rows], [row[i] for row in rows]).mean().item() for i in (1, 2)]
+    assert sum(sides) / 2 == pytest.approx(0, abs=1e-4)  # the mean over all training responses
+
+
+def test_a_reward_model_comes_back_from_its_folder(home, tmp_path, capsys):
+    model, tokenizer = reward_model.load(home / "reward")
+    reward_model.save(tmp_path / "again", model, tokenizer)
+    again, _ = reward_model.load(tmp_path / "again")
+    prompts = [[tokenizer.eot, *tokenizer.encode(text)] for text in ("The film", "Her cast")]
+    responses = [[*tokenizer.encode(text), tokenizer.eot] for text in (" sings.", " drags on and on.")]
+    scores = model.score(prompts, responses)
+    assert torch.equal(scores, again.score(prompts, responses)) and scores[0] != scores[1] and (scores != 0).all()
+    texts = reward_model.of_texts(model, tokenizer)
+    assert texts(["The film", "Her cast"], [" sings.", " drags on and on."]) == scores.tolist()
+    assert texts([], []) == []
+    assert math.isfinite(texts(["The film " * 100], [" sings."])[0])
+    with pytest.raises(UserError, match="language model, not a reward model"):
+        reward_model.load(home / "sft")
+    with pytest.raises(UserError, match="another tokenizer"):
+        reward_model.load_matching(home / "reward", Tokenizer.train(["abc abc abc"], 260))
+
+
+def test_a_reward_model_is_a_judge(home):
+    model, tokenizer = reward_model.load(home / "reward")
+    prompts, a, b = ["The film"] * 3, [" sings.", " drags on.", " is fun."], [" is dull.", " drags on.", " was a joy!"]
+    first, second = (reward_model.of_texts(model, tokenizer)(prompts, side) for side in (a, b))
+    verdicts = load_judge(str(home / "reward"))(prompts, a, b)
+    assert verdicts == ["a" if x > y else "b" if x < y else "tie" for x, y in zip(first, second, strict=True)]
+    assert verdicts[1] == "tie" and verdicts[0] != "tie"
+    with pytest.raises(UserError, match="not a reward model"):
+        load_judge(str(home / "sft"))
+
+
+# ---- the commands ----
+
+
+@pytest.mark.parametrize("method", [preferred_ft, unlikelihood, reward_model])
+def test_a_command_writes_a_whole_run_and_leaves_the_start_alone(method, home, tmp_path):
+    before = contents(home / "sft")
+    command(method, home, tmp_path / "run", "--epochs", 4, "--eval-every", 4)
+    assert contents(home / "sft") == before
+    metrics = read_metrics(tmp_path / "run")
+    assert [m["step"] for m in metrics] == list(range(1, 13))  # 22 pairs in batches of 8, four times
+    assert [m["step"] for m in metrics if "eval/loss" in m] == [4, 8, 12]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert all(math.isfinite(value) for m in metrics for value in m.values())
+    names = {"settings.json", "bpe.json", "checkpoint.pt", "metrics.jsonl", "samples.md", "report.md"}
+    assert names <= contents(tmp_path / "run").keys()
+    assert "before" in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8") or method is reward_model
+    with pytest.raises(SystemExit):
+        command(method, home, tmp_path / "run")  # it holds a run
+
+
+@pytest.mark.parametrize("method", [preferred_ft, unlikelihood, reward_model])
+def test_trap17_trap18_evaluating_or_stopping_changes_no_bit(method, home, tmp_path):
+    command(method, home, tmp_path / "whole", "--epochs", 2, "--eval-every", 1)
+    command(method, home, tmp_path / "parts", "--epochs", 2, "--max-steps", 4)
+    command(method, home, tmp_path / "parts", "--epochs", 2, "--max-steps", 6, "--resume")
+    (whole, _, a), (parts, _, b) = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
+    assert torch.equal(weights_of(whole), weights_of(parts)) and a["step"] == b["step"] == 6
+    assert [m["step"] for m in read_metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    if method is reward_model:
+        assert all(torch.equal(a["reward_head"][name], b["reward_head"][name]) for name in ("weight", "mean"))
+
+
+def test_a_command_that_is_interrupted_saves_and_goes_on(home, tmp_path, monkeypatch, capsys):
+    measure = unlikelihood.measure
+
+    def interrupting(policy, rows, indices, settings):
+        if interrupting.calls == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        interrupting.calls += 1
+        return measure(policy, rows, indices, settings)
+
+    interrupting.calls = 0
+    monkeypatch.setattr(unlikelihood, "measure", interrupting)
+    with pytest.raises(SystemExit):
+        command(unlikelihood, home, tmp_path / "run", "--epochs", 2)
+    assert "stopped after step 2 and saved" in capsys.readouterr().err
+    command(unlikelihood, home, tmp_path / "run", "--epochs", 2, "--resume")
+    command(unlikelihood, home, tmp_path / "whole", "--epochs", 2)
+    assert torch.equal(*(weights_of(checkpoint.load(tmp_path / name)[0]) for name in ("run", "whole")))
+
+
+def test_bad_input(home, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_bytes((home / "pairs.jsonl").read_bytes())
+    files = ("--data", pairs, "--out", tmp_path / "run", *TRAIN)
+    needed = (*files, "--init", home / "sft")
+    assert "--alpha 1.5: must be from 0 to 1" in fails(capsys, unlikelihood.main, *needed, "--alpha", 1.5)
+    assert "/nowhere not found" in fails(capsys, preferred_ft.main, *files, "--init", "/nowhere")
+    assert "there is no run to resume" in fails(capsys, reward_model.main, *needed, "--resume")
+    assert not (tmp_path / "run").exists()
+    call(preferred_ft.main, *needed)
+    assert "has made all its 3 steps" in fails(capsys, preferred_ft.main, *needed, "--resume")
+    pairs.write_bytes((home / "held_out.jsonl").read_bytes())
+    assert "started with other pairs" in fails(capsys, preferred_ft.main, *needed, "--resume")
+
+
+# ---- Best-of-N ----
+
+
+def law_of_best(p, scores, n):
+    """The distribution of the best of n draws from p (Y,), ties broken by lot: exactly, level by level of the score."""
+    best = torch.zeros_like(p)
+    for level in scores.unique():
+        here = scores == level
+        up_to = p[scores <= level].sum()
+        below = p[scores < level].sum()
+        best[here] = (up_to**n - below**n) * p[here] / p[here].sum()
+    return best
+
+
+def languages():
+    """(probabilities (Y,), scores (Y,)): rewards without a tie, with many, and one response that is nearly certain."""
+    p = every_logp(gpt(block_size=5))[0].detach().exp()
+    generator = torch.Generator().manual_seed(0)
+    fine = torch.rand(Y, dtype=torch.float64, generator=generator)
+    peaked = torch.full((Y,), 0.02 / (Y - 1), dtype=torch.float64)
+    peaked[7] = 0.98
+    return [(p, fine), (p, (3 * fine).round()), (peaked, fine)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16, 64])
+def test_the_bound_holds_for_the_exact_kl_and_is_near_where_no_response_is_likely(n):
+    for p, scores in languages():
+        best = law_of_best(p, scores, n)
+        assert best.sum().item() == pytest.approx(1, abs=1e-12)
+        kl = (best * (best / p).log()).nan_to_num().sum().item()
+        assert -1e-12 <= kl <= best_of_n.kl_bound(n) + 1e-12
+        if n > 1:
+            assert (best * scores).sum() > (p * scores).sum()
+    many = torch.full((100_000,), 1e-5, dtype=torch.float64)  # F^n - (F - p)^n without a loop: scores are places
+    up_to = torch.arange(1, 100_001, dtype=torch.float64) / 100_000
+    best = up_to**n - (up_to - 1e-5) ** n
+    kl = (best * (best / many).log()).nan_to_num().sum().item()
+    assert kl == pytest.approx(best_of_n.kl_bound(n), abs=2e-3) and kl <= best_of_n.kl_bound(n) + 1e-9
+
+
+def test_bound_by_hand():
+    assert [best_of_n.kl_bound(n) for n in (1, 2, 4)] == pytest.approx([0, 0.193147, 0.636294], abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_selection_follows_the_exact_law(n):
+    """Frequencies of 60,000 draws, as 4,000 prompts of 15 samples, which 2 and 4 do not divide."""
+    for p, scores in languages()[:2]:
+        drawn = torch.multinomial(p, 60_000, replacement=True, generator=torch.Generator().manual_seed(n)).view(-1, 15)
+        places = best_of_n.best_of(scores[drawn], n)
+        assert places.shape == (4000, 15 // n)
+        found = drawn.gather(1, places).flatten()
+        law = law_of_best(p, scores, n)
+        frequencies = torch.bincount(found, minlength=Y) / len(found)
+        # standard deviations of a binomial; 5 of them, for 121 responses
+        assert ((frequencies - law).abs() <= 5 * (law * (1 - law) / len(found)).sqrt() + 1e-9).all()
+
+
+def test_selection_by_hand():
+    scores = torch.tensor([[1.0, 3.0, 2.0, 2.0, 9.0], [5.0, 5.0, 0.0, -1.0, 0.0]])
+    assert best_of_n.best_of(scores, 1).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert best_of_n.best_of(scores, 2).tolist() == [[1, 2], [0, 2]]  # of a tie the first; the fifth is left over
+    assert best_of_n.best_of(scores, 4).tolist() == [[1], [0]]
+    assert best_of_n.best_of(scores, 5).tolist() == [[4], [0]]
+
+
+def test_samples_of_a_prompt_stand_together_with_their_own_scores():
+    policy, model = gpt(dtype=torch.float32), rewarder(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    samples, scores = best_of_n.sample(policy, model, PROMPTS, 5, 4, EOT, generator, batch_size=4)
+    assert len(samples) == 15 and scores.shape == (3, 5) and len(set(map(tuple, samples))) > 5
+    for i, sample in enumerate(samples):
+        assert scores[i // 5, i % 5].item() == pytest.approx(reward_of(model, PROMPTS[i // 5], sample) - 0.7, abs=1e-4)
+
+
+def best(home, *flags):
+    files = ("--policy", home / "sft", "--reward-model", home / "reward", "--data", home / "prompts.jsonl")
+    return (*files, "--reward", "toy", "--max-new-tokens", 8, "--device", "cpu", *flags)
+
+
+def test_best_of_n_command(home, tmp_path, capsys, monkeypatch):
+    # the toy's words do not come up in this model's samples: a reward that they differ in
+    letters = lambda prompts, responses: [float(response.count("e")) for response in responses]  # noqa: E731
+    monkeypatch.setattr(best_of_n, "load_reward", lambda name: letters)
+    call(best_of_n.main, *best(home, "--n", 6, "--json", tmp_path / "best.json"))
+    figures = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    assert [f["n"] for f in figures] == [1, 2, 4]
+    assert [f["kl_bound"] for f in figures] == pytest.approx([0, 0.193147, 0.636294], abs=1e-6)
+    assert "kl" not in figures[0]
+    learned = [f["learned_reward_mean"] for f in figures]
+    assert learned[0] < learned[1] < learned[2]
+    # the same again from the same samples, by a loop
+    policy, tokenizer, _ = checkpoint.load(home / "sft")
+    model, _ = reward_model.load(home / "reward")
+    prompts = ["The film", "This story", "Her cast"]
+    ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
+    samples, scores = best_of_n.sample(policy, model, ids, 6, 8, tokenizer.eot, torch.Generator().manual_seed(0))
+    for f in figures:
+        rewards = []
+        for p in range(3):
+            for group in range(6 // f["n"]):
+                members = range(6 * p + group * f["n"], 6 * p + (group + 1) * f["n"])
+                winner = max(members, key=lambda i: scores.flatten()[i].item())
+                rewards.append(tokenizer.decode(samples[winner]).count("e"))
+        assert f["reward_mean"] == pytest.approx(sum(rewards) / len(rewards))
+    assert "kl_bound" in capsys.readouterr().out
+    assert "is there already" in fails(capsys, best_of_n.main, *best(home, "--json", tmp_path / "best.json"))
+
+
+def test_best_of_n_refuses_what_is_no_reward_model(home, capsys):
+    assert "not a reward model" in fails(capsys, best_of_n.main, *best(home), "--reward-model", home / "sft")
