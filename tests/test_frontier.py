@@ -1,0 +1,385 @@
+"""The sweep end to end with a tiny model: its points against samples drawn and judged otherwise, and what stops it."""
+
+import csv
+import math
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import need
+from tiny import SHAPE, call, fails
+
+from data.toy_sentiment import generate as toy
+from experiments import frontier, limit
+from experiments.baselines import reward_model
+from minidpo import checkpoint
+from minidpo.model import GPT, GPTConfig
+from minidpo.rewards import SentimentClassifier
+from minidpo.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+HEADER = "method,setting,seed,step,kl,kl_se,reward,reward_se,grammatical,seconds"
+LONGEST = 10  # tokens of a response
+PROMPTS = 40
+# one setting of each method, with steps large enough to get somewhere within 8 of them
+SMALL = {
+    "settings": {
+        "preferred-ft": [""],
+        "unlikelihood": [1.0],
+        "best-of-n": [2, 4],
+        "ppo": [0.5],
+        "ppo-gt": [0.5],
+        "dpo": [0.1, 2.0],
+    },
+    "training": {
+        "dpo": lambda beta: dict(optimizer="adamw", lr=0.01, warmup_steps=1),
+        "unlikelihood": lambda alpha: dict(optimizer="adamw", lr=0.003, warmup_steps=1),
+        "ppo": lambda target: dict(rollouts=16),
+        "ppo-gt": lambda target: dict(rollouts=16),
+    },
+    "pairs": 256,
+    "max_new_tokens": LONGEST,
+    "reward_sd": 1.5,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with an untrained model as SFT model, and a reward that such a model gets some of."""
+    folder = tmp_path_factory.mktemp("frontier")
+    texts = [row["prompt"] + row["completion"] for row in toy.rows("sft_train", 300)]
+    tokenizer = Tokenizer.train(texts, SHAPE["vocab_size"])
+    config = GPTConfig(**{**SHAPE, "block_size": 96, "vocab_size": tokenizer.vocab_size})
+    checkpoint.save(folder / "sft", GPT(config, torch.Generator().manual_seed(0)), tokenizer)
+    # single letters are what it mostly writes
+    SentimentClassifier({"a": 1.0, "i": 0.7, "s": -1.0, "t": -0.6, "e": 0.4}, 0.1).save(folder / "reward.pt")
+    return folder
+
+
+def flags(folder, out, *more):
+    words = ["--data", "toy", "--sft", folder / "sft", "--reward", folder / "reward.pt", "--out", out]
+    words += ["--seeds", 1, "--prompts", PROMPTS, "--samples", 4, "--points", 2, "--ppo-steps", 2, "--device", "cpu"]
+    return [*map(str, words), "--max-new-tokens", str(LONGEST), *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def swept(made):
+    """--out of a whole sweep."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(frontier.SWEEPS, "toy", SMALL)
+        call(frontier.main, *flags(made, made / "out"))
+    return made / "out"
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def but_seconds(path):
+    return [{**row, "seconds": None} for row in rows_of(path)]
+
+
+# ---- the points ----
+
+
+def test_every_method_setting_and_step_has_its_row(swept):
+    path = swept / "frontier.csv"
+    assert path.read_text(encoding="utf-8").splitlines()[0] == HEADER
+    rows = rows_of(path)
+    steps = {}
+    for row in rows:
+        steps.setdefault((row["method"], row["setting"], row["seed"]), []).append(int(row["step"]))
+    assert steps == {
+        ("sft", "", "0"): [0],
+        ("preferred-ft", "", "0"): [2, 4],  # 256 pairs in batches of 64
+        ("unlikelihood", "1", "0"): [2, 4],
+        ("best-of-n", "2", "0"): [0],
+        ("best-of-n", "4", "0"): [0],
+        ("ppo", "0.5", "0"): [1, 2],
+        ("ppo-gt", "0.5", "0"): [1, 2],
+        ("dpo", "0.1", "0"): [2, 4],
+        ("dpo", "2", "0"): [2, 4],
+    }
+    assert all(0 <= float(row["grammatical"]) <= 1 for row in rows)
+    for one, other in zip(rows, rows[1:], strict=False):
+        if int(other["step"]) > int(one["step"]) > 0:
+            assert 0 < float(one["seconds"]) < float(other["seconds"])
+
+
+@torch.no_grad()
+def walk(policy, reference, prompt, n, generator):
+    """n responses drawn token by token without a cache -> their ids, and log pi - log pi_ref of each (n,)."""
+    rows, ratios = torch.tensor([prompt] * n), torch.zeros(n, dtype=torch.float64)
+    live = torch.ones(n, dtype=torch.bool)
+    eot = prompt[0]
+    for _ in range(LONGEST):
+        p, q = (model(rows)[:, -1].double().softmax(-1) for model in (policy, reference))
+        new = torch.multinomial(p, 1, generator=generator)
+        ratios += ((p / q).log().gather(1, new)[:, 0]) * live
+        live &= new[:, 0] != eot
+        rows = torch.cat([rows, new], dim=1)
+    responses = []
+    for ids in rows[:, len(prompt) :].tolist():
+        responses.append(ids[: ids.index(eot) + 1] if eot in ids else ids)
+    return responses, ratios
+
+
+def own_samples(policy, made, n, seed):
+    """Prompts, responses (ids), log-ratios and true rewards: n of each prompt that the sweep judges on."""
+    reference, tokenizer, _ = checkpoint.load(made / "sft")
+    reward = SentimentClassifier.load(made / "reward.pt")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for row in toy.rows("prompts_test", PROMPTS):
+        prompt = [tokenizer.eot, *tokenizer.encode(row["prompt"])]
+        responses, ratios = walk(policy, reference, prompt, n, generator)
+        for ids, ratio in zip(responses, ratios.tolist(), strict=True):
+            found.append((prompt, ids, ratio, reward.log_odds(row["prompt"] + tokenizer.decode(ids))))
+    return found
+
+
+def mean_and_error(values, n):
+    means = [statistics.mean(values[i : i + n]) for i in range(0, len(values), n)]
+    return statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
+
+
+@pytest.mark.parametrize(("method", "setting"), [("dpo", "0.1"), ("unlikelihood", "1")])
+def test_kl_and_reward_agree_with_samples_drawn_otherwise(made, swept, method, setting):
+    (row,) = [
+        r for r in rows_of(swept / "frontier.csv") if (r["method"], r["setting"], r["step"]) == (method, setting, "4")
+    ]
+    policy, *_ = checkpoint.load(swept / "policies" / f"{method}_{float(setting)}_0")
+    found = own_samples(policy, made, 32, seed=77)
+    for column, values in (("kl", [f[2] for f in found]), ("reward", [f[3] for f in found])):
+        mean, error = mean_and_error(values, 32)
+        assert abs(float(row[column]) - mean) < 3.5 * math.hypot(error, float(row[f"{column}_se"])), column
+    if method == "dpo":
+        assert float(row["kl"]) > 3 * float(row["kl_se"])  # so that the agreement says something
+
+
+def test_best_of_n_has_its_bound_and_the_reward_of_the_best(made, swept):
+    rows = {int(r["setting"]): r for r in rows_of(swept / "frontier.csv") if r["method"] == "best-of-n"}
+    sft, *_ = checkpoint.load(made / "sft")
+    model, _ = reward_model.load(swept / "reward_model_0")
+    found = own_samples(sft, made, 32, seed=78)
+    scores = model.score([f[0] for f in found], [f[1] for f in found]).tolist()
+    for n, row in rows.items():
+        assert float(row["kl"]) == pytest.approx(math.log(n) - (n - 1) / n, rel=1e-4) and float(row["kl_se"]) == 0
+        best = []
+        for i in range(0, len(found), n):
+            group = range(i, i + n)
+            best.append(found[max(group, key=lambda j: scores[j])][3])
+        mean, error = mean_and_error(best, 32 // n)
+        assert abs(float(row["reward"]) - mean) < 3.5 * math.hypot(error, float(row["reward_se"]))
+
+
+def test_sft_and_first_prices_of_ppo(made, swept):
+    rows = rows_of(swept / "frontier.csv")
+    assert rows[0]["method"] == "sft" and float(rows[0]["kl"]) == float(rows[0]["kl_se"]) == 0
+    settings = frontier.Settings(reward=str(made / "reward.pt"), sft=str(made / "sft"), out=str(swept))
+    world = frontier.World(settings)
+    prices = [world.training(frontier.Unit("ppo-gt", target, 0)).kl_coef for target in (0.5, 1.0, 2.0, 4.0)]
+    assert prices == pytest.approx([1.5, 1.0607, 0.75, 0.5303], rel=1e-3)
+
+
+def test_the_toy_sweep_is_the_papers_and_more():
+    sweep = frontier.SWEEPS["toy"]["settings"]
+    assert {0.05, 0.1, 1.0, 5.0} <= set(sweep["dpo"]) and sweep["unlikelihood"] == [0.05, 0.1, 0.5, 1.0]
+    assert sweep["ppo"] == sweep["ppo-gt"] == [0.5, 1.0, 2.0, 4.0] and sweep["best-of-n"] == [2, 4, 16, 64]
+    assert frontier.SWEEPS["imdb"]["settings"]["ppo"] == [3.0, 6.0, 9.0, 12.0]
+    units = frontier.units(frontier.Settings())
+    for unit in units:
+        assert unit.needs is None or units.index(unit.needs) < units.index(unit)
+    assert len(units) == len(set(units)) == 1 + 3 * (1 + 1 + 1 + 1 + 4 + 4 + 4 + 9)
+
+
+# ---- stopped and resumed ----
+
+
+def test_a_sweep_is_not_made_twice(made, swept, monkeypatch):
+    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
+    monkeypatch.setattr(frontier, "run_unit", lambda *_: pytest.fail("made a unit that was there"))
+    before = (swept / "frontier.csv").read_bytes()
+    call(frontier.main, *flags(made, swept))
+    assert (swept / "frontier.csv").read_bytes() == before
+
+
+def test_one_unit_deleted_is_made_again_the_same(made, swept, monkeypatch, tmp_path):
+    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
+    out = shutil.copytree(swept, tmp_path / "out")
+    (out / "units" / "dpo_2.0_0.json").unlink()
+    ran = []
+    run_unit = frontier.run_unit
+    monkeypatch.setattr(frontier, "run_unit", lambda world, unit: (ran.append(unit), run_unit(world, unit)))
+    call(frontier.main, *flags(made, out))
+    assert ran == [("dpo", 2.0, 0)]
+    assert but_seconds(out / "frontier.csv") == but_seconds(swept / "frontier.csv")
+
+
+def test_ctrl_c_in_the_middle_keeps_what_is_done(made, swept, monkeypatch, tmp_path):
+    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
+    methods = ("--methods", "sft,unlikelihood,preferred-ft")
+    run_unit = frontier.run_unit
+
+    def interrupted(world, unit):
+        if unit.method == "preferred-ft":
+            raise KeyboardInterrupt
+        run_unit(world, unit)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(frontier, "run_unit", interrupted)
+        call(frontier.main, *flags(made, tmp_path, *methods))
+    assert stop.value.code == 130
+    assert {row["method"] for row in rows_of(tmp_path / "frontier.csv")} == {"sft", "unlikelihood"}
+    call(frontier.main, *flags(made, tmp_path, *methods))
+    expected = [
+        r for r in but_seconds(swept / "frontier.csv") if r["method"] in ("sft", "unlikelihood", "preferred-ft")
+    ]
+    assert but_seconds(tmp_path / "frontier.csv") == expected
+
+
+def test_killed_and_resumed_in_processes_gives_the_same_csv(made, tmp_path):
+    need(hasattr(signal, "SIGKILL"), "no SIGKILL on this system")
+    methods = ("--methods", "sft,preferred-ft", "--seeds", 2, "--pairs", 256)
+    command = [sys.executable, "-m", "experiments.frontier", *flags(made, tmp_path / "a", *methods), "--jobs", "2"]
+    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    units = tmp_path / "a" / "units"
+    until(lambda: sweep.poll() is not None or list(units.glob("*.json")))
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    assert 1 <= len(list(units.glob("*.json"))) < 4
+    time.sleep(1)  # its processes see that it is gone, and go
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    call(frontier.main, *flags(made, tmp_path / "b", *methods))
+    assert but_seconds(tmp_path / "a" / "frontier.csv") == but_seconds(tmp_path / "b" / "frontier.csv")
+
+
+def until(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# ---- bad input ----
+
+
+def test_points_made_otherwise_are_not_mixed_in(made, swept, monkeypatch, capsys):
+    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
+    message = fails(capsys, frontier.main, *flags(made, swept, "--samples", 3))
+    assert "--samples 4 in place of 3" in message and "Delete it" in message
+    monkeypatch.setitem(SMALL["training"], "dpo", lambda beta: dict(optimizer="adamw", lr=0.02, warmup_steps=1))
+    message = fails(capsys, frontier.main, *flags(made, swept))
+    assert "dpo_0.1_0.json was made with lr 0.01 in place of 0.02" in message
+
+
+def test_unknown_method(made, tmp_path, capsys):
+    message = fails(capsys, frontier.main, *flags(made, tmp_path, "--methods", "dpo,pppo"))
+    assert "'pppo'" in message and "ppo-gt" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_reward_is_missing(made, tmp_path, capsys):
+    message = fails(capsys, frontier.main, "--data", "imdb", "--sft", made / "sft", "--out", tmp_path)
+    assert "--reward" in message
+    message = fails(capsys, frontier.main, *flags(made, tmp_path, "--reward", tmp_path / "none.pt"))
+    assert "none.pt" in message
+
+
+def test_no_sft_model(made, tmp_path, capsys):
+    assert "train_sft.py" in fails(capsys, frontier.main, *flags(made, tmp_path, "--sft", tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("method,setting,seed\n", "line 1"),
+        (HEADER + "\n", "no points"),
+        (HEADER + "\ndpo,0.1,0,4,1.0\n", "line 2"),
+        (HEADER + "\ndpo,0.1,0,4,1.0,x,1,0.1,,3\n", "line 2"),
+        (HEADER + "\ndop,0.1,0,4,1.0,0.1,1,0.1,,3\n", "line 2: unknown method 'dop'"),
+        (None, "not found"),
+    ],
+)
+def test_bad_csv(tmp_path, capsys, text, expected):
+    path = tmp_path / "points.csv"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    assert expected in fails(capsys, frontier.main, "--plot-only", "--csv", path)
+    assert not path.with_suffix(".png").exists()
+
+
+# ---- figure and summary ----
+
+
+def write_limit(path):
+    """A limit of reward sqrt(2 KL), drawn up to 3 nats."""
+    points = [limit.Point(math.inf, 0.0, 0.0, 0.0, 0.0, 0.0, 1000.0, 1000.0)]
+    for i in range(1, 31):
+        kl = i / 10
+        points.append(limit.Point(1 / math.sqrt(2 * kl), kl, 0.0, math.sqrt(2 * kl), 0.0, 0.0, 1000.0, 1000.0))
+    limit.write(path, points)
+
+
+def test_figure_is_redrawn_from_the_csv_alone(swept, tmp_path, capsys):
+    need_matplotlib()
+    path = tmp_path / "toy.csv"
+    path.write_bytes((swept / "frontier.csv").read_bytes())
+    call(frontier.main, "--plot-only", "--csv", path)
+    assert "no limit is drawn" in capsys.readouterr().out
+    picture = (tmp_path / "toy.png").read_bytes()
+    assert picture == (swept / "frontier.png").read_bytes() and 10_000 < len(picture) < 200_000
+    write_limit(tmp_path / "toy_limit.csv")
+    call(frontier.main, "--plot-only", "--csv", path)
+    assert "no limit is drawn" not in capsys.readouterr().out
+    assert (tmp_path / "toy.png").read_bytes() != picture
+
+
+def need_matplotlib():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        need(False, "matplotlib is not installed")
+
+
+def test_summary_against_values_by_hand(tmp_path, capsys):
+    path = tmp_path / "toy.csv"
+    lines = [
+        "dpo,0.7,0,10,1.0,0.01,0.7,0.01,0.9,5",  # on the way: not in the means
+        "dpo,0.7,0,20,2.0,0.01,1.9,0.01,0.9,11",  # 95 % of sqrt(4)
+        "dpo,0.7,1,20,2.0,0.01,1.8,0.01,0.8,13",  # 90 %
+        "best-of-n,4,0,0,4.0,0,1.0,0.01,1,3",  # beyond the limit as it is drawn
+    ]
+    path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
+    write_limit(tmp_path / "toy_limit.csv")
+    call(frontier.main, "--plot-only", "--csv", path)
+    out = capsys.readouterr().out
+    (dpo,) = [line.split() for line in out.splitlines() if line.startswith("dpo")]
+    assert dpo == ["dpo", "0.7", "2", "2", "1.85", "92.5%", "+-", "2.5%", "85.0%", "12"]
+    (best,) = [line.split() for line in out.splitlines() if line.startswith("best-of-n")]
+    assert best == ["best-of-n", "4", "1", "4", "1.00", "100.0%", "3"]
+    assert "no point is above the limit" in out
+    assert "beta 0.7 is at a KL of 1.0" in out  # the limit of `write_limit` has beta = 1 / sqrt(2 KL)
+
+    # 2.1 is 0.1 above the limit, whose slope there is 1/2: 0.1 / hypot(0.03, 0.5 * 0.02) = 3.2
+    lines += ["ppo,2,0,5,2.0,0.02,2.1,0.03,1,3", "ppo,4,0,5,2.0,0.02,2.1,0.06,1,3"]  # the second one 1.6
+    path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
+    call(frontier.main, "--plot-only", "--csv", path)
+    above = [line for line in capsys.readouterr().out.splitlines() if "above the limit" in line]
+    assert len(above) == 1 and above[0].startswith("3.2 standard errors") and "setting='2'" in above[0]
+
+
+def test_a_sweep_without_a_grammar_has_one_panel(tmp_path, capsys):
+    need_matplotlib()
+    path = tmp_path / "imdb.csv"
+    path.write_text(HEADER + "\nsft,,0,0,0,0,1.0,0.1,,0\ndpo,1,0,9,3.0,0.1,1.5,0.1,,8\n", encoding="utf-8")
+    call(frontier.main, "--plot-only", "--csv", path)
+    assert "nan" not in capsys.readouterr().out
+    assert path.with_suffix(".png").exists()
