@@ -1,0 +1,697 @@
+"""What is right and what are known ways to be wrong, for each exercise: random cases, an oracle, the mistakes.
+
+Everything here is a plain loop over Python floats (float64), on purpose: no tensor, no broadcasting and no call of the
+project's own functions, so that an oracle does not share a mistake with what it judges. Only the tokenizer is the
+project's. A list stands for a tensor, nested lists for one of more dimensions.
+
+Read an exercise as: `..._case` draws arguments, the function of the exercise's name answers them, and its MISTAKES are
+the same function with one thing wrong, each under the words that the student will read. The grader compares an answer
+with the oracle first and then, if it is wrong, with each mistake.
+"""
+
+import dataclasses
+import math
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minidpo.tokenizer import Tokenizer
+
+CASES = 10  # of each exercise; a point for each
+
+
+class Tensor(NamedTuple):
+    """An argument that the student gets as a torch.Tensor."""
+
+    dtype: str  # float32, float64, int64 or bool
+    values: list
+
+
+@dataclasses.dataclass(frozen=True)
+class Exercise:
+    name: str
+    case: Callable  # (random.Random, number of the case) -> list of arguments
+    oracle: Callable  # the arguments, Tensors as lists -> a tuple of what is to be returned
+    returns: dict  # {what is returned: "ids" (a list), "int64", "bool", "float" (a tensor), "number" ...}, in order
+    mistakes: list  # of (words, function like the oracle)
+    gradient: tuple = ()  # what of it must carry one
+
+
+def floats(values, number):
+    """A float Tensor: float64 in even cases; float32 in odd ones, the values rounded to what fits."""
+    if number % 2 == 0:
+        return Tensor("float64", values)
+    return Tensor("float32", nested(lambda x: struct.unpack("f", struct.pack("f", x))[0], values))
+
+
+def nested(function, values):
+    """`function` of every number in nested lists."""
+    return [nested(function, v) for v in values] if isinstance(values, list) else function(values)
+
+
+def normal(draw, shape, scale=1.0, mean=0.0):
+    """Nested lists of the shape, drawn from a normal distribution."""
+    if not shape:
+        return draw.gauss(mean, scale)
+    return [normal(draw, shape[1:], scale, mean) for _ in range(shape[0])]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def minus_log_sigmoid(x):
+    """log(1 + e^-x), finite for every x."""
+    return max(-x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def log_softmax(logits):
+    """(V,) -> (V,)"""
+    largest = max(logits)
+    total = largest + math.log(sum(math.exp(x - largest) for x in logits))
+    return [x - total for x in logits]
+
+
+# ---- tokenise_pair ----
+
+
+def tokenise_pair_case(draw, number):
+    tokens = [bytes([i]) for i in range(256)] + [b"ab", b"ba", b"aba", b"bab", b" a", b" b"]
+
+    def text(first, least):
+        return first + "".join(draw.choice("aab b") for _ in range(draw.randint(least, 6)))
+
+    # odd cases: "...a" + "b...", where "ab" would swallow the border. Case 0: an empty prompt
+    prompt = "" if number == 0 else text("", 1).strip() + "a"
+    chosen = text("b" if number % 2 else " ", 4) + "y"
+    rejected = text("b" if number % 2 else " ", 4) + "x"
+    return [Tokenizer(tokens), prompt, chosen, rejected]
+
+
+def tokenise_pair(tokenizer, prompt, chosen, rejected):
+    eot, encode = tokenizer.eot, tokenizer.encode
+    return [eot, *encode(prompt)], [*encode(chosen), eot], [*encode(rejected), eot]
+
+
+def _merged(tokenizer, prompt, chosen, rejected):
+    start, eot = tokenizer.encode(prompt), tokenizer.eot
+    cut = ([*tokenizer.encode(prompt + response)[len(start) :], eot] for response in (chosen, rejected))
+    return ([eot, *start], *cut)
+
+
+TOKENISE_MISTAKES = [
+    ("prompt and response are encoded as one text, and a token crosses the border", _merged),
+    ("no eot before the prompt", lambda t, p, w, l: (t.encode(p), *tokenise_pair(t, p, w, l)[1:])),
+    (
+        "no eot behind the response, so the model never learns to stop",
+        lambda t, p, w, l: ([t.eot, *t.encode(p)], t.encode(w), t.encode(l)),
+    ),
+    ("no eot behind the response, so the model never learns to stop", lambda t, *texts: [t.encode(x) for x in texts]),
+    ("an eot before the response too", lambda t, *texts: [[t.eot, *t.encode(x), *[t.eot][i:]]
+        for i, x in zip((1, 0, 0), texts, strict=True)]),
+    ("an eot behind the prompt", lambda t, p, w, l: ([t.eot, *t.encode(p), t.eot], *tokenise_pair(t, p, w, l)[1:])),
+    ("chosen and rejected are swapped", lambda t, p, w, l: tokenise_pair(t, p, l, w)),
+]  # fmt: skip
+
+
+# ---- shift ----
+
+
+def shift_case(draw, number):
+    return [Tensor("int64", [draw.randrange(100) for _ in range(draw.randint(3, 9))])]
+
+
+def shift(row):
+    return row[:-1], row[1:]
+
+
+SHIFT_MISTAKES = [
+    ("not shifted: each position is to predict itself", lambda row: (row[:-1], row[:-1])),
+    ("shifted the wrong way: each position is to predict the token before it", lambda row: (row[1:], row[:-1])),
+]
+
+
+# ---- build_batch ----
+
+EOT = 9  # of the cases
+
+
+def build_batch_case(draw, number):
+    def ids(least):  # eot and 0 among them
+        return [draw.randrange(EOT + 1) for _ in range(draw.randint(least, 5))]
+
+    B = draw.randint(2, 4) if number else 1
+    return [[[EOT, *ids(0)] for _ in range(B)], [[*ids(0), EOT] for _ in range(B - 1)] + [[*ids(1), EOT, 0, EOT]]]
+
+
+def build_batch(prompts, responses, scored=None, target=1, left=False):
+    """Options for the mistakes: scored(n_prompt, n, T, targets) -> the mask's true places; target: 0 is not shifted."""
+    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    T = max(len(row) for row in rows) - 1
+    all_ids, all_targets, all_masks = [], [], []
+    for prompt, row in zip(prompts, rows, strict=True):
+        n = len(row) - 1
+        ids, targets = row[:n], row[target : n + target]
+        places = scored(len(prompt), n, T, row[1:]) if scored else range(len(prompt) - 1, n)
+        mask = [t in places for t in range(T)]
+        fill = [0] * (T - n)
+        if left:
+            mask = [False] * (T - n) + mask[:n]
+        all_ids.append(fill + ids if left else ids + fill)
+        all_targets.append(fill + targets if left else targets + fill)
+        all_masks.append(mask)
+    return all_ids, all_targets, all_masks
+
+
+def _scored(places):
+    return lambda prompts, responses: build_batch(prompts, responses, scored=places)
+
+
+BUILD_MISTAKES = [
+    (
+        "the targets are shifted and the mask is not: the first response token is never scored",
+        _scored(lambda p, n, T, targets: range(p, n)),
+    ),
+    ("the mask is not shifted: it ends beyond the row", _scored(lambda p, n, T, targets: range(p, n + 1))),
+    ("the final token of the response is left out", _scored(lambda p, n, T, targets: range(p - 1, n - 1))),
+    ("the prompt is scored", _scored(lambda p, n, T, targets: range(n))),
+    ("the prompt's last token is scored: one place too early", _scored(lambda p, n, T, targets: range(p - 2, n))),
+    ("the padding is scored", _scored(lambda p, n, T, targets: range(p - 1, T))),
+    ("prompt and padding are scored", _scored(lambda p, n, T, targets: range(T))),
+    ("prompt and response are exchanged", _scored(lambda p, n, T, targets: range(p - 1))),
+    (
+        "the mask is made by id: every eot is taken for padding",
+        _scored(lambda p, n, T, targets: [t for t in range(p - 1, n) if targets[t] != EOT]),
+    ),
+    (
+        "the mask is made by id: every 0 is taken for padding",
+        _scored(lambda p, n, T, targets: [t for t in range(p - 1, n) if targets[t] != 0]),
+    ),
+    (
+        "the targets are not shifted: each position is to predict itself",
+        lambda prompts, responses: build_batch(prompts, responses, target=0),
+    ),
+    ("padded on the left", lambda prompts, responses: build_batch(prompts, responses, left=True)),
+]
+
+
+# ---- gather_logps ----
+
+
+def gather_logps_case(draw, number):
+    B, T, V = draw.randint(2, 3), draw.randint(2, 4), draw.randint(3, 6)
+    logits = normal(draw, (B, T, V), scale=3.0, mean=draw.choice((0.0, -100.0)))
+    return [floats(logits, number), Tensor("int64", [[draw.randrange(V) for _ in range(T)] for _ in range(B)])]
+
+
+def gather_logps(logits, targets):
+    return ([[log_softmax(x)[i] for x, i in zip(*row, strict=True)] for row in zip(logits, targets, strict=True)],)
+
+
+def _over_positions(logits, targets):
+    turned = [[log_softmax(column) for column in zip(*row, strict=True)] for row in logits]  # (B, V, T)
+    return ([[log[i][t] for t, i in enumerate(row)] for log, row in zip(turned, targets, strict=True)],)
+
+
+GATHER_MISTAKES = [
+    (
+        "the log-softmax is missing: these are raw logits",
+        lambda logits, targets: ([[x[i] for x, i in zip(*r, strict=True)] for r in zip(logits, targets, strict=True)],),
+    ),
+    ("normalised over the positions (dim 1) instead of the vocabulary (the last)", _over_positions),
+    (
+        "probabilities: the logarithm is missing",
+        lambda logits, targets: (nested(math.exp, gather_logps(logits, targets)[0]),),
+    ),
+    (
+        "the sign is turned: this is the cross-entropy, -log p",
+        lambda logits, targets: (nested(lambda x: -x, gather_logps(logits, targets)[0]),),
+    ),
+]
+
+
+# ---- sum_logps ----
+
+
+def random_mask(draw, B, T):
+    """(B, T): in each row, response places between prompt and padding; two at least in the first row."""
+    mask = []
+    for b in range(B):
+        start = draw.randrange(T - 1)
+        end = draw.randint(start + (2 if b == 0 else 1), T)
+        mask.append([start <= t < end for t in range(T)])
+    return Tensor("bool", mask)
+
+
+def sum_logps_case(draw, number):
+    B, T = draw.randint(1, 4), draw.randint(4, 8)
+    logps = nested(lambda x: -0.1 - abs(x), normal(draw, (B, T), scale=3.0))
+    return [floats(logps, number), random_mask(draw, B, T)]
+
+
+def _of_rows(function):
+    """function(logps of the response, of the row, of the rest) of each row."""
+
+    def summed(logps, mask):
+        rows = [(logp, m) for logp, m in zip(logps, mask, strict=True)]
+        split = lambda logp, m, want: [x for x, scored in zip(logp, m, strict=True) if scored == want]  # noqa: E731
+        return ([function(split(logp, m, True), logp, split(logp, m, False)) for logp, m in rows],)
+
+    return summed
+
+
+sum_logps = _of_rows(lambda response, row, rest: sum(response))
+
+SUM_MISTAKES = [
+    (
+        "the mean over the response's tokens where the sum belongs: it divides beta by the length",
+        _of_rows(lambda response, row, rest: sum(response) / len(response)),
+    ),
+    ("divided by the length of the row", _of_rows(lambda response, row, rest: sum(response) / len(row))),
+    ("the mask is not used: prompt and padding are summed too", _of_rows(lambda response, row, rest: sum(row))),
+    (
+        "the mask is turned: prompt and padding are summed, the response is not",
+        _of_rows(lambda r, row, rest: sum(rest)),
+    ),
+    ("the response's first token is left out", _of_rows(lambda response, row, rest: sum(response[1:]))),
+    ("the response's last token is left out", _of_rows(lambda response, row, rest: sum(response[:-1]))),
+    ("the sign is turned", _of_rows(lambda response, row, rest: -sum(response))),
+]
+
+
+# ---- implicit_reward, margin_and_loss, gradient_weight ----
+
+
+def pairwise(function):
+    """A function of two numbers -> one of two lists (B,), and of what comes behind them."""
+    return lambda left, right, *more: [function(a, b, *more) for a, b in zip(left, right, strict=True)]
+
+
+def one(function):
+    """As `pairwise`, for what returns one tensor."""
+    return lambda *arguments: (pairwise(function)(*arguments),)
+
+
+def two(first, second):
+    """As `pairwise`, for what returns two tensors."""
+    return lambda *arguments: (pairwise(first)(*arguments), pairwise(second)(*arguments))
+
+
+BETAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.5, 2.0)
+
+
+def implicit_reward_case(draw, number):
+    B = draw.randint(1, 5)
+    policy, reference = normal(draw, (B,), 3.0, -40.0), normal(draw, (B,), 3.0, -40.0)
+    return [floats(policy, number), floats(reference, number), draw.choice(BETAS)]
+
+
+implicit_reward = one(lambda policy, reference, beta: beta * (policy - reference))
+
+REWARD_MISTAKES = [
+    ("beta is missing", one(lambda policy, reference, beta: policy - reference)),
+    ("divided by beta instead of multiplied", one(lambda policy, reference, beta: (policy - reference) / beta)),
+    ("the reference is missing", one(lambda policy, reference, beta: beta * policy)),
+    ("the reference is added instead of subtracted", one(lambda policy, reference, beta: beta * (policy + reference))),
+    ("the sign is turned: reference minus policy", one(lambda policy, reference, beta: beta * (reference - policy))),
+    ("beta multiplies the policy only", one(lambda policy, reference, beta: beta * policy - reference)),
+    ("beta multiplies the reference only", one(lambda policy, reference, beta: policy - beta * reference)),
+    (
+        "the ratio of the log-probabilities instead of the log of the ratio",
+        one(lambda policy, reference, beta: beta * policy / reference),
+    ),
+    (
+        "the ratio of the probabilities: the logarithm is missing",
+        one(lambda policy, reference, beta: beta * math.exp(policy - reference)),
+    ),
+]
+
+
+def rewards_case(draw, number):
+    """(chosen, rejected); cases 0 and 1 hold margins of -1000 and 1000."""
+    chosen, rejected = normal(draw, (3,), 2.0), normal(draw, (3,), 2.0)
+    if number < 2:
+        chosen, rejected = chosen + [-600.0, 400.0], rejected + [400.0, -600.0]
+    return [floats(chosen, number), floats(rejected, number)]
+
+
+def _log_of_sigmoid(chosen, rejected):
+    margin = chosen - rejected
+    return math.inf if margin < -700 else minus_log_sigmoid(margin)
+
+
+minus = lambda chosen, rejected: chosen - rejected  # noqa: E731
+margin_and_loss = two(minus, lambda chosen, rejected: minus_log_sigmoid(chosen - rejected))
+
+LOSS_MISTAKES = [
+    (
+        "the two rewards are added: the sign between the log-ratios is lost",
+        two(lambda c, r: c + r, lambda c, r: minus_log_sigmoid(c + r)),
+    ),
+    (
+        "the sides are swapped: rejected minus chosen",
+        two(lambda c, r: r - c, lambda c, r: minus_log_sigmoid(r - c)),
+    ),
+    ("the log-sigmoid is missing: minus the margin", two(minus, lambda c, r: r - c)),
+    ("the log-sigmoid is missing: the margin itself", two(minus, minus)),
+    (
+        "log of sigmoid in two steps (or of 1 + exp): infinite at large margins; F.logsigmoid is not",
+        two(minus, _log_of_sigmoid),
+    ),
+    ("the minus before log sigmoid is missing", two(minus, lambda c, r: -minus_log_sigmoid(c - r))),
+    ("the logarithm is missing: minus the sigmoid", two(minus, lambda c, r: -sigmoid(c - r))),
+    ("the logarithm is missing: the sigmoid", two(minus, lambda c, r: sigmoid(c - r))),
+    ("the rejected reward is missing", two(lambda c, r: c, lambda c, r: minus_log_sigmoid(c))),
+]
+
+
+def gradient_weight_case(draw, number):
+    return [*rewards_case(draw, number), draw.choice(BETAS)]
+
+
+def opposite(weight):
+    """The derivatives by log pi(chosen) and log pi(rejected), where one is minus the other."""
+    return two(weight, lambda *arguments: -weight(*arguments))
+
+
+gradient_weight = opposite(lambda c, r, beta: -beta * sigmoid(r - c))
+
+GRADIENT_MISTAKES = [
+    ("beta is missing", opposite(lambda c, r, beta: -sigmoid(r - c))),
+    ("divided by beta instead of multiplied", opposite(lambda c, r, beta: -sigmoid(r - c) / beta)),
+    ("the signs are turned: the gradient of minus the loss", opposite(lambda c, r, beta: beta * sigmoid(r - c))),
+    (
+        "sigmoid(margin) for sigmoid(-margin): the pairs that are right already would pull hardest",
+        opposite(lambda c, r, beta: -beta * sigmoid(c - r)),
+    ),
+    (
+        "sigmoid(margin) for sigmoid(-margin), and the signs are turned",
+        opposite(lambda c, r, beta: beta * sigmoid(c - r)),
+    ),
+    (
+        "the derivative of the sigmoid: that of its logarithm is asked for",
+        opposite(lambda c, r, beta: -beta * sigmoid(c - r) * sigmoid(r - c)),
+    ),
+    ("every pair has the same weight: the sigmoid is missing", opposite(lambda c, r, beta: -beta)),
+    (
+        "beta multiplies the margin again: the rewards carry it already",
+        opposite(lambda c, r, beta: -beta * sigmoid(beta * (r - c))),
+    ),
+    (
+        "both have the same sign",
+        two(lambda c, r, beta: -beta * sigmoid(r - c), lambda c, r, beta: -beta * sigmoid(r - c)),
+    ),
+    (
+        "the two rewards are added: the sign between the log-ratios is lost",
+        two(lambda c, r, beta: -beta * sigmoid(-c - r), lambda c, r, beta: -beta * sigmoid(-c - r)),
+    ),
+]
+
+
+# ---- smoothed_loss ----
+
+
+def smoothed_loss_case(draw, number):
+    e = 0.0 if number == CASES - 1 else draw.choice((0.05, 0.1, 0.2, 0.3, 0.4))
+    return [floats(normal(draw, (draw.randint(1, 5),), 3.0), number), e]
+
+
+def each(function):
+    """A function of a number -> one of a list (B,), and of what comes behind it."""
+    return lambda values, *more: ([function(x, *more) for x in values],)
+
+
+def _weighted(m, right, flipped):
+    return right * minus_log_sigmoid(m) + flipped * minus_log_sigmoid(-m)
+
+
+smoothed_loss = each(lambda m, e: _weighted(m, 1 - e, e))
+
+SMOOTHING_MISTAKES = [
+    (
+        "this is robust DPO, which subtracts the flipped label's loss and divides by 1 - 2e; conservative DPO adds it",
+        each(lambda m, e: _weighted(m, 1 - e, -e) / (1 - 2 * e)),
+    ),
+    ("the flipped label's loss is subtracted instead of added", each(lambda m, e: _weighted(m, 1 - e, -e))),
+    ("divided by 1 - 2e, as robust DPO is", each(lambda m, e: _weighted(m, 1 - e, e) / (1 - 2 * e))),
+    ("the weights are swapped: e belongs to the flipped label", each(lambda m, e: _weighted(m, e, 1 - e))),
+    ("the label smoothing is not used", each(lambda m, e: _weighted(m, 1, 0))),
+    ("the flipped label's loss is missing", each(lambda m, e: _weighted(m, 1 - e, 0))),
+    ("1 - e is missing before the loss of the label as given", each(lambda m, e: _weighted(m, 1, e))),
+    ("e is halved, as over the classes of a classifier", each(lambda m, e: _weighted(m, 1 - e / 2, e / 2))),
+    ("the margin is smoothed instead of the loss", each(lambda m, e: minus_log_sigmoid((1 - 2 * e) * m))),
+    ("the minus before log sigmoid is missing", each(lambda m, e: -_weighted(m, 1 - e, e))),
+    ("the log-sigmoid is missing", each(lambda m, e: (1 - 2 * e) * -m)),
+]
+
+
+# ---- accuracy ----
+
+
+def accuracy_case(draw, number):
+    """Multiples of 1/2, so that every difference is exact; a third of the pairs are ties, in case 0 all."""
+    B = draw.randint(4, 8)
+    policy_chosen, policy_rejected, reference_chosen = ([draw.randint(-80, -40) / 2 for _ in range(B)] for _ in "abc")
+    gaps = [
+        0.0 if number == 0 else draw.choice((0.0, draw.randint(1, 60) / 2, draw.randint(-60, -1) / 2)) for _ in "." * B
+    ]
+    # chosen log-ratio minus rejected log-ratio is to be the gap
+    reference_rejected = [
+        gap - (pc - rc) + pr
+        for gap, pc, pr, rc in zip(gaps, policy_chosen, policy_rejected, reference_chosen, strict=True)
+    ]
+    return [floats(x, number) for x in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)]
+
+
+def share(wins):
+    """The mean of wins(policy chosen, policy rejected, reference chosen, reference rejected) over the pairs."""
+    return lambda *columns: (sum(wins(*pair) for pair in zip(*columns, strict=True)) / len(columns[0]),)
+
+
+def _win(margin, tie=0.5):
+    return tie if margin == 0 else float(margin > 0)
+
+
+accuracy = share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr)))
+
+ACCURACY_MISTAKES = [
+    ("ties count as losses", share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr), 0.0))),
+    ("ties count as wins", share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr), 1.0))),
+    *[
+        ("the reference is missing: the likelier response is not the one with the higher reward", share(wins))
+        for wins in (
+            lambda pc, pr, rc, rr: _win(pc - pr),
+            lambda pc, pr, rc, rr: _win(pc - pr, 0.0),
+            lambda pc, pr, rc, rr: _win(pc - pr, 1.0),
+        )
+    ],
+    ("the sides are swapped: the share of losses", share(lambda pc, pr, rc, rr: _win((pr - rr) - (pc - rc)))),
+    (
+        "the sides are swapped, and ties count as nothing",
+        share(lambda pc, pr, rc, rr: _win((pr - rr) - (pc - rc), 0.0)),
+    ),
+    ("the reference is added instead of subtracted", share(lambda pc, pr, rc, rr: _win((pc + rc) - (pr + rr)))),
+    (
+        "the number of wins: it is not divided by the number of pairs",
+        lambda *columns: (accuracy(*columns)[0] * len(columns[0]),),
+    ),
+    ("in per cent", lambda *columns: (accuracy(*columns)[0] * 100,)),
+]
+
+
+# ---- kl_estimates ----
+
+
+def kl_estimates_case(draw, number):
+    N, T, V = draw.randint(1, 3), draw.randint(3, 6), draw.randint(3, 5)
+    policy = normal(draw, (N, T, V), 1.5, draw.choice((0.0, -50.0)))
+    reference = normal(draw, (N, T, V), 1.5, draw.choice((0.0, 5.0)))
+    targets = [[draw.randrange(V) for _ in range(T)] for _ in range(N)]
+    return [floats(policy, number), floats(reference, number), Tensor("int64", targets), random_mask(draw, N, T)]
+
+
+def estimates(plain, exact, masked=True, mean=False, normalised=True):
+    """A function like the oracle, from what is summed over the places.
+
+    plain(log pi, log pi_ref of the token that was drawn), exact(log pi, log pi_ref of the vocabulary, two lists).
+    """
+
+    def of_samples(policy, reference, targets, mask):
+        columns = [], []
+        for sample in zip(policy, reference, targets, mask, strict=True):
+            sums, n = [0.0, 0.0], 0
+            for p, q, i, scored in zip(*sample, strict=True):
+                if scored or not masked:
+                    log_p, log_q = (log_softmax(p), log_softmax(q)) if normalised else (p, q)
+                    sums[0] += plain(log_p[i], log_q[i])
+                    sums[1] += exact(log_p, log_q)
+                    n += 1
+            for column, total in zip(columns, sums, strict=True):
+                column.append(total / n if mean else total)
+        return columns
+
+    return of_samples
+
+
+def _drawn(log_p, log_q):
+    return log_p - log_q
+
+
+def _full(log_p, log_q):
+    return sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
+
+
+def _over(function):
+    """A sum over the vocabulary."""
+    return lambda log_p, log_q: sum(function(p, q) for p, q in zip(log_p, log_q, strict=True))
+
+
+kl_estimates = estimates(_drawn, _full)
+
+KL_MISTAKES = [
+    ("averaged over the tokens, where the KL of the whole response is a sum", estimates(_drawn, _full, mean=True)),
+    ("the mask is not used: prompt and padding count too", estimates(_drawn, _full, masked=False)),
+    (
+        "the two models are exchanged: KL(reference || policy)",
+        estimates(lambda p, q: q - p, _over(lambda p, q: math.exp(q) * (q - p))),
+    ),
+    (
+        "the log-softmax is missing: these are raw logits",
+        estimates(_drawn, _over(lambda p, q: math.exp(p) * (p - q)), normalised=False),
+    ),
+    (
+        "weighted by the reference's probabilities: the samples are the policy's",
+        estimates(_drawn, _over(lambda p, q: math.exp(q) * (p - q))),
+    ),
+    ("the sign is turned", estimates(lambda p, q: q - p, lambda p, q: -_full(p, q))),
+    ("not weighted by the policy's probabilities", estimates(_drawn, _over(lambda p, q: p - q))),
+    ("the mean over the vocabulary instead of the sum", estimates(_drawn, lambda p, q: _full(p, q) / len(p))),
+    (
+        "the cross-entropy: the policy's own log-probability is missing",
+        estimates(_drawn, _over(lambda p, q: -math.exp(p) * q)),
+    ),
+    (
+        "another estimator, (r - 1) - log r with r = pi_ref / pi; the plain one is asked for",
+        estimates(lambda p, q: math.expm1(q - p) - (q - p), _full),
+    ),
+    (
+        "plain and exact are exchanged",
+        lambda *arguments: kl_estimates(*arguments)[::-1],
+    ),
+]  # fmt: skip
+
+
+# ---- pick_beta ----
+
+
+def pick_beta_case(draw, number):
+    """Four betas, their mean KLs falling; the first is over the budget and has the highest reward, and a run within.
+
+    In even cases the second is best, with a run over the budget, in odd ones the third. The next one's mean is lower,
+    but it has the best run of all. The last case has a budget that no beta meets.
+    """
+    budget = draw.uniform(1.0, 4.0)
+    best = 1 + number % 2
+    rewards = [draw.uniform(0.0, 0.3) - rank for rank in (-2, *((0, 1, 2) if best == 1 else (2, 0, 1)))]
+    frontier = []
+    for i, beta in enumerate(sorted(draw.sample((0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0), 4))):
+        kl, kl_spread = ((1.5, 0.8), (0.9, 0.3), (0.6, 0.1), (0.3, 0.1))[i]
+        reward_spread = draw.uniform(5.0, 6.0) if i == best + 1 else draw.uniform(0.1, 0.3)
+        around = draw.choice(((1, -1), (1, -0.5, -0.5)))  # seeds, their mean being 0
+        for seed, (x, y) in enumerate(zip(around, reversed(around), strict=True)):
+            run = dict(
+                beta=beta, seed=seed, kl=budget * (kl + kl_spread * x), reward=3 + rewards[i] + reward_spread * y
+            )
+            frontier.append({key: round(value, 3) for key, value in run.items()})
+    draw.shuffle(frontier)
+    return [frontier, round(budget / 10 if number == CASES - 1 else budget, 3)]
+
+
+def _means(frontier, keep=lambda run: True):
+    """{beta: (mean KL, mean reward)} of the runs to keep."""
+    means = {}
+    for beta in sorted({run["beta"] for run in frontier if keep(run)}):
+        runs = [run for run in frontier if run["beta"] == beta and keep(run)]
+        means[beta] = tuple(sum(run[key] for run in runs) / len(runs) for key in ("kl", "reward"))
+    return means
+
+
+def _best(scores):
+    return (max(scores, key=scores.get, default=None),)
+
+
+def pick_beta(frontier, kl_budget):
+    return _best({beta: reward for beta, (kl, reward) in _means(frontier).items() if kl <= kl_budget})
+
+
+def _single_run(frontier, kl_budget):
+    runs = [run for run in frontier if run["kl"] <= kl_budget]
+    return (max(runs, key=lambda run: run["reward"])["beta"] if runs else None,)
+
+
+def _single_reward(frontier, kl_budget):
+    allowed = [beta for beta, (kl, _) in _means(frontier).items() if kl <= kl_budget]
+    return _best({b: max(run["reward"] for run in frontier if run["beta"] == b) for b in allowed})
+
+
+PICK_MISTAKES = [
+    ("the best single run decides, which may be luck: average over the seeds first", _single_run),
+    ("the best single run decides, which may be luck: average over the seeds first", _single_reward),
+    ("the budget is not used", lambda f, budget: _best({b: reward for b, (_, reward) in _means(f).items()})),
+    (
+        "the runs over the budget are taken out before the averages are made",
+        lambda f, budget: _best({b: reward for b, (_, reward) in _means(f, lambda run: run["kl"] <= budget).items()}),
+    ),
+    (
+        "the smallest beta within the budget, where the highest reward decides",
+        lambda f, budget: _best({b: -b for b, (kl, _) in _means(f).items() if kl <= budget}),
+    ),
+    (
+        "the smallest KL, where the highest reward decides",
+        lambda f, budget: _best({b: -kl for b, (kl, _) in _means(f).items() if kl <= budget}),
+    ),
+    (
+        "the lowest reward: the comparison is turned",
+        lambda f, budget: _best({b: -reward for b, (kl, reward) in _means(f).items() if kl <= budget}),
+    ),
+    (
+        "a beta is left out if one of its runs is over the budget, where its mean decides",
+        lambda f, budget: _best(
+            {
+                b: reward
+                for b, (_, reward) in _means(f).items()
+                if all(run["kl"] <= budget for run in f if run["beta"] == b)
+            }
+        ),
+    ),
+]
+
+
+EXERCISES = [
+    Exercise(
+        "tokenise_pair", tokenise_pair_case, tokenise_pair,
+        {"prompt_ids": "ids", "chosen_ids": "ids", "rejected_ids": "ids"}, TOKENISE_MISTAKES,
+    ),
+    Exercise("shift", shift_case, shift, {"ids": "int64", "targets": "int64"}, SHIFT_MISTAKES),
+    Exercise(
+        "build_batch", build_batch_case, build_batch,
+        {"ids": "int64", "targets": "int64", "mask": "bool"}, BUILD_MISTAKES,
+    ),
+    Exercise("gather_logps", gather_logps_case, gather_logps, {"logps": "float"}, GATHER_MISTAKES, ("logps",)),
+    Exercise("sum_logps", sum_logps_case, sum_logps, {"logps": "float"}, SUM_MISTAKES, ("logps",)),
+    Exercise("implicit_reward", implicit_reward_case, implicit_reward, {"rewards": "float"}, REWARD_MISTAKES),
+    Exercise(
+        "margin_and_loss", rewards_case, margin_and_loss,
+        {"margins": "float", "losses": "float"}, LOSS_MISTAKES, ("losses",),
+    ),
+    Exercise(
+        "gradient_weight", gradient_weight_case, gradient_weight,
+        {"by chosen": "float", "by rejected": "float"}, GRADIENT_MISTAKES,
+    ),
+    Exercise(
+        "smoothed_loss", smoothed_loss_case, smoothed_loss, {"losses": "float"}, SMOOTHING_MISTAKES, ("losses",),
+    ),
+    Exercise("accuracy", accuracy_case, accuracy, {"accuracy": "number"}, ACCURACY_MISTAKES),
+    Exercise("kl_estimates", kl_estimates_case, kl_estimates, {"plain": "float", "exact": "float"}, KL_MISTAKES),
+    Exercise("pick_beta", pick_beta_case, pick_beta, {"beta": "number or None"}, PICK_MISTAKES),
+]  # fmt: skip
