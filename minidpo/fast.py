@@ -51,24 +51,21 @@ class Packed(NamedTuple):
 
 
 def pack(batch):
-    """PreferenceBatch -> Packed. What two rows share is found by comparing them, so nothing is assumed of prompts."""
+    """PreferenceBatch -> Packed."""
     T = max(rows.ids.shape[1] for rows in batch)
-    ids, targets, mask = (
+    ids, targets, scored = (
         torch.stack([F.pad(rows[i], (0, T - rows[i].shape[1])) for rows in batch]) for i in range(3)
     )  # each (2, B, T)
-    positions = torch.arange(T, device=ids.device)
-    lengths = (mask * (positions + 1)).amax(-1, keepdim=True)  # what follows the last scored position is padding
-    real = positions < lengths
-    shared = ((ids[0] == ids[1]) & real[0] & real[1]).cumprod(-1).bool()  # (B, T): the prefix that the two share
+    real = real_positions(scored)
+    shared = shared_prefix(ids, real)  # (B, T)
     own = torch.stack([real[0], real[1] & ~shared])
     number = own.flatten().cumsum(0).view_as(own) - 1
     place = torch.stack([number[0], torch.where(shared, number[0], number[1])]).clamp(min=0).view(-1, T)
     again = torch.stack([torch.zeros_like(shared), shared]).flatten().nonzero().squeeze(-1)
-    row = torch.arange(len(place), device=ids.device)[:, None].expand(-1, T)
-    scored = mask.view(-1, T)
+    scored = scored.view(-1, T)
     return Packed(
         ids=ids[own],
-        positions=positions.expand_as(own)[own],
+        positions=torch.arange(T, device=ids.device).expand_as(own)[own],
         place=place,
         own=own.view(-1, T),
         home=own.flatten().nonzero().squeeze(-1),
@@ -76,8 +73,21 @@ def pack(batch):
         again_of=place.flatten()[again],
         scored=place[scored],
         targets=targets.view(-1, T)[scored],
-        row=row[scored],
+        row=scored.nonzero()[:, 0],
     )
+
+
+def real_positions(scored):
+    """scored (2, B, T) -> where a token stands (2, B, T): what follows the last scored position is padding."""
+    return scored.flip(-1).cumsum(-1).flip(-1) > 0
+
+
+def shared_prefix(ids, real):
+    """Where chosen and rejected row are the same from the start on: (2, B, T) each -> (B, T).
+
+    Found by comparing them, so nothing is assumed of prompts, and responses that begin alike share that, too.
+    """
+    return ((ids[0] == ids[1]) & real[0] & real[1]).cumprod(-1).bool()
 
 
 class ToRows(torch.autograd.Function):
