@@ -274,9 +274,6 @@ def batches(rows, batch_size, seed, epoch, pool=32):
     return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
 
 
-# ---- 4. a look ----
-
-
 def micro_batches(batches, rows, size, tokens):
     """The batches (lists of indices of the pairs `rows`) cut to what fits into memory at once, in the same order.
 
@@ -297,6 +294,9 @@ def micro_batches(batches, rows, size, tokens):
             longest = longer
         cut.append(micro)
     return cut
+
+
+# ---- 4. a look ----
 
 
 def show(path, tokenizer, n, max_length):

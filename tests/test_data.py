@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import write_jsonl
 
+from data.toy_sentiment import generate as toy
 from minidpo import checkpoint, data
 from minidpo.cli import UserError
 from minidpo.data import Rows, encode_pairs, encode_sft, fit, preference_batch, read_jsonl, sft_batch
@@ -318,6 +319,18 @@ def test_batches_are_a_permutation_in_batches_of_similar_length():
     means = [sum(lengths) / len(lengths) for lengths in lengths_of(rows, order)]
     assert 8 <= sum(after < before for before, after in itertools.pairwise(means)) <= 18
     assert len(data.batches(rows, 203, 0, 0)) == 1 and data.batches([], 8, 0, 0) == []
+
+
+def test_batches_of_the_toys_sft_rows_hold_next_to_no_padding():
+    """The texts' lengths in words stand for those in tokens: 64 rows a batch, as in train_sft.py on the toy."""
+    texts = [(r["prompt"].split(), r["completion"].split()) for r in toy.rows("sft_train", 10_000)]
+
+    def padding(cut):
+        lengths = [[sum(map(len, texts[i])) for i in batch] for batch in cut]
+        return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
+
+    assert padding(data.batches(texts, 64, seed=0, epoch=0)) < 0.04
+    assert padding([list(range(i, i + 64)) for i in range(0, 9984, 64)]) > 0.2  # as they come
 
 
 def test_batches_mix_rows_from_all_of_a_sorted_file():
