@@ -97,7 +97,10 @@ def answer(function, request, path):
         for number, (argument, given) in enumerate(zip(arguments, case, strict=True), start=1):
             if changed(argument, given):
                 return {"failed": f"it changes its argument {number} in place"}
-        answers.append(encode(value))
+        try:
+            answers.append(encode(value, [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]))
+        except RuntimeError as error:  # a gradient that cannot be taken
+            return {"failed": describe(error, path)}
     return {"answers": answers}
 
 
@@ -143,19 +146,27 @@ def changed(argument, given):
     return argument != given
 
 
-def encode(value):
+def encode(value, inputs=()):
+    """What a function returned; "gradient" says whether one reaches all of `inputs` from there."""
     if isinstance(value, torch.Tensor):
         tensor = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         if value.numel() <= LARGEST:
-            tensor |= {"values": value.tolist(), "gradient": value.requires_grad}
+            tensor |= {"values": value.tolist(), "gradient": reaches(value, inputs)}
         return tensor
     if type(value) is int and abs(value) >= 2**63:
         return {"other": f"int of {value.bit_length()} bits"}
     if value is None or type(value) in (bool, int, float):
         return {"value": value}
     if isinstance(value, (list, tuple)) and len(value) <= LARGEST:
-        return [encode(v) for v in value]
+        return [encode(v, inputs) for v in value]
     return {"other": type(value).__name__}
+
+
+def reaches(value, inputs):
+    if not (value.requires_grad and inputs):
+        return False
+    gradients = torch.autograd.grad(value.sum(), inputs, retain_graph=True, allow_unused=True)
+    return all(gradient is not None for gradient in gradients)
 
 
 # ---- what a file may do, and what it leaves behind ----

@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import random
 import secrets
+import statistics
 import time
 from pathlib import Path
 
@@ -253,9 +254,7 @@ def malformed(exercise, answer, expected, dtype):
         if kind == "float" and any(math.isnan(v) for v in flat(item["values"])):
             return f"{name} holds NaN"
         if name in exercise.gradient and not item["gradient"]:
-            return (
-                f"{name} has lost its gradient (.item(), .detach(), .data, torch.tensor(...) or no_grad): no training"
-            )
+            return f"{name} has lost a gradient (.item(), .detach(), torch.tensor(...) or no_grad): no training"
     return ""
 
 
@@ -301,14 +300,17 @@ def report(result):
 
 
 def table(results):
-    """All files, a line each; the columns are the functions in their order."""
+    """All files, a line each, and the mean; the columns are the functions in their order."""
     names = [test["name"] for test in results[0]["tests"]]
     width = max(len(result["file"]) for result in results)
     lines = [f"{i}: {name}" for i, name in enumerate(names, start=1)]
-    lines += ["", f"{'':{width}} points " + "".join(f"{i:4}" for i in range(1, len(names) + 1))]
+    lines += ["", f"{'':{width}} points " + "".join(f"{i:5}" for i in range(1, len(names) + 1))]
     for result in results:
-        scores = "".join(f"{test['score']:4}" for test in result["tests"])
+        scores = "".join(f"{test['score']:5}" for test in result["tests"])
         lines.append(f"{result['file']:{width}} {result['score']:6} {scores}  {result['output']}".rstrip())
+    columns = zip(*([test["score"] for test in result["tests"]] for result in results), strict=True)
+    means = "".join(f"{statistics.mean(column):5.1f}" for column in columns)
+    lines.append(f"{'mean':{width}} {statistics.mean(result['score'] for result in results):6.1f} {means}")
     return "\n".join(lines)
 
 

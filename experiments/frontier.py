@@ -108,7 +108,10 @@ SWEEPS = {
             "ppo-gt": [3.0, 6.0, 9.0, 12.0],
             "dpo": [0.05, 0.1, 0.3, 1.0, 5.0],
         },
-        "training": {method: lambda target: IMDB_PPO for method in ("ppo", "ppo-gt")},
+        "training": {
+            **{method: lambda target: IMDB_PPO for method in ("ppo", "ppo-gt")},
+            **{method: lambda setting: dict(fast=True) for method in ("dpo", "unlikelihood")},
+        },
         "pairs": 0,
         "max_new_tokens": 64,
         "reward_sd": 1.5,
@@ -132,6 +135,7 @@ class Settings:
     points: int = knob(4, "points along a training, evenly spaced, the last included", least=1)
     ppo_steps: int = knob(0, "steps of PPO; 0: as many as the dataset's settings say")
     max_new_tokens: int = knob(0, "longest completion, in tokens; 0: 96 for the toy, 64 for imdb")
+    kl_end: float = knob(20.0, "the figure ends at this KL, in nats; points beyond are named in it", least=1)
     jobs: int = knob(1, "units at a time; above 1 each has a process, of one thread, to itself", least=1)
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
     plot_only: bool = knob(False, "draw the figure from --csv and print the summary, nothing else")
@@ -532,10 +536,10 @@ LOOKS = {  # colours of Okabe and Ito, told apart by the colour-blind, and a mar
     "unlikelihood": ("Unlikelihood", "#CC79A7", "v"),
     "sft": ("SFT", "#000000", "*"),
 }
-TICKS = (0, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+TICKS = (0, 0.5, 1, 2, 3, 4, 6, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
-def draw(points, curve, path):
+def draw(points, curve, path, kl_end):
     """The figure; curve: the limit's Points, or None. Points on the way are small, those at the end large."""
     try:
         from matplotlib.figure import Figure
@@ -543,9 +547,11 @@ def draw(points, curve, path):
         print('no picture: matplotlib is not installed (pip install "minidpo[plot]")')
         return
     final = set(last_points(points))
-    columns = {"reward": "mean true reward", "grammatical": "share grammatical"}
+    columns = {"reward": "mean true reward", "grammatical": "grammatical"}
     if any(math.isnan(p.grammatical) for p in points):
         del columns["grammatical"]
+    beyond = sorted(p for p in final if p.kl > kl_end)
+    points, final = [p for p in points if p.kl <= kl_end], final - set(beyond)
     figure = Figure(figsize=(7.5, 4.5 + 2 * (len(columns) - 1)), layout="constrained")
     axes = figure.subplots(len(columns), sharex=True, squeeze=False, height_ratios=(5, 2)[: len(columns)])[:, 0]
     for axis, column in zip(axes, columns, strict=True):
@@ -569,12 +575,19 @@ def draw(points, curve, path):
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right", framealpha=0.9)
     longest = max(p.kl for p in points)
-    axes[-1].set_xscale("symlog", linthresh=1, linscale=0.7)
+    axes[-1].set_xscale("symlog", linthresh=4, linscale=2)
     ticks = [tick for tick in TICKS if tick <= 1.3 * longest]
     axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[-1].minorticks_off()
     axes[-1].set_xlim(-0.03, 1.15 * longest)
-    axes[-1].set_xlabel("KL from the SFT model, nats a response (linear up to 1, then logarithmic)")
+    axes[-1].set_xlabel("KL from the SFT model, nats a response (linear up to 4, then logarithmic)")
+    if beyond:
+        names = [
+            f"{LOOKS[p.method][0]} {p.setting}, seed {p.seed}: {p.kl:.0f} nats, reward {p.reward:.1f}" for p in beyond
+        ]
+        axes[0].text(
+            0.01, 0.98, "\n".join(["beyond the right edge:", *names]), transform=axes[0].transAxes, va="top", fontsize=7
+        )
     with atomic(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
@@ -649,7 +662,7 @@ def main():
     points = read_csv(settings.csv_path)
     curve = limit.read(settings.limit_path) if settings.limit_path.exists() else None
     picture = settings.csv_path.with_suffix(".png")
-    draw(points, curve, picture)
+    draw(points, curve, picture, settings.kl_end)
     print(summary(points, curve))
     print(f"{settings.csv_path}, {picture}")
     if not curve:

@@ -7,6 +7,7 @@ Counted, not measured: `plan` adds up what PyTorch keeps for GPT-2's forward and
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -83,20 +84,21 @@ def plan(config, optimizer, dtype, size, recompute=False, accumulate=True, fast=
     table = 4 * config.vocab_size * config.n_embd  # the token embedding
 
     if fast:
-        kept, again, head, forward, backward, last = _fast(config, dtype, size, recompute, copies, table, device)
+        activations, head, *moments = _fast(config, dtype, size, recompute, copies, table, device)
     else:
-        kept, again, head, forward, backward, last = _plain(config, dtype, size, recompute, copies, table, weights)
+        activations, head, *moments = _plain(config, dtype, size, recompute, copies, table, weights)
+    forward, backward, end = moments
     if accumulate:
-        work = weights + max(forward, backward, last)
+        work = weights + max(forward, backward, end)
     else:  # a layer's gradients come as its activations go
         work = max(forward, backward, weights + 2 * table)
-    return Plan(*map(int, (weights, copies, weights, state, kept + again, head, weights + state + work)))
+    return Plan(*map(int, (weights, copies, weights, state, activations, head, weights + state + work)))
 
 
 def _plain(config, dtype, size, recompute, copies, table, weights):
-    """train_dpo.response_logps: bytes of (activations kept, computed again, head), and held beside gradients that are
+    """Of train_dpo.response_logps, in bytes: activations, head; and what is held at most beside weights, optimiser
 
-    there already, at most: (forward, backward, when its last gradients are added).
+    state and gradients that were there before: going forward, going backward, when the last gradients are added.
     """
     L, C, tokens = config.n_layer, config.n_embd, size.positions
     # What a block keeps of a token for its backward pass, in multiples of C. In fp32 the stream before each LayerNorm
@@ -116,29 +118,30 @@ def _plain(config, dtype, size, recompute, copies, table, weights):
     first = held_copies + kept + max(4 * logits, 2 * logits + again)  # gradients before and after log-softmax
     second = held_copies + kept / 2 + waiting + max(3 * logits, logits + again)
     # the embedding's gradient comes in parts, as embedding and as head, and takes space to add up
-    return kept, again, 4 * logits, forward, max(first, second), waiting + 2 * table
+    return kept + again, 4 * logits, forward, max(first, second), waiting + 2 * table
 
 
 def _fast(config, dtype, size, recompute, copies, table, device):
     """The same of fast.response_logps."""
     L, C, H = config.n_layer, config.n_embd, config.n_head
     width = _bytes(dtype)
-    # Of a token as in `_plain`, but query, key, value and attention's result stand in rows, and are read from there (1)
-    scores = H * size.longest if device == "cpu" and dtype == "bfloat16" else 0  # where no kernel spares them
-    attention = size.tokens * C * (4 + 2 * width) + size.aligned * (4 * C + scores) * width
+    # As in `_plain`, but query, key, value and attention's result stand in rows, and are read from there (1). Where no
+    # kernel spares them (fast.causal_attention), the weights of all heads are kept in place of the result.
+    in_rows = 3 * C + H * size.longest if device == "cpu" and dtype == "bfloat16" else 4 * C
+    attention = size.tokens * C * (4 + 2 * width) + size.aligned * in_rows * width
     mlp = C * (4 + 9 * width)  # of one token; in the last block only the scored ones go through it
     kept = 4 * size.tokens * C * L if recompute else L * attention + ((L - 1) * size.tokens + size.scored) * mlp
     # and, where that is all there is, the gradients before and after GELU (4 + 4)
     again = attention + size.tokens * (mlp + 8 * C * width) if recompute else 0
     logits = width * size.scored * config.vocab_size  # turned into their gradient where they lie
     embedding = table / 2 if dtype == "bfloat16" else 0  # its copy for the head
-    raised = 4 * 2 * min(fast.CHUNK, size.scored * config.vocab_size)  # logits in fp32, a piece at a time
-    forward = copies + kept + logits + embedding + raised
+    raised = 4 * min(fast.CHUNK, size.scored * config.vocab_size)  # logits in fp32, a piece at a time
+    forward = copies + kept + logits + embedding + 2 * raised
     held_copies = 0 if recompute else copies
     # the head's gradient, in bf16 beside itself in fp32, waits for that of the embedding
-    head = held_copies + kept + logits + 2 * embedding + table
+    head = held_copies + kept + logits + raised + 2 * embedding + table
     blocks = held_copies + kept + table + again
-    return kept, again, logits + embedding, forward, max(head, blocks), 2 * table
+    return kept + again, logits + embedding, forward, max(head, blocks), 2 * table
 
 
 def _bytes(dtype):
@@ -148,7 +151,7 @@ def _bytes(dtype):
 def plan_of(config, rows, settings):
     """The Plan of a run of train_dpo.py on `rows` with its `settings`: of the largest micro-batch it will meet."""
     sizes, accumulate = [], False
-    for epoch in range(max(1, int(settings.epochs))):
+    for epoch in range(max(1, math.ceil(settings.epochs))):
         for indices in data.batches(rows, settings.batch_size, settings.seed, epoch):
             micro_batches = settings.cut([parallel.mine(indices)], rows)
             sizes += [size_of([rows[i] for i in micro]) for micro in micro_batches if micro]

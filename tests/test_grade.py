@@ -217,7 +217,11 @@ BAD = [  # (a function, as code; what is said of it)
     ("def implicit_reward(p, r, beta): return (p - r) * float('nan')", "rewards holds NaN (case 1)"),
     ("def implicit_reward(p, r, beta): return (p - r).half()", "rewards has dtype float16 where float64 belongs"),
     ("def implicit_reward(p, r, beta): return torch.zeros(400, 400).to(p)", "rewards has shape (400, 400)"),
-    ("def sum_logps(logps, mask): return (logps * mask).detach().sum(-1)", "logps has lost its gradient"),
+    ("def sum_logps(logps, mask): return (logps * mask).detach().sum(-1)", "logps has lost a gradient"),
+    (
+        "def margin_and_loss(c, r): return c - r, -torch.nn.functional.logsigmoid(c - r.detach())",
+        "losses has lost a gradient",
+    ),
     ("def accuracy(*a): return float('nan')", "accuracy is NaN"),
     ("def accuracy(*a): return None", "accuracy is None"),
     ("def accuracy(*a): return 'all'", "accuracy is a str where a number belongs"),
@@ -377,6 +381,7 @@ def test_several_files_a_table_and_one_json(tmp_path, capsys):
     assert table[0].split() == ["points", *map(str, range(1, 13))]
     assert table[1].split()[:3] == [str(SOLUTION), "120", "10"] and table[2].split() == [str(stubs)] + ["0"] * 13
     assert "NameError: name 'oops' is not defined (line 1)" in table[3]
+    assert table[4].split() == ["mean", "40.0"] + ["3.3"] * 12
 
 
 def test_bad_commands(tmp_path, capsys):
