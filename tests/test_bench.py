@@ -1,0 +1,266 @@
+"""experiments.bench and experiments.growth: the same losses from everybody, figures by hand, nothing lost."""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from conftest import need
+from tiny import call, fails
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments import bench, bench_worker, growth
+from minidpo import fast
+from minidpo.data import preference_batch
+from minidpo.model import GPT, GPTConfig
+
+TINY = bench.TRIAL
+WORK = {**TINY, "warmup": 0, "steps": 1}
+FIELDS = "shape implementation dtype seconds_median seconds_min seconds_max pairs_per_second peak_mb".split()
+
+
+def there(*packages):
+    for package in packages:
+        need(importlib.util.find_spec(package), f"{package} is not installed")
+
+
+def process(seconds, losses=(0.5, 0.4), peak_mb=100.0):
+    """What bench_worker.py prints."""
+    return {
+        "seconds": seconds, "losses": list(losses), "peak_mb": peak_mb, "libraries_mb": 50.0, "state_mb": 10.0,
+        "cpu": "a chip", "threads": 1, "versions": {"torch": "9.9", "trl": None},
+    }  # fmt: skip
+
+
+def row(implementation, median, peak_mb, shape="W1", dtype="float32", losses=(0.5, 0.4)):
+    return bench.as_row(shape, dtype, implementation, WORK, [process([median], losses, peak_mb)])
+
+
+# ---- bench ----
+
+
+def test_all_implementations_make_the_same_losses(tmp_path, capsys):
+    there("safetensors", "transformers", "trl", "matplotlib")
+    (tmp_path / "page.md").write_text("# Page\n<!-- bench -->\nold\n<!-- /bench -->\nend\n", encoding="utf-8")
+    flags = ["--quick", "--shapes", "W1", "--dtypes", "float32", "--threads", 1, "--cache", tmp_path / "cache"]
+    flags += ["--json", tmp_path / "b.json", "--markdown", tmp_path / "page.md"]
+    call(bench.main, *flags)
+    rows = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    assert [r["implementation"] for r in rows] == list(bench.NEEDS)
+    assert all(set(FIELDS) <= set(r) for r in rows) and (tmp_path / "b.png").stat().st_size > 5000
+    weights = sum(w.numel() for w in GPT(GPTConfig(**TINY["model"])).parameters())
+    for r in rows:
+        assert len(r["seconds"]) == 3 and 0 < r["seconds_min"] <= r["seconds_median"] <= r["seconds_max"]
+        assert 50 < r["libraries_mb"] < r["peak_mb"] and r["threads"] == 1
+        assert r["state_mb"] == (16 * weights / 1e6 if r["implementation"] != "matmul-floor" else None)
+    plain = next(r["losses"] for r in rows if r["implementation"] == "minidpo-plain")
+    assert len(plain) == 4 and abs(plain[0] - math.log(2)) < 1e-6
+    assert plain[2] < plain[0] - 0.01 and plain[3] < plain[1] - 0.01  # the pairs came back: the updates were felt
+    for r in rows[:-1]:
+        assert torch.tensor(r["losses"]) == pytest.approx(torch.tensor(plain), abs=1e-5), r["implementation"]
+    out = capsys.readouterr().out
+    assert "The losses agree" in out and "| W1 | trl-precomputed |" in out
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert page.startswith("# Page\n<!-- bench -->\n") and page.endswith("<!-- /bench -->\nend\n") and "old" not in page
+    assert "| W1 | hf-plain | float32 |" in page
+
+
+def test_bfloat16_is_autocast_over_the_same_weights(tmp_path, capsys):
+    there("safetensors")
+    flags = ["--quick", "--shapes", "W1", "--dtypes", "float32,bfloat16", "--threads", 1, "--cache", tmp_path / "cache"]
+    call(bench.main, *flags, "--implementations", "minidpo-plain", "--json", tmp_path / "b.json")
+    full, half = (r["losses"] for r in json.loads((tmp_path / "b.json").read_text(encoding="utf-8")))
+    assert full != half and full == pytest.approx(half, abs=2e-2)
+    assert "| W1 | minidpo-plain | bfloat16 |" in capsys.readouterr().out
+
+
+def test_median_least_and_most_are_over_the_timed_steps_of_all_rounds():
+    work = {**TINY, "warmup": 1, "pairs": 8}
+    got = bench.as_row("W1", "float32", "trl", work, [process([99.0, 1.0, 2.0]), process([99.0, 3.0, 10.0], (), 7e3)])
+    assert (got["seconds_median"], got["seconds_min"], got["seconds_max"]) == (2.5, 1.0, 10.0)
+    assert (got["pairs_per_second"], got["peak_mb"], got["rounds"], got["losses"]) == (3.2, 7e3, 2, [0.5, 0.4])
+    inputs = 0
+    for prompt, *responses in bench.random_pairs(work):
+        inputs += sum(len((prompt + response)[:-1]) for response in responses)  # the last token is only a target
+    assert got["tokens_per_second"] == inputs / 2 / 2.5  # two batches
+
+
+def test_ratios_take_the_better_precision_of_each():
+    rows = [
+        row("minidpo", 2.0, 100), row("minidpo", 1.0, 60, dtype="bfloat16"),
+        row("trl", 3.0, 120), row("trl", 4.0, 110, dtype="bfloat16"),
+        row("trl", 9.0, 999, shape="W2"),
+    ]  # fmt: skip
+    assert bench.ratios(rows) == [("W1", "trl", "float32", 3.0, 0.5, 10 / 70)]  # 50 MB of each are libraries
+    assert "| W1 | trl | float32 | 3.00 | 0.50 | 0.14 |" in bench.report(rows) and "(ours: W1 bf" in bench.report(rows)
+
+
+@pytest.mark.parametrize("other, told", [((0.5, 0.400001), False), ((0.5, 0.41), True), ((0.5, math.nan), True)])
+def test_losses_that_differ_are_told(other, told):
+    rows = [row("minidpo", 1.0, 1), row("hf-plain", 1.0, 1, losses=other), row("trl", 1.0, 1, "W2", losses=(9.0, 9.0))]
+    lines = bench.disagreements([*rows, row("matmul-floor", 1.0, 1, losses=(None, None))])
+    assert [line[:56] for line in lines] == ["W1 float32: the losses of minidpo and hf-plain differ by"] * told
+    assert ("The losses agree" in bench.report(rows)) is not told
+
+
+def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
+    assert bench.installed(list(bench.NEEDS)) == ["minidpo", "minidpo-plain", "hf-plain", "matmul-floor"]
+    out = capsys.readouterr().out
+    assert "trl-precomputed is left out: trl not installed" in out and out.count("left out") == 2
+
+
+def test_an_interrupt_loses_nothing_turns_interleave_and_the_command_goes_on(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def measure(work):
+        if work["implementation"] == "weights":
+            return None
+        asked.append((work["pairs"], work["dtype"], work["implementation"]))
+        if len(asked) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return process([5.0, float(len(asked))])
+
+    monkeypatch.setattr(bench, "SHAPES", {"W1": {**TINY, "warmup": 1}, "W2": {**TINY, "warmup": 1, "pairs": 2}})
+    monkeypatch.setattr(bench, "child", measure)
+    monkeypatch.setattr(bench, "NEEDS", {"minidpo": (), "hf-plain": ()})
+    flags = ["--rounds", 3, "--cache", tmp_path / "cache", "--json", tmp_path / "b.json"]
+    assert "stopped" in fails(capsys, bench.main, *flags)
+    one_round = [(n, d, i) for n in (3, 2) for d in ("float32", "bfloat16") for i in ("minidpo", "hf-plain")]
+    assert asked == one_round + one_round[:1]
+    rows = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    assert [r["rounds"] for r in rows] == [2] + [1] * 7
+
+    (tmp_path / "cache" / "W1-float32-hf-plain-0.json").unlink()
+    call(bench.main, *flags)
+    assert asked[9:] == [one_round[1], *one_round[1:], *one_round]
+    assert "8 of 24 processes ran before" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    assert [r["rounds"] for r in rows] == [3] * 8 and rows[0]["seconds"] == [1.0, 9.0, 18.0]
+
+    call(bench.main, *flags)  # nothing is left to do
+    call(bench.main, *flags, "--rounds", 4, "--no-measure")
+    assert len(asked) == 25 and "24 of 32 processes" in capsys.readouterr().out
+    monkeypatch.setitem(bench.SHAPES["W2"], "pairs", 5)  # other work: what was measured is not taken for it
+    call(bench.main, *flags)
+    assert asked[25:] == [(5, dtype, name) for _ in range(3) for n, dtype, name in one_round if n == 2]
+    call(bench.main, *flags, "--shapes", "W1", "--implementations", "hf-plain", "--overwrite")
+    assert asked[37:] == 3 * [(3, "float32", "hf-plain"), (3, "bfloat16", "hf-plain")]
+
+
+def test_bad_names_a_damaged_file_a_page_without_block_and_a_failing_process(tmp_path, capsys):
+    assert "'W2'" in fails(capsys, bench.main, "--shapes", "W1,W4")
+    assert "'hf-plain'" in fails(capsys, bench.main, "--implementations", "hf-plane")
+    (tmp_path / "W1-float32-minidpo-0.json").write_text("{", encoding="utf-8")
+    assert "is damaged" in fails(capsys, bench.main, "--cache", tmp_path)
+    (tmp_path / "page.md").write_text("<!-- bench -->\n", encoding="utf-8")
+    with pytest.raises(bench.UserError, match="no block"):
+        bench.put_into(tmp_path / "page.md", "bench", "text")
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == "<!-- bench -->\n"
+    with pytest.raises(bench.UserError, match="(?s)exit code 1.*KeyError: 'llama'"):
+        bench.child({**TINY, "implementation": "llama", "threads": 1})
+
+
+def test_pairs_keep_to_their_bounds():
+    rows = bench_worker.random_pairs(TINY)
+    assert len(rows) == 2 * 3 and rows == bench_worker.random_pairs(TINY)
+    for prompt, *responses in rows:
+        assert prompt[0] == 89 and 2 <= len(prompt) - 1 <= 9 and 89 not in prompt[1:]
+        for response in responses:
+            assert response[-1] == 89 and 1 <= len(response) - 1 <= 7 and 89 not in response[:-1]
+    assert [bench_worker.batch_of(step, TINY) for step in range(3)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+
+
+def test_the_peak_is_that_of_the_timed_steps():
+    if not bench_worker.Path("/proc/self/clear_refs").exists():
+        pytest.skip("a peak that can be set back: Linux only")
+    clock = bench_worker.Clock(warmup=1)
+    sizes = (400, 1, 100)  # MB: the first step is not timed
+    for size in sizes:
+        clock.start()
+        block = bytearray(size * 10**6)
+        block[::4096] = b"x" * len(block[::4096])  # a page is resident once it is written to
+        resident = bench_worker.resident_mb("VmRSS")
+        del block
+        clock.stop(0.0)
+    assert abs(clock.peak_mb - resident) < 50
+
+
+# ---- counting ----
+
+
+def flops_by_counting(work, rows, attention):
+    """Token by token: the products that the shared row of each pair takes."""
+    C, V, L = 16, 90, 2
+    total = 0
+    for prompt, *responses in rows:
+        rows_of_pair = [range(1, len(prompt) + 1)]  # how many positions each token sees, itself included
+        rows_of_pair += [range(len(prompt) + 1, len(prompt) + len(response)) for response in responses]
+        after_attention = 2 * C * C + 2 * C * 4 * C + 2 * 4 * C * C
+        for seen in (n for part in rows_of_pair for n in part):
+            total += L * 2 * C * 3 * C + (L - 1) * after_attention
+            total += attention * L * (2 * seen * C + 2 * seen * C)
+        total += sum(2 * C * V + after_attention for response in responses for _ in response)
+    return 3 * total
+
+
+def test_flops_token_by_token():
+    work = growth.work_at({"prompt": 7, "response": 4, "vocab_size": 90, "model": (2, 64)}, pairs=3)
+    rows = bench_worker.random_pairs(work)[:3]
+    assert {tuple(map(len, pair)) for pair in rows} == {(7, 4, 4)} and work["model"]["n_head"] == 1
+    work["model"]["n_embd"] = 16
+    assert growth.flops(work) == flops_by_counting(work, rows, attention=1)
+
+
+def linear_flops(function):
+    """Floating-point operations of the products of two matrices that `function` makes; attention's are batched."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for kind, n in counts.items() if str(kind).removeprefix("aten.") in ("mm", "addmm"))
+
+
+def test_the_floor_makes_exactly_the_products_of_the_fast_path():
+    work = {**TINY, "dtype": "float32", "steps": 2, "warmup": 0}
+    rows = bench_worker.random_pairs(work)
+    floor = linear_flops(lambda: bench_worker.matmul_floor(work, rows, bench_worker.Clock(0)))
+    assert floor == flops_by_counting(work, rows, attention=0)
+
+    model = GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0))
+    distinct = [(prompt, [1, *chosen], [2, *rejected]) for prompt, chosen, rejected in rows]  # no common first token
+
+    def step(pairs):
+        chosen, rejected = fast.response_logps(model, preference_batch(pairs))
+        (chosen - rejected).sum().backward()
+
+    got = sum(linear_flops(lambda i=i: step(distinct[3 * i : 3 * i + 3])) for i in range(2))
+    assert got == flops_by_counting(work, distinct, attention=0)
+
+
+# ---- growth ----
+
+
+def test_growth_end_to_end_and_on_from_where_it_was(monkeypatch, tmp_path, capsys):
+    there("safetensors", "matplotlib")
+    monkeypatch.setattr(growth, "VARIED", {"prompt": (3, 5), "model": ((1, 64),)})
+    monkeypatch.setattr(growth, "BASE", dict(prompt=4, response=3, vocab_size=50, model=(1, 64)))
+    monkeypatch.setattr(growth, "COMPARED", ("minidpo",))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- growth -->\n<!-- /growth -->\n", encoding="utf-8")
+    flags = ["--pairs", 2, "--steps", 1, "--threads", 1, "--cache", tmp_path / "c", "--json", tmp_path / "g.json"]
+    call(growth.main, *flags, "--markdown", page)
+    result = json.loads((tmp_path / "g.json").read_text(encoding="utf-8"))
+    assert [(p["varied"], p["value"]) for p in result["points"]] == [("prompt", 3), ("prompt", 5), ("model", [1, 64])]
+    assert result["flops_per_second"] > 1e8 and result["points"][0]["flops"] < result["points"][1]["flops"]
+    assert all(0 < p["libraries_mb"] < p["peak_mb"] and p["seconds_median"] > 0 for p in result["points"])
+    assert (tmp_path / "g.png").stat().st_size > 5000
+    assert "| model | 1x64 | minidpo |" in capsys.readouterr().out and "| prompt | 5 | minidpo |" in page.read_text(
+        encoding="utf-8"
+    )
+    monkeypatch.setattr(bench, "child", None)  # which a second run has no need of
+    call(growth.main, *flags)
+    assert json.loads((tmp_path / "g.json").read_text(encoding="utf-8")) == result
+    assert "4 of 4 processes ran before" in capsys.readouterr().out
