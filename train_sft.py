@@ -56,6 +56,8 @@ class Settings:
     epochs: float = knob(1.0, "passes over the rows; 0.5 is half a pass")
     batch_size: int = knob(64, "rows per optimiser step", least=1)
     micro_batch_size: int = knob(0, "rows per forward pass, to save memory; 0: all of the step")
+    recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
+    compile: bool = knob(False, "torch.compile the blocks: faster on a GPU, after a minute of compiling")
     max_length: int = knob(0, "longest row in tokens; 0: the model's context")
     max_steps: int = knob(0, "stop after this many optimiser steps, on the way of --epochs; 0: go all the way")
     eval_data: str = knob("", "held-out rows for the curves; empty: the dataset's own, none for a file")
@@ -147,6 +149,7 @@ def main():
     # -- model, rows, optimiser
     model, tokenizer, state = start_model(settings)
     model.to(settings.device)
+    model.prepare(settings.compile, settings.recompute)
     settings.dtype = pick_dtype(settings.dtype, settings.device, model.config.n_embd)
     max_length = min(settings.max_length or model.config.block_size, model.config.block_size)
     rows, held_out = data.load_split("sft", settings.data, settings.eval_data, tokenizer, max_length)

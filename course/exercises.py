@@ -1,14 +1,20 @@
-"""Twelve small functions that make up DPO, in the order one needs them. Copy this file, fill it in, have it graded:
+"""Twelve small functions that make up DPO, in the order one needs them. To be filled in and graded:
 
     cp course/exercises.py my_dpo.py
     python -m doctest my_dpo.py            # tries the example of each function; silence means that all agree
     python -m course.grade my_dpo.py       # ten random cases a function, ten points
 
-B pairs, N samples, T tokens, V vocabulary; log-probabilities and KL in nats. (B,) is a torch.Tensor of that shape; a
-float tensor that is returned has the dtype of those given (float32 or float64). Training needs the gradients through
-gather_logps, sum_logps, margin_and_loss and smoothed_loss: no .item() or .detach() there. Leave the arguments as they
-are. Each function is graded alone and needs none of the others. PyTorch does most of them in one to three lines; loops
-are fine too. To import the project's own functions would give the answers away, and is reported.
+All from the root of the repository. DPO's loss for a pair is -log sigmoid(margin); the margin is the implicit reward of
+the chosen response minus that of the rejected one; the implicit reward of a response y to a prompt x is
+beta log(pi(y|x) / pi_ref(y|x)), pi the policy, pi_ref the reference (Rafailov et al. 2023, arXiv 2305.18290, Eq. 5, 7).
+eot is the end-of-text token.
+
+B pairs, N samples, T tokens, V vocabulary; log-probabilities and KL in nats (natural logarithms). (B,) is a
+torch.Tensor of that shape; ids are int64, masks bool, all numbers finite. A float tensor that is returned has the dtype
+of those given (float32 or float64). Training needs the gradients through gather_logps, sum_logps, margin_and_loss and
+smoothed_loss: no .item() or .detach() there. Leave the arguments as they are. Each function is graded alone and needs
+none of the others. PyTorch does most of them in one to three lines; loops are fine too. To import the project's own
+functions in an answer would give it away, and is reported.
 """
 
 import torch  # noqa: F401
@@ -45,8 +51,8 @@ def shift(row):
 def build_batch(prompts, responses):
     """Two lists of B lists of ids -> (ids (B, T), targets (B, T), mask (B, T)), ids and targets int64, mask bool.
 
-    Row i is prompts[i] + responses[i], shifted as above. The mask is true where the TARGET is a token of the response,
-    its last one included. Rows are as long as the longest; shorter ones are filled on the right with 0 in ids and
+    Row i is prompts[i] + responses[i], shifted as above, so T is the longest of these less 1. The mask is true where
+    the TARGET is a token of the response, its last one included. Shorter rows are filled on the right with 0 in ids and
     targets and False in the mask. An id says nothing about its place: eot (9 here) may occur inside a response, and 0
     may be an ordinary token. No prompt and no response is empty.
 
@@ -98,9 +104,10 @@ def implicit_reward(policy_logps, reference_logps, beta):
 
 
 def margin_and_loss(chosen_rewards, rejected_rewards):
-    """Implicit rewards (B,), (B,) -> (margins (B,), losses (B,)): Eq. 7, pair by pair, not averaged.
+    """Implicit rewards (B,), (B,) -> (margins (B,), losses (B,)), pair by pair, not averaged.
 
-    -log sigmoid(0) = ln 2. Margins of -1000 happen, and the loss is 1000 there, not infinite.
+    In the first pair the margin is 0 and the loss -log sigmoid(0) = ln 2. Margins of -1000 happen, as in the second,
+    and the loss is 1000 there, not infinite.
 
     >>> margin_and_loss(torch.tensor([1.0, -600.0]), torch.tensor([1.0, 400.0]))
     (tensor([    0., -1000.]), tensor([6.9315e-01, 1.0000e+03]))
@@ -111,11 +118,11 @@ def margin_and_loss(chosen_rewards, rejected_rewards):
 def gradient_weight(chosen_rewards, rejected_rewards, beta):
     """Implicit rewards (B,), (B,), beta -> (d loss / d log pi(chosen) (B,), d loss / d log pi(rejected) (B,)).
 
-    By hand, from the formula, not by autograd. The loss falls when the chosen response
-    becomes likelier, so the first is negative. Two equal rewards, beta 0.5: the sigmoid is 1/2.
+    Differentiate the loss above by hand, no autograd; the rewards have beta in them already. The loss falls when the
+    chosen response becomes likelier, so the first is negative. Margins of 0 and ln 3, beta 0.5:
 
-    >>> gradient_weight(torch.tensor([3.0]), torch.tensor([3.0]), 0.5)
-    (tensor([-0.2500]), tensor([0.2500]))
+    >>> gradient_weight(torch.tensor([3.0, 3.0]).log(), torch.tensor([3.0, 1.0]).log(), 0.5)
+    (tensor([-0.2500, -0.1250]), tensor([0.2500, 0.1250]))
     """
     raise NotImplementedError
 
@@ -124,7 +131,8 @@ def smoothed_loss(margins, label_smoothing):
     """margins (B,), label_smoothing e -> (B,): the loss if each label is believed to be flipped with probability e.
 
     Conservative DPO: the loss of the label as given and that of the flipped label, weighted by 1 - e and e. The flipped
-    label's margin is the negative. For a margin of 2 the two losses are 0.1269 and 2.1269; 0.9 and 0.1 of them:
+    label's margin is the negative. Both are finite at margins of -1000 and 1000, too. For a margin of 2 they are 0.1269
+    and 2.1269; 0.9 and 0.1 of them:
 
     >>> smoothed_loss(torch.tensor([2.0]), 0.1)
     tensor([0.3269])
@@ -135,8 +143,8 @@ def smoothed_loss(margins, label_smoothing):
 def accuracy(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
     """Four times log-probabilities (B,) -> a number from 0 to 1 (a float, or a tensor of shape ()).
 
-    The share of pairs whose chosen response has the higher implicit reward. Equal rewards count one half: before the
-    first step all are equal, and a policy that knows nothing should score 1/2. (No beta: it does not matter here.)
+    The share of pairs whose chosen response has the higher implicit reward. Equal rewards (==) count one half: before
+    the first step all are equal, and a policy that knows nothing should score 1/2. (No beta: it does not matter here.)
 
     Below, the log-ratios of the chosen are 1, 0, 0, those of the rejected 0, 0, 2: a win, a tie, a loss.
 
@@ -148,7 +156,7 @@ def accuracy(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def kl_estimates(policy_logits, reference_logits, targets, mask):
-    """Both estimates of KL(policy || reference) from each of N samples -> (plain (N,), exact (N,)), in nats a response.
+    """Both estimates of KL(policy || reference) from each of N samples -> (plain (N,), exact (N,)), nats per response.
 
     The samples were drawn from the policy; logits (N, T, V), targets (N, T), mask (N, T). At each response position:
     plain takes log pi - log pi_ref of the token that was drawn, exact takes the whole KL over the vocabulary,
@@ -165,10 +173,10 @@ def kl_estimates(policy_logits, reference_logits, targets, mask):
 
 
 def pick_beta(frontier, kl_budget):
-    """A list of runs, dicts with several betas and seeds -> the best beta (float) that the budget allows, or None.
+    """Runs, a list of dicts with "beta", "seed", "kl" and "reward" -> the best beta (float) within the budget, or None.
 
-    Average KL and reward over the seeds of each beta first: a single good run is luck. Of the betas whose mean KL is at
-    most kl_budget, the one with the highest mean reward.
+    A beta has several runs. Average their KL and reward first: a single good run is luck. Of the betas whose mean KL is
+    at most kl_budget, the one with the highest mean reward (there are no ties); None if there is no such beta.
 
     Beta 1 has mean KL 2 and mean reward 5, beta 2 has 1 and 4, beta 4 has 0.5 and 3:
 

@@ -320,7 +320,7 @@ def main():
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a solution; with several, a table comes last")
     parser.add_argument("--json", help="write the result to this file: an object, or a list of them for several FILEs")
-    parser.add_argument("--time-limit", type=float, default=4.0, help="seconds for each function (default 4)")
+    parser.add_argument("--time-limit", type=float, default=3.0, help="seconds for each function (default 3)")
     parser.add_argument("--seed", type=int, help="of the random cases (default: a new one each time)")
     args = parser.parse_args()
     for file in args.files:

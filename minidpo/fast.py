@@ -125,16 +125,16 @@ class FromRows(torch.autograd.Function):
 class ScoredLogps(torch.autograd.Function):
     """hidden (n, C), the embedding (V, C), targets (n,) -> log-probabilities of the targets (n,), at least fp32.
 
-    Its one large tensor is the logits (n, V), and backward turns them into their gradient where they lie:
-    d logp_t / d logits = onehot(target) - softmax. In bf16 the vocabulary's mean is taken out of the embedding first:
-    it adds the same to all logits of a token, which log-softmax ignores, and GPT-2's -30 to -100 is mostly that; what
-    is left is small, where bf16 has fine steps. Everything after the product is fp32.
+    Its one large tensor is the logits (n, V), and backward turns them into their gradient where they lie (so it can run
+    once): d logp_t / d logits = onehot(target) - softmax. In bf16 the vocabulary's mean is taken out of the embedding
+    first: it adds the same to all logits of a token, which log-softmax ignores, and GPT-2's -30 to -100 is mostly that;
+    what is left is small, where bf16 has fine steps. Everything after the product is fp32.
     """
 
     @staticmethod
     def forward(ctx, hidden, embedding, targets, dtype):
         ctx.dtypes = hidden.dtype, embedding.dtype
-        if dtype == torch.bfloat16:
+        if dtype.itemsize == 2:
             mean, full, embedding = embedding.mean(0), embedding, torch.empty_like(embedding, dtype=dtype)
             for part, kept in zip(full.split(CHUNK // len(mean)), embedding.split(CHUNK // len(mean)), strict=True):
                 kept.copy_(part - mean)
@@ -165,10 +165,11 @@ def hidden_states(model, packed):
     for block in model.h:
         # after the last attention no token looks at another: only the scored ones go on
         goes_on = packed.scored if block is model.h[-1] else slice(None)
+        function = compiled_through() if block.compiled else through
         if block.recompute and torch.is_grad_enabled():
-            x = checkpoint(through, block, x, packed, goes_on, use_reentrant=False)
+            x = checkpoint(function, block, x, packed, goes_on, use_reentrant=False)
         else:
-            x = through(block, x, packed, goes_on)
+            x = function(block, x, packed, goes_on)
     return model.ln_f(x)
 
 
@@ -179,6 +180,12 @@ def through(block, x, packed, goes_on):
     y = FromRows.apply(y.transpose(1, 2).flatten(2), packed)  # (N, C); padding stands behind: nothing real sees it
     x = x[goes_on] + block.attn.c_proj(y[goes_on])
     return x + block.mlp(block.ln_2(x))
+
+
+@functools.cache
+def compiled_through():
+    """`through` by torch.compile: one compilation for all blocks and sizes, another for the last block."""
+    return torch.compile(through, dynamic=True)
 
 
 def causal_attention(q, k, v):

@@ -96,7 +96,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-LN: what attention and MLP compute from the normalised stream is added to the stream."""
 
-    recompute = False  # see GPT.prepare
+    recompute = compiled = False  # see GPT.prepare
 
     def __init__(self, config):
         super().__init__()
@@ -191,7 +191,7 @@ class GPT(nn.Module):
         compiler, and rounding differs from the plain path's.
         """
         for block in self.h:
-            block.recompute = recompute
+            block.recompute, block.compiled = recompute, compile
             if compile:
                 block.compile()
         return self

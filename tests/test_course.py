@@ -1,6 +1,7 @@
 """The exercises as they are handed out, and the measured ends of the open tasks."""
 
 import doctest
+import importlib.util
 import inspect
 import json
 import math
@@ -64,6 +65,15 @@ def test_the_course_tells_students_no_answers():
     for path in told:
         text = path.read_text(encoding="utf-8")
         assert not [mutant.name for mutant in mutants.GALLERY if mutant.name in text]
+
+
+def test_links_lead_somewhere_and_commands_exist():
+    for page in COURSE.rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for module in re.findall(r"python -m ([\w.]+)", text):
+            assert importlib.util.find_spec(module), f"{page.name}: {module}"
 
 
 # ---- the open tasks ----

@@ -226,6 +226,23 @@ def test_a_run_with_fast_equals_one_without(tmp_path):
             assert after[name] == pytest.approx(before[name], rel=1e-4), (before["step"], name)
 
 
+def test_compiled_blocks_change_no_number(monkeypatch):
+    """Traced as for torch.compile, then run as traced: a compiler would take a minute."""
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    traced = torch.compile(fast.through, backend=backend, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(fast, "compiled_through", lambda: traced)
+    for recompute in (False, True):
+        plain, model = model_of(torch.float64), model_of(torch.float64)
+        for block in model.h:
+            block.compiled, block.recompute = True, recompute
+        for seed in range(3):
+            batch = data.preference_batch(random_pairs(5 + seed, seed))
+            expected = gradients(plain, fast.response_logps, batch)
+            torch.testing.assert_close(gradients(model, fast.response_logps, batch), expected, rtol=1e-9, atol=1e-10)
+    assert len(graphs) == 2  # all blocks and sizes; the last block
+
+
 @pytest.mark.parametrize("idea", ablation.WITHOUT)
 def test_without_any_one_idea_the_numbers_are_the_same(idea, monkeypatch):
     """So that experiments.ablation measures what an idea costs or saves, and nothing else."""

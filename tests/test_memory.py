@@ -235,6 +235,25 @@ def test_micro_batches_are_as_large_as_they_may_be():
                     assert positions([rows[i] for i in (*part, following[0])]) > tokens
 
 
+@pytest.mark.parametrize("fast_path", [False, True])
+def test_trap10_a_step_is_the_same_however_few_tokens_at_once(fast_path):
+    generator = torch.Generator().manual_seed(0)
+    rows = pairs_of(torch.randint(1, 20, (7, 3), generator=generator).tolist())
+    reference = torch.randn(7, 2, generator=generator).double()
+    found = []
+    for tokens in (0, 1, 100, 200):
+        model = GPT(GPTConfig(**SHAPE), torch.Generator().manual_seed(0)).double()
+        settings = settings_for(micro_tokens=tokens, fast=fast_path)
+        metrics = train_dpo.train_step(model, make_optimizer(model, "sgd", 0.1), rows, reference, [*range(7)], settings)
+        weights = torch.nn.utils.parameters_to_vector(model.parameters())
+        found.append((len(settings.cut([[*range(7)]], rows)), metrics, weights))
+    (forwards, metrics, weights), *others = found
+    assert forwards == 1 and others[0][0] == 7 > others[1][0] > others[2][0] > 1
+    for _, other_metrics, other_weights in others:
+        assert other_metrics == pytest.approx(metrics, rel=1e-6)
+        torch.testing.assert_close(other_weights, weights, rtol=1e-11, atol=1e-13)
+
+
 def test_the_plan_is_of_the_largest_micro_batch_of_the_run():
     generator = torch.Generator().manual_seed(0)
     rows = pairs_of(torch.randint(1, 30, (60, 3), generator=generator).tolist())

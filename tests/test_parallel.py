@@ -21,7 +21,7 @@ from tiny import call, write_data
 
 import train_dpo
 import train_sft
-from minidpo import checkpoint, data, parallel
+from minidpo import checkpoint, data, fast, parallel
 from minidpo.model import GPT, GPTConfig
 from minidpo.report import read_metrics
 
@@ -224,8 +224,8 @@ def a_step(function, n, size):
 
 
 def steps():
-    cases = [(f, n, size) for f in (train_dpo.response_logps, reaching_in) for n in (5, 4, 1) for size in (1, 2, 9)]
-    return [a_step(*case) for case in cases]
+    functions = (train_dpo.response_logps, fast.response_logps, reaching_in)
+    return [a_step(function, n, size) for function in functions for n in (5, 4, 1) for size in (1, 2, 9)]
 
 
 def test_trap10_gradients_are_the_mean_over_the_pairs_of_all_exchanged_once(tmp_path):

@@ -459,6 +459,8 @@ BOTH = {
     "sample_tokens": (3, "samples"),
     "seed": (1, "order"),
     "dtype": ("bfloat16", "weights"),
+    "compile": (True, "how the blocks run"),
+    "recompute": (True, "how the blocks run"),
 }
 CHANGES = {
     sft: BOTH
@@ -482,8 +484,6 @@ CHANGES = {
         "reference_free": (True, "weights"),
         "decay": (True, "weights"),
         "micro_tokens": (60, "forward sizes"),
-        "compile": (True, "how the blocks run"),
-        "recompute": (True, "how the blocks run"),
     },
 }
 # what a run cannot do without, how it treats its folder, what cannot be changed here: see the other tests
