@@ -383,3 +383,9 @@ def test_a_sweep_without_a_grammar_has_one_panel(tmp_path, capsys):
     call(frontier.main, "--plot-only", "--csv", path)
     assert "nan" not in capsys.readouterr().out
     assert path.with_suffix(".png").exists()
+
+
+def test_the_page_in_docs_holds_the_summary_of_its_csv():
+    """Made by: python -m experiments.frontier --plot-only --csv docs/frontier/toy.csv"""
+    points, curve = frontier.read_csv(ROOT / "docs/frontier/toy.csv"), limit.read(ROOT / "docs/frontier/toy_limit.csv")
+    assert frontier.summary(points, curve) in (ROOT / "docs/frontier.md").read_text(encoding="utf-8")
