@@ -7,17 +7,17 @@ and what a process measured is kept in --cache. `WITHOUT` has the ideas: for eac
 """
 
 import dataclasses
+import itertools
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from experiments import bench
 from minidpo import fast
-from minidpo.cli import CatchInterrupt, UserError, knob, parse_settings, run
+from minidpo.cli import knob, parse_settings, run
 
 ALL = "nothing"  # is left out
 
@@ -139,22 +139,19 @@ def main():
     settings = parse_settings(Settings, __doc__)
     shapes = bench.chosen("--shapes", settings.shapes, bench.SHAPES)
     dtypes = bench.chosen("--dtypes", settings.dtypes, bench.DTYPES)
-    turns = [
-        (shape, dtype, idea, i)
-        for i in range(1 if settings.quick else settings.rounds)
-        for shape in shapes for dtype in dtypes for idea in WITHOUT
-    ]  # fmt: skip
-    found = defaultdict(list)
-    with bench.Weights() as weights, CatchInterrupt() as interrupt, tqdm(turns, desc="ablation", unit="process") as bar:
-        for shape, dtype, idea, i in bar:
-            bar.set_postfix_str(f"{shape} {dtype} without {idea}")
+    turns = {}
+    for i in range(1 if settings.quick else settings.rounds):
+        for shape, dtype, idea in itertools.product(shapes, dtypes, WITHOUT):
             sizes = bench.TRIAL if settings.quick else bench.SHAPES[shape]
             work = dict(sizes, implementation=bench.OURS, dtype=dtype, threads=0, without=idea)
             path = Path(settings.cache) / f"{shape}-{dtype}-{idea.replace(' ', '_')}-{i}.json"
-            measured = bench.kept(path, work) or bench.measure(path, work, weights)
-            found[shape, dtype, idea].append({**measured, "timed": measured["seconds"][work["warmup"] :]})
-            if interrupt.requested:
-                raise UserError("stopped; the same command goes on from here.")
+            turns[shape, dtype, idea, i] = path, work
+    measured = bench.measure_all(turns, "ablation")
+    bench.must_be_all(measured, turns)
+    found = defaultdict(list)
+    for (*cell, i), process in measured.items():
+        warmup = turns[(*cell, i)][1]["warmup"]
+        found[tuple(cell)].append({**process, "timed": process["seconds"][warmup:]})
     text = "\n\n".join(table(shapes, dtype, found) for dtype in dtypes)
     print(text)
     if settings.markdown:

@@ -135,6 +135,35 @@ def measure(path, work, weights):
     return measured
 
 
+def measure_all(turns, desc, overwrite=False, run_missing=True):
+    """{key: (path, work)}, in the order to be run -> {key: what its process measured}.
+
+    What is at the path already is not measured again, unless `overwrite`. Ctrl-C lets the process that runs finish;
+    then, and without `run_missing`, those that are missing are left out.
+    """
+    if overwrite:
+        for path, _ in turns.values():
+            path.unlink(missing_ok=True)
+    measured = {key: found for key, (path, work) in turns.items() if (found := kept(path, work))}
+    todo = [key for key in turns if key not in measured] if run_missing else []
+    if measured:
+        print(f"{len(measured)} of {len(turns)} processes ran before: {next(iter(turns.values()))[0].parent}")
+    with Weights() as weights, CatchInterrupt() as interrupt, tqdm(todo, desc=desc, unit="process") as bar:
+        for key in bar:
+            path, work = turns[key]
+            bar.set_postfix_str(path.stem)
+            measured[key] = measure(path, work, weights)
+            if interrupt.requested:
+                break
+    return {key: measured[key] for key in turns if key in measured}
+
+
+def must_be_all(measured, turns):
+    """UserError if Ctrl-C left some of `turns` out."""
+    if len(measured) < len(turns):
+        raise UserError("stopped; the same command goes on from here.")
+
+
 def installed(implementations):
     """Those whose packages are there; says what is left out."""
     present = []
@@ -301,6 +330,18 @@ def put_into(page, name, text):
     atomic_write(page, f"{before}{opening}{text}\n{closing}{after}")
 
 
+def tell(settings, block, figures, text, draw):
+    """Prints `text`; writes the figures to --json, the picture beside it, and the text into the --markdown page."""
+    print(text)
+    if settings.json:
+        atomic_write(settings.json, json.dumps(figures, indent=1) + "\n")
+        picture = Path(settings.json).with_suffix(".png")
+        if draw(picture, figures):
+            print(f"figures: {settings.json}, picture: {picture}")
+    if settings.markdown:
+        put_into(settings.markdown, block, text)
+
+
 def chosen(flag, text, valid):
     """ "a,b" -> ["a", "b"], each of them one of `valid`, UserError otherwise; "" -> all of them."""
     names = [name.strip() for name in text.split(",")] if text else list(valid)
@@ -322,36 +363,17 @@ def main():
         for shape in shapes for dtype in dtypes for name in implementations
     }  # fmt: skip
     rounds = 1 if settings.quick else settings.rounds
-    turns = {(*cell, i): Path(settings.cache) / f"{'-'.join(cell)}-{i}.json" for i in range(rounds) for cell in works}
-    if settings.overwrite:
-        for path in turns.values():
-            path.unlink(missing_ok=True)
-    measured = {turn: kept(path, works[turn[:3]]) for turn, path in turns.items()}
-    todo = [turn for turn in turns if not measured[turn]] if settings.measure else []
-    if any(measured.values()):
-        print(f"{sum(map(bool, measured.values()))} of {len(turns)} processes ran before: {settings.cache}")
-
-    with Weights() as weights, CatchInterrupt() as interrupt, tqdm(todo, desc="bench", unit="process") as bar:
-        for turn in bar:
-            bar.set_postfix_str(" ".join(turn[:3]))
-            measured[turn] = measure(turns[turn], works[turn[:3]], weights)
-            if interrupt.requested:
-                break
-
+    paths = {(*cell, i): Path(settings.cache) / f"{'-'.join(cell)}-{i}.json" for i in range(rounds) for cell in works}
+    turns = {turn: (path, works[turn[:3]]) for turn, path in paths.items()}
+    measured = measure_all(turns, "bench", settings.overwrite, settings.measure)
     rows = []
     for cell, work in works.items():
-        processes = [found for turn, found in measured.items() if turn[:3] == cell and found]
+        processes = [found for turn, found in measured.items() if turn[:3] == cell]
         if processes:
             rows.append(as_row(*cell, work, processes))
-    print(report(rows))
-    if settings.json:
-        atomic_write(settings.json, json.dumps(rows, indent=1) + "\n")
-        if draw(Path(settings.json).with_suffix(".png"), rows):
-            print(f"figures: {settings.json}, picture: {Path(settings.json).with_suffix('.png')}")
-    if settings.markdown:
-        put_into(settings.markdown, "bench", report(rows))
-    if interrupt.requested and not all(measured.values()):
-        raise UserError("stopped; the same command goes on from here.")
+    tell(settings, "bench", rows, report(rows), draw)
+    if settings.measure:
+        must_be_all(measured, turns)
 
 
 if __name__ == "__main__":

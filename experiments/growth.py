@@ -11,16 +11,13 @@ What a process measured is kept in --cache: the command given again goes on wher
 """
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 
-from tqdm import tqdm
-
-from experiments.bench import DTYPES, OURS, PEER, Weights, installed, kept, measure, put_into
+from experiments.bench import DTYPES, OURS, PEER, installed, measure_all, must_be_all, tell
 from experiments.bench_worker import random_pairs
-from minidpo.cli import CatchInterrupt, UserError, knob, parse_settings, run
-from minidpo.files import atomic, atomic_write
+from minidpo.cli import knob, parse_settings, run
+from minidpo.files import atomic
 
 BASE = dict(prompt=128, response=32, vocab_size=8192, model=(6, 384))  # model: layers, channels; 64 channels a head
 VARIED = {
@@ -169,41 +166,21 @@ def main():
                 works[name, value, implementation] = dict(
                     work, **common, implementation=implementation, warmup=1, steps=1 + settings.steps
                 )
-    paths = {
-        (name, value, implementation): Path(settings.cache) / f"{name}-{label(value)}-{implementation}.json"
-        for name, value, implementation in works
-    }
-    if settings.overwrite:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
-    measured = {key: kept(path, works[key]) for key, path in paths.items()}
-    todo = [key for key in works if not measured[key]]
-    if len(todo) < len(works):
-        print(f"{len(works) - len(todo)} of {len(works)} processes ran before: {settings.cache}")
+    turns = {}
+    for (name, value, implementation), work in works.items():
+        path = Path(settings.cache) / f"{name}-{label(value)}-{implementation}.json"
+        turns[name, value, implementation] = path, work
+    measured = measure_all(turns, "growth", settings.overwrite)
 
-    with Weights() as weights, CatchInterrupt() as interrupt, tqdm(todo, desc="growth", unit="process") as bar:
-        for key in bar:
-            bar.set_postfix_str(" ".join(map(label, key)))
-            measured[key] = measure(paths[key], works[key], weights)
-            if interrupt.requested:
-                break
-
-    rate, *points = [(key, found) for key, found in measured.items() if found]
+    rate, *points = measured.items()
     result = {
         "settings": {name: getattr(settings, name) for name in ("pairs", "steps", "dtype")},
         "flops_per_second": 2 * works[rate[0]]["size"] ** 3 / min(rate[1]["seconds"]),
         **{name: rate[1][name] for name in ("cpu", "threads", "versions")},
         "points": [point_of(*key, works[key], found) for key, found in points],
     }
-    print(table(result))
-    if settings.json:
-        atomic_write(settings.json, json.dumps(result, indent=1) + "\n")
-        if draw(Path(settings.json).with_suffix(".png"), result):
-            print(f"figures: {settings.json}, picture: {Path(settings.json).with_suffix('.png')}")
-    if settings.markdown:
-        put_into(settings.markdown, "growth", table(result))
-    if interrupt.requested and not all(measured.values()):
-        raise UserError("stopped; the same command goes on from here.")
+    tell(settings, "growth", result, table(result), draw)
+    must_be_all(measured, turns)
 
 
 if __name__ == "__main__":
