@@ -19,6 +19,10 @@ with weights divided by their sum, prompt by prompt. These densities are known e
 and nothing else. What tells: the effective sample size (sum w)^2 / sum w^2 of each prompt, at least LEAST_ESS wherever
 `read` gives a point; and what the curve does when the samples are doubled, which the command prints.
 
+The proposals sample at a temperature above 1 (pi_k has logits / temperature). For pi_beta gives some weight to what a
+trained policy hardly ever says, such as endless sentences full of praise, and at temperature 1 the one draw in a
+hundred thousand that is of this kind outweighs all the others of its prompt.
+
 Where labels are drawn from Bradley-Terry with the reward r, DPO with this beta has pi_beta as its optimum: its point on
 the curve, `at_beta`, is where theory says that it must land.
 """
@@ -56,6 +60,7 @@ class Settings:
     reward: str = knob(dataclasses.MISSING, "toy, or the file of a trained classifier")
     out: str = knob(dataclasses.MISSING, "the CSV file to write; the draws are kept beside it, in OUT.draws")
     proposal: list = knob(None, "a policy trained from the reference, to sample from as well; may be repeated")
+    temperature: float = knob(1.2, "of the proposals' samples; the reference's is 1", least=0.1)
     prompts: int = knob(50, "use the first so many prompts; 0: all. Judge policies on the same ones")
     samples: int = knob(1024, "draws for each prompt, from all models together; at least four from each", least=8)
     max_new_tokens: int = knob(96, "longest response, in tokens: of the limit, and so of what is compared", least=1)
@@ -145,16 +150,27 @@ def doubling(rewards, logps, counts, betas=BETAS):
 # ---- 2. The draws ----
 
 
+class Source(NamedTuple):
+    """What draws: a model, its logits divided by the temperature."""
+
+    model: torch.nn.Module
+    temperature: float
+
+
 @torch.no_grad()
-def sequence_logps(model, rows, batch_size=128):
-    """log pi(y|x), summed over the response: rows of (prompt_ids, response_ids) -> (N,) float64 on the CPU."""
+def sequence_logps(source, rows, batch_size=128):
+    """log of the probability that `source` draws y, summed over the response, of rows (prompt_ids, response_ids).
+
+    -> (N,) float64 on the CPU.
+    """
+    model, temperature = source
     model.eval()
     logps = torch.empty(len(rows), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
     for i in range(0, len(rows), batch_size):
         indices = order[i : i + batch_size]
         batch = data.sft_batch([rows[j] for j in indices], model.wte.weight.device)
-        values = token_logps(model(batch.ids), batch.targets).masked_fill(~batch.mask, 0.0)
+        values = token_logps(model(batch.ids) / temperature, batch.targets).masked_fill(~batch.mask, 0.0)
         logps[indices] = values.cpu().double().sum(-1)
     return logps
 
@@ -164,31 +180,35 @@ def shares(samples, models):
     return [samples - (models - 1) * (samples // models)] + [samples // models] * (models - 1)
 
 
-def draw(models, prompts, prompt_ids, tokenizer, reward, counts, max_new_tokens, generator):
-    """counts[k] responses of models[k] to each prompt -> rewards (P, S), logps (K, P, S), in blocks by model.
+def draw(sources, prompts, prompt_ids, tokenizer, reward, counts, max_new_tokens, generator):
+    """counts[k] responses of sources[k] to each prompt -> rewards (P, S), logps (K, P, S), in blocks by source.
 
     prompts are texts, prompt_ids the same with their leading eot. A response is the ids that were drawn, with its final
     eot unless it was cut.
     """
     rewards, logps = [], []
-    for model, count in zip(models, counts, strict=True):
+    for (model, temperature), count in zip(sources, counts, strict=True):
         ids = [x for x in prompt_ids for _ in range(count)]
-        responses = generate(model, ids, max_new_tokens, tokenizer.eot, generator=generator, batch_size=ROWS)
+        responses = generate(
+            model, ids, max_new_tokens, tokenizer.eot, temperature, generator=generator, batch_size=ROWS
+        )
         texts = [tokenizer.decode(response) for response in responses]
         scores = reward([prompt for prompt in prompts for _ in range(count)], texts)
         rewards.append(torch.tensor(scores, dtype=torch.float64).view(len(prompts), count))
         rows = list(zip(ids, responses, strict=True))
-        logps.append(torch.stack([sequence_logps(m, rows).view(len(prompts), count) for m in models]))
+        logps.append(torch.stack([sequence_logps(s, rows).view(len(prompts), count) for s in sources]))
     return torch.cat(rewards, dim=-1), torch.cat(logps, dim=-1)
 
 
-def all_draws(models, prompts, tokenizer, reward, settings):
+def all_draws(sources, prompts, tokenizer, reward, settings):
     """`draw` for all prompts, a few at a time, each few kept in a file of OUT.draws -> rewards (P, S), logps (K, P, S).
 
     What is on disk is not drawn again: a stopped run goes on where it was.
     """
-    counts = shares(settings.samples, len(models))
-    made_of = checkpoint.fingerprint(*models, settings.reward, settings.samples, settings.max_new_tokens, settings.seed)
+    counts = shares(settings.samples, len(sources))
+    drawn_from = [part for source in sources for part in source]
+    knobs = settings.reward, settings.samples, settings.max_new_tokens, settings.seed
+    made_of = checkpoint.fingerprint(*drawn_from, *knobs)
     at_once = max(1, ROWS // counts[-1])
     parts = []
     for first in tqdm(range(0, len(prompts), at_once), desc="draws", unit=f"x {at_once} prompts"):
@@ -198,8 +218,8 @@ def all_draws(models, prompts, tokenizer, reward, settings):
         if not path.exists():
             ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in some]
             seed = settings.seed * 1_000_003 + first  # of its own, so that a run that goes on draws what it would have
-            generator = torch.Generator(models[0].wte.weight.device).manual_seed(seed)
-            rewards, logps = draw(models, some, ids, tokenizer, reward, counts, settings.max_new_tokens, generator)
+            generator = torch.Generator(sources[0].model.wte.weight.device).manual_seed(seed)
+            rewards, logps = draw(sources, some, ids, tokenizer, reward, counts, settings.max_new_tokens, generator)
             with atomic(path) as file:
                 torch.save({"rewards": rewards, "logps": logps}, file)
         parts.append(checkpoint.read(path, keys=("rewards", "logps")))
@@ -281,21 +301,21 @@ def main(argv=None):
     settings = parse_settings(Settings, __doc__.split("\n\n")[0], argv)
     device = pick_device(settings.device)
     reward = load_reward(settings.reward)
-    models, names = [], [settings.reference, *(settings.proposal or [])]
+    sources, names = [], [settings.reference, *(settings.proposal or [])]
     for name in names:
         model, tokenizer, _ = checkpoint.load(name)
-        models.append(model.to(device))
+        sources.append(Source(model.to(device), settings.temperature if sources else 1.0))
         if name == settings.reference:
             shared = tokenizer
         elif tokenizer.fingerprint != shared.fingerprint:
             raise UserError(f"{name} and {settings.reference} have different tokenizers: no KL between them.")
-    if settings.samples < 4 * len(models):
-        raise UserError(f"--samples {settings.samples}: {len(models)} models draw at least four each.")
+    if settings.samples < 4 * len(sources):
+        raise UserError(f"--samples {settings.samples}: {len(sources)} models draw at least four each.")
     records = data.read_jsonl(data.find(settings.data, "prompts_test"), ("prompt",))
     prompts = [record["prompt"] for record in records][: settings.prompts or None]
 
-    rewards, logps = all_draws(models, prompts, shared, reward, settings)
-    counts = shares(settings.samples, len(models))
+    rewards, logps = all_draws(sources, prompts, shared, reward, settings)
+    counts = shares(settings.samples, len(sources))
     points = curve(rewards, logps, counts)
     write(settings.out, points)
     drawn = read(settings.out)

@@ -6,13 +6,14 @@ import math
 import pytest
 import tiny
 import torch
-from test_theory import EOT, PROMPTS, RESPONSES, X, Y, every_logp, tiny_gpt
+from test_theory import EOT, PROMPTS, RESPONSES, X, Y, chain_rule, every_logp, tiny_gpt
 
 import train_sft
 from experiments import limit
 from minidpo.cli import UserError
 
 BETAS = [math.inf, 3.0, 1.0, 0.5, 0.25]
+TEMPERATURES = [1.0, 1.5, 1.2]  # of the reference and two proposals
 
 
 class Symbols:
@@ -54,14 +55,15 @@ def every(models):
 
 
 def drawn(models, rewards, counts, seed=0):
-    """Draws from the models' own samples, by `limit.draw`."""
+    """Draws by `limit.draw`: from the reference and two proposals."""
+    sources = [limit.Source(*pair) for pair in zip(models, TEMPERATURES, strict=True)]
     scores = {
         (x[1], Symbols().decode(y)): rewards[i, j] for i, x in enumerate(PROMPTS) for j, y in enumerate(RESPONSES)
     }
     prompts = [str(x[1]) for x in PROMPTS]
     reward = lambda prompts, texts: [scores[int(x), y].item() for x, y in zip(prompts, texts, strict=True)]  # noqa: E731
     generator = torch.Generator().manual_seed(seed)
-    return limit.draw(models, prompts, PROMPTS, Symbols(), reward, counts, 4, generator)
+    return limit.draw(sources, prompts, PROMPTS, Symbols(), reward, counts, 4, generator)
 
 
 def picked(logps, rewards, counts, generator):
@@ -69,6 +71,23 @@ def picked(logps, rewards, counts, generator):
     picks = [logps[k].exp().multinomial(n, True, generator=generator) for k, n in enumerate(counts)]
     picks = torch.cat(picks, dim=-1)  # (X, S)
     return rewards.gather(-1, picks), logps.gather(-1, picks.expand(len(logps), -1, -1))
+
+
+# ---- the draws ----
+
+
+def test_draws_and_their_log_probabilities_are_of_the_same_temperature(models):
+    """Every draw against enumeration; a response's number for a reward says which it is."""
+    counts = [2000, 2000, 2000]
+    rewards, logps = drawn(models, torch.arange(Y, dtype=torch.float64).expand(X, Y), counts)
+    picks = rewards.long()
+    for k, (model, temperature) in enumerate(zip(models, TEMPERATURES, strict=True)):
+        exact = chain_rule(lambda ids, model=model, t=temperature: model(ids) / t)  # (X, Y)
+        assert torch.allclose(logps[k], exact.gather(-1, picks), rtol=0, atol=1e-12)
+        own = picks[:, sum(counts[:k]) : sum(counts[: k + 1])]
+        drawn_often = torch.stack([row.bincount(minlength=Y) for row in own])
+        expected = counts[k] * exact.exp()
+        assert ((drawn_often - expected).abs() < 5 * (expected + 1).sqrt()).all()
 
 
 # ---- the estimator ----
@@ -274,6 +293,16 @@ def test_command_reward_of_the_reference_is_its_samples_mean(run, tmp_path):
     assert rewards.shape == (3, 400)
     assert reference.ess_min == 400 and reference.kl == 0
     assert reference.reward == pytest.approx(rewards.mean().item(), abs=1e-6)
+
+
+def test_command_temperature_is_that_of_the_proposals(run, tmp_path, monkeypatch):
+    seen = []
+    real = limit.draw
+    monkeypatch.setattr(limit, "ROWS", 600)  # all prompts at once
+    monkeypatch.setattr(limit, "draw", lambda sources, *args: seen.append(sources) or real(sources, *args))
+    tiny.call(limit.main, *command(run, tmp_path / "limit.csv", "--temperature", 1.5))
+    tiny.call(limit.main, *command(run, tmp_path / "limit.csv", "--temperature", 2))  # nothing of the other's is used
+    assert [[source.temperature for source in sources] for sources in seen] == [[1.0, 1.5], [1.0, 2.0]]
 
 
 def test_command_refuses(run, tmp_path, capsys):
