@@ -35,6 +35,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -536,7 +537,7 @@ LOOKS = {  # colours of Okabe and Ito, told apart by the colour-blind, and a mar
     "unlikelihood": ("Unlikelihood", "#CC79A7", "v"),
     "sft": ("SFT", "#000000", "*"),
 }
-TICKS = (0, 0.5, 1, 2, 3, 4, 6, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+TICKS = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 def draw(points, curve, path, kl_end=20.0):
@@ -575,12 +576,14 @@ def draw(points, curve, path, kl_end=20.0):
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right", framealpha=0.9)
     longest = max(p.kl for p in points)
-    axes[-1].set_xscale("symlog", linthresh=4, linscale=2)
+    # the limit of a reward of normal distribution is sd sqrt(2 KL): over the root of the KL, a straight line
+    root, square = lambda kl: np.sign(kl) * np.sqrt(np.abs(kl)), lambda x: np.sign(x) * np.square(x)
+    axes[-1].set_xscale("function", functions=(root, square))
     ticks = [tick for tick in TICKS if tick <= 1.3 * longest]
     axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[-1].minorticks_off()
-    axes[-1].set_xlim(-0.03, 1.15 * longest)
-    axes[-1].set_xlabel("KL from the SFT model, nats a response (linear up to 4, then logarithmic)")
+    axes[-1].set_xlim(-0.004, 1.05 * longest)
+    axes[-1].set_xlabel("KL from the SFT model, nats a response (axis: its square root)")
     if beyond:
         names = [
             f"{LOOKS[p.method][0]} {p.setting}, seed {p.seed}: {p.kl:.0f} nats, reward {p.reward:.1f}" for p in beyond
