@@ -240,10 +240,10 @@ class World:
             # the price at which a reward of normal distribution is worth so many nats: what the controller would find
             values |= {"kl_target": unit.setting, "kl_coef": sweep["reward_sd"] / math.sqrt(2 * unit.setting)}
             values["max_new_tokens"] = self.settings.max_new_tokens
-            if self.settings.ppo_steps:
-                values["steps"] = self.settings.ppo_steps
         if unit.method in sweep["training"]:
             values |= sweep["training"][unit.method](unit.setting)
+        if module is ppo and self.settings.ppo_steps:
+            values["steps"] = self.settings.ppo_steps
         return module.Settings(data=self.settings.data, init=self.settings.sft, out="", **values)
 
     def made_of(self, unit):

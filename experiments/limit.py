@@ -19,9 +19,9 @@ with weights divided by their sum, prompt by prompt. These densities are known e
 and nothing else. What tells: the effective sample size (sum w)^2 / sum w^2 of each prompt, at least LEAST_ESS wherever
 `read` gives a point; and what the curve does when the samples are doubled, which the command prints.
 
-The proposals sample at a temperature above 1 (pi_k has logits / temperature). For pi_beta gives some weight to what a
-trained policy hardly ever says, such as endless sentences full of praise, and at temperature 1 the one draw in a
-hundred thousand that is of this kind outweighs all the others of its prompt.
+The proposals sample at a temperature above 1 (pi_k has logits / temperature), for a weight is large where q is too
+small: better broad than narrow. Where a single draw outweighs all others of its prompt even so, the reward pays for
+something that no trained policy ever says; docs/frontier.md has an example, and what can be done.
 
 Where labels are drawn from Bradley-Terry with the reward r, DPO with this beta has pi_beta as its optimum: its point on
 the curve, `at_beta`, is where theory says that it must land.

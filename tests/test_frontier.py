@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,15 @@ def test_the_toy_sweep_is_the_papers_and_more():
 
 
 # ---- stopped and resumed ----
+
+
+@pytest.mark.parametrize("data", ["toy", "imdb"])
+def test_flags_go_before_the_sweeps_own_settings(data):
+    settings = frontier.Settings(data=data, reward="a classifier", ppo_steps=7, max_new_tokens=33)
+    for method in ("ppo", "ppo-gt"):
+        unit = frontier.Unit(method, 6.0, seed=2)
+        training = frontier.World.training(SimpleNamespace(settings=settings), unit)
+        assert (training.steps, training.max_new_tokens, training.kl_target, training.seed) == (7, 33, 6.0, 2)
 
 
 def test_a_sweep_is_not_made_twice(made, swept, monkeypatch):
