@@ -354,9 +354,26 @@ def run_ppo(world, policy, unit):
     made = world.training(unit)
     learned = str(world.out / f"reward_model_{unit.seed}")
     reward = ppo.load(learned if unit.method == "ppo" else world.settings.reward, world.tokenizer, world.device)
+    if unit.method == "ppo" and world.settings.data != "toy":
+        reward = to_scale(world, reward, unit.seed)  # the toy's labels are drawn by the true reward, at its scale
     watch = Watch(world, policy, made.steps, unit.seed)
     ppo.train(policy, world.sft, reward, world.read_prompts("prompts_train"), world.tokenizer, made, watch)
     return watch.rows
+
+
+def to_scale(world, reward, seed, samples=256):
+    """The reward times what gives it the SD `reward_sd` over the SFT model's samples, as Ziegler et al. 2019 do.
+
+    Labels that are never wrong do not say how large a learned reward is; PPO's first price of a nat goes by that SD.
+    """
+    prompts = world.read_prompts("prompts_train")[:samples]
+    longest = world.settings.max_new_tokens
+    ids = ppo.encode(prompts, world.tokenizer, world.sft.config.block_size - longest)
+    generator = torch.Generator(world.device).manual_seed(seed)
+    responses = generate(world.sft, ids, longest, world.tokenizer.eot, generator=generator, batch_size=limit.ROWS)
+    scores = reward(prompts, [world.tokenizer.decode(response) for response in responses], ids, responses)
+    factor = SWEEPS[world.settings.data]["reward_sd"] / statistics.stdev(scores)
+    return lambda *batch: [factor * score for score in reward(*batch)]
 
 
 def best_of(world, seed):

@@ -22,6 +22,7 @@ from experiments.baselines import reward_model
 from minidpo import checkpoint
 from minidpo.model import GPT, GPTConfig
 from minidpo.rewards import SentimentClassifier
+from minidpo.sampling import generate
 from minidpo.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -202,6 +203,23 @@ def test_the_toy_sweep_is_the_papers_and_more():
 
 
 # ---- stopped and resumed ----
+
+
+def test_a_learned_reward_is_brought_to_scale(made, monkeypatch, tmp_path):
+    """A reward a hundred times too small comes out with SD 1.5, on other samples than it was fitted to."""
+    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
+    settings = frontier.Settings(sft=str(made / "sft"), out=str(tmp_path), max_new_tokens=LONGEST, device="cpu")
+    world = frontier.World(settings)
+    letters = SentimentClassifier.load(made / "reward.pt")
+    small = lambda prompts, responses, *ids: [score / 100 for score in letters(prompts, responses)]  # noqa: E731
+    scaled = frontier.to_scale(world, small, seed=0)
+    prompts = [row["prompt"] for row in toy.rows("prompts_train", 2000)][-1000:]
+    ids = [[world.tokenizer.eot, *world.tokenizer.encode(prompt)] for prompt in prompts]
+    samples = generate(world.sft, ids, LONGEST, world.tokenizer.eot, generator=torch.Generator().manual_seed(7))
+    batch = prompts, [world.tokenizer.decode(sample) for sample in samples], ids, samples
+    before, after = small(*batch), scaled(*batch)
+    assert statistics.stdev(before) < 0.05 and statistics.stdev(after) == pytest.approx(1.5, rel=0.15)
+    assert [y / x for x, y in zip(before, after, strict=True)] == pytest.approx([after[0] / before[0]] * len(before))
 
 
 @pytest.mark.parametrize("data", ["toy", "imdb"])
