@@ -557,7 +557,7 @@ LOOKS = {  # colours of Okabe and Ito, told apart by the colour-blind, and a mar
 TICKS = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
-def draw(points, curve, path, kl_end=20.0):
+def draw(points, curve, path, kl_end=Settings.kl_end):
     """The figure; curve: the limit's Points, or None. Points on the way are small, those at the end large."""
     try:
         from matplotlib.figure import Figure

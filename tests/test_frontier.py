@@ -202,9 +202,6 @@ def test_the_toy_sweep_is_the_papers_and_more():
     assert len(units) == len(set(units)) == 1 + 3 * (1 + 1 + 1 + 1 + 4 + 4 + 4 + 9)
 
 
-# ---- stopped and resumed ----
-
-
 def test_a_learned_reward_is_brought_to_scale(made, monkeypatch, tmp_path):
     """A reward a hundred times too small comes out with SD 1.5, on other samples than it was fitted to."""
     monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
@@ -229,6 +226,9 @@ def test_flags_go_before_the_sweeps_own_settings(data):
         unit = frontier.Unit(method, 6.0, seed=2)
         training = frontier.World.training(SimpleNamespace(settings=settings), unit)
         assert (training.steps, training.max_new_tokens, training.kl_target, training.seed) == (7, 33, 6.0, 2)
+
+
+# ---- stopped and resumed ----
 
 
 def test_a_sweep_is_not_made_twice(made, swept, monkeypatch):
