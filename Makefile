@@ -28,7 +28,7 @@ test: .venv/.installed
 
 coverage: .venv/.installed
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --ignore=tests/test_mutants.py  # which runs broken copies
+	$(BIN)/coverage run -m pytest --ignore=tests/test_mistakes.py  # which runs broken copies
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -71,12 +71,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minidpo import checkpoint, data, fast, memory, parallel
-from minidpo.cli import CatchInterrupt, UserError, knob, parse_settings, run
+import data
+from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, DTYPES, autocast, pick_device, pick_dtype
 from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer
-from minidpo.report import Run
+from minidpo.run import Run
 from minidpo.sampling import complete
+from minidpo.scale import fast, memory, parallel
+from minidpo.settings import CatchInterrupt, UserError, knob, parse_settings, run_main
 
 # ---- 1. The mathematics. B pairs, T tokens, V vocabulary; log-probabilities (logps) in nats ----
 
@@ -183,7 +185,9 @@ class Settings:
     seed: int = knob(0, "of the order of the pairs and of the sampling")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
     dtype: str = knob("auto", "precision of the matrix products", choices=DTYPES)
-    fast: bool = knob(False, "the same numbers in less time and memory: minidpo/fast.py in place of response_logps")
+    fast: bool = knob(
+        False, "the same numbers in less time and memory: minidpo/scale/fast.py in place of response_logps"
+    )
     resume: bool = knob(False, "go on with the run in --out, with its settings")
     overwrite: bool = knob(False, "replace the run in --out")
 
@@ -204,7 +208,7 @@ class Settings:
 
     def cut(self, batches, rows):
         """The batches in micro-batches."""
-        return data.micro_batches(batches, rows, self.micro_batch_size, self.micro_tokens)
+        return dataset.micro_batches(batches, rows, self.micro_batch_size, self.micro_tokens)
 
 
 # ---- 3. The pieces of the loop ----
@@ -212,7 +216,7 @@ class Settings:
 
 def logps_of(model, rows, indices, settings):
     """`response_logps` of the pairs `indices` of `rows`, on the device and in the precision that were asked for."""
-    batch = data.preference_batch([rows[i] for i in indices], settings.device)
+    batch = dataset.preference_batch([rows[i] for i in indices], settings.device)
     function = fast.response_logps if settings.fast else response_logps
     with autocast(settings.device, settings.dtype):
         return parallel.call(function, model, batch)
@@ -222,7 +226,7 @@ def logps_of(model, rows, indices, settings):
 def reference_logps(model, rows, settings):
     """log pi_ref of all pairs -> (N, 2), chosen and rejected, on the CPU. Once: the reference never changes."""
     logps = torch.zeros(len(rows), 2, dtype=model.wte.weight.dtype)
-    order = data.batches(rows, settings.batch_size, seed=0, epoch=0)
+    order = dataset.batches(rows, settings.batch_size, seed=0, epoch=0)
     for indices in tqdm(parallel.mine(settings.cut(order, rows)), desc="reference", unit="batch"):
         logps[indices] = torch.stack(logps_of(model, rows, indices, settings), dim=-1).cpu()
     return parallel.total(logps)
@@ -250,7 +254,7 @@ def train_step(policy, optimizer, rows, reference, indices, settings):
 def evaluate(policy, rows, reference, settings):
     """The metrics on all of `rows`, by name."""
     sums = torch.zeros(6, device=settings.device)
-    order = data.batches(rows, settings.batch_size, seed=0, epoch=0)
+    order = dataset.batches(rows, settings.batch_size, seed=0, epoch=0)
     for indices in parallel.mine(settings.cut(order, rows)):
         logps = logps_of(policy, rows, indices, settings)
         sums = sums + summed(*dpo_loss(*logps, *reference[indices].to(settings.device).T, **settings.variant), *logps)
@@ -308,7 +312,9 @@ def main():
     policy.prepare(settings.compile, settings.recompute)
     settings.dtype = pick_dtype(settings.dtype, settings.device, policy.config.n_embd)
     max_length = min(settings.max_length or policy.config.block_size, policy.config.block_size)
-    rows, held_out = data.load_split("pairs", settings.data, settings.eval_data, tokenizer, max_length)
+    rows, held_out = dataset.load_pairs(
+        data.find_split("pairs", settings.data, settings.eval_data), tokenizer, max_length
+    )
     data_fingerprint = checkpoint.fingerprint(rows, held_out)
     memory.check(policy, rows, settings)
 
@@ -343,7 +349,7 @@ def main():
         print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {settings.warmup_steps}, or --batch-size.")
     if first_step >= last_step and (folder.path / "report.md").exists():
         raise UserError(f"{settings.out} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
-    order = data.batches(rows, settings.batch_size, settings.seed, first_step // steps_per_epoch)
+    order = dataset.batches(rows, settings.batch_size, settings.seed, first_step // steps_per_epoch)
     if first_step == 0 and not settings.reference_free:
         check_start(policy, rows, reference, order[0], settings)
     else:
@@ -361,7 +367,7 @@ def main():
         for step in range(first_step, last_step):
             started = time.perf_counter()
             if step % steps_per_epoch == 0:
-                order = data.batches(rows, settings.batch_size, settings.seed, step // steps_per_epoch)
+                order = dataset.batches(rows, settings.batch_size, settings.seed, step // steps_per_epoch)
             indices = order[step % steps_per_epoch]
             lr = learning_rate(step, total, settings.lr, settings.warmup_steps, settings.decay)
             for group in optimizer.param_groups:
@@ -395,4 +401,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minidpo import checkpoint, data, parallel
-from minidpo.cli import CatchInterrupt, UserError, knob, parse_settings, run
+import data
+from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, DTYPES, autocast, pick_device, pick_dtype
 from minidpo.model import GPT, PRESETS, GPTConfig
 from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer
-from minidpo.report import Run
+from minidpo.run import Run
 from minidpo.sampling import complete
+from minidpo.scale import parallel
+from minidpo.settings import CatchInterrupt, UserError, knob, parse_settings, run_main
 from minidpo.tokenizer import Tokenizer
 
 # ---- 1. Settings. The defaults suit a pretrained GPT-2; each dataset has a set of its own, flags override ----
@@ -90,7 +92,7 @@ def start_model(settings):
     elif settings.tokenizer:
         tokenizer = Tokenizer.load(settings.tokenizer)
     else:
-        records = data.read_jsonl(data.find(settings.data, "sft_train"), data.SFT)
+        records = dataset.read_jsonl(data.find(settings.data, "sft_train"), dataset.SFT)
         size = settings.vocab_size or PRESETS[settings.preset]["vocab_size"]
         tokenizer = Tokenizer.train((r["prompt"] + r["completion"] for r in records), size)
     config = GPTConfig.preset(settings.preset, vocab_size=tokenizer.vocab_size, dropout=settings.dropout)
@@ -112,7 +114,7 @@ def train_step(model, optimizer, rows, indices, settings):
     mine = parallel.mine(indices)  # all of them, unless several processes share the step
     total = 0.0
     for micro in parallel.exchange_once(model, [mine[i : i + size] for i in range(0, len(mine), size)]):
-        batch = data.sft_batch([rows[i] for i in micro], settings.device)
+        batch = dataset.sft_batch([rows[i] for i in micro], settings.device)
         loss, _ = parallel.call(response_loss, model, batch, settings)
         (loss / n).backward()
         total += loss.item() / n
@@ -132,8 +134,8 @@ def evaluate(model, rows, settings):
     """Mean loss over the response tokens of all `rows`, dropout off."""
     model.eval()
     loss, tokens = 0.0, 0
-    for indices in parallel.mine(data.batches(rows, settings.batch_size, seed=0, epoch=0)):
-        batch_loss, n = response_loss(model, data.sft_batch([rows[i] for i in indices], settings.device), settings)
+    for indices in parallel.mine(dataset.batches(rows, settings.batch_size, seed=0, epoch=0)):
+        batch_loss, n = response_loss(model, dataset.sft_batch([rows[i] for i in indices], settings.device), settings)
         loss, tokens = loss + batch_loss.item(), tokens + n
     model.train()
     return {"eval/loss": parallel.total(loss) / parallel.total(tokens)}
@@ -152,7 +154,7 @@ def main():
     model.prepare(settings.compile, settings.recompute)
     settings.dtype = pick_dtype(settings.dtype, settings.device, model.config.n_embd)
     max_length = min(settings.max_length or model.config.block_size, model.config.block_size)
-    rows, held_out = data.load_split("sft", settings.data, settings.eval_data, tokenizer, max_length)
+    rows, held_out = dataset.load_sft(data.find_split("sft", settings.data, settings.eval_data), tokenizer, max_length)
     data_fingerprint = checkpoint.fingerprint(rows)
     optimizer = make_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay)
     first_step = 0
@@ -170,7 +172,7 @@ def main():
         print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {settings.warmup_steps}, or --batch-size.")
     if first_step >= last_step and (folder.path / "report.md").exists():
         raise UserError(f"{settings.out} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
-    order = data.batches(rows, settings.batch_size, settings.seed, first_step // steps_per_epoch)
+    order = dataset.batches(rows, settings.batch_size, settings.seed, first_step // steps_per_epoch)
     folder.begin(first_step, tokenizer)
 
     model.train()
@@ -179,7 +181,7 @@ def main():
         for step in range(first_step, last_step):
             started = time.perf_counter()
             if step % steps_per_epoch == 0:
-                order = data.batches(rows, settings.batch_size, settings.seed, step // steps_per_epoch)
+                order = dataset.batches(rows, settings.batch_size, settings.seed, step // steps_per_epoch)
             indices = order[step % steps_per_epoch]
             lr = learning_rate(step, total, settings.lr, settings.warmup_steps, decay=True)
             for group in optimizer.param_groups:
@@ -214,4 +216,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minidpo.cli import UserError, run
 from minidpo.files import atomic_write
+from minidpo.settings import UserError, run_main
 
 # Importing torch takes seconds. Where the system can fork, each process is forked from one that has done it.
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -346,4 +346,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

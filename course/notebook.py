@@ -20,8 +20,8 @@ import os
 import re
 from pathlib import Path
 
-from minidpo.cli import run
 from minidpo.files import atomic_write
+from minidpo.settings import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_name("walkthrough.py")
@@ -114,4 +114,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -38,13 +38,16 @@ sys.path.insert(0, str(root))
 import matplotlib.pyplot as plt
 import torch
 
+import data
 import train_dpo
 import train_sft
 from course import show
 from data.toy_sentiment import grammar
-from experiments import evaluate, explain, frontier, limit
-from minidpo import checkpoint, data
-from minidpo.report import samples_table
+from experiments import evaluate, explain
+from experiments.frontier import limit
+from experiments.frontier import sweep as frontier
+from minidpo import checkpoint, dataset
+from minidpo.run import samples_table
 from minidpo.sampling import complete
 
 # %% [markdown]
@@ -63,7 +66,7 @@ RUNS = Path("runs/walkthrough")  # what is trained here goes there
 # rejected.
 
 # %%
-pairs = data.read_jsonl(data.find("toy", "pairs_train"), data.PAIR)
+pairs = dataset.read_jsonl(data.find("toy", "pairs_train"), dataset.PAIR)
 for pair in pairs[:3]:
     print("prompt  ", pair["prompt"])
     print("chosen  ", pair["chosen"])
@@ -107,8 +110,8 @@ for text in complete(sft, tokenizer, [prompt] * 4, max_new_tokens=96, seed=0):
 # green?
 
 # %%
-rows, counts = data.encode_pairs(pairs, tokenizer, sft.config.block_size)
-batch = data.preference_batch(rows[:2])
+rows, counts = dataset.encode_pairs(pairs, tokenizer, sft.config.block_size)
+batch = dataset.preference_batch(rows[:2])
 show.tokens(batch.chosen, tokenizer)
 
 # %%
@@ -221,7 +224,7 @@ show.picture(DPO / "curves.png")
 
 # %%
 policy, *_ = checkpoint.load(DPO)
-prompts = [record["prompt"] for record in data.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
+prompts = [record["prompt"] for record in dataset.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
 judged = evaluate.Settings(str(DPO), str(SFT), "toy", "toy", max_new_tokens=96)
 
 

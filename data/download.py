@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minidpo.cli import UserError
+from minidpo.settings import UserError
 
 
 def download(url, target, digest="", otherwise=""):

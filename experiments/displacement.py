@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from minidpo import data
-from minidpo.cli import knob, parse_settings, run
+from minidpo import dataset
 from minidpo.files import atomic, atomic_write
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
+from minidpo.settings import knob, parse_settings, run_main
 from train_dpo import dpo_loss, response_logps, token_logps
 
 
@@ -51,7 +51,7 @@ RESPONSES = [(*y, EOT) for n in range(LONGEST) for y in itertools.product(WORDS,
 RESPONSES += list(itertools.product(WORDS, repeat=LONGEST))  # cut off at the limit, as sampling would
 INDEX = {y: i for i, y in enumerate(RESPONSES)}
 LENGTHS = torch.tensor([len(y) for y in RESPONSES], dtype=torch.float64)  # in tokens, the eot included
-EVERY = data.sft_batch([([EOT], list(y)) for y in RESPONSES])  # the prompt is empty: the document's first eot
+EVERY = dataset.sft_batch([([EOT], list(y)) for y in RESPONSES])  # the prompt is empty: the document's first eot
 
 
 @torch.no_grad()
@@ -114,12 +114,12 @@ def length_pairs(seed):
 
 
 def as_batch(pairs):
-    return data.preference_batch([([EOT], list(chosen), list(rejected)) for chosen, rejected in pairs])
+    return dataset.preference_batch([([EOT], list(chosen), list(rejected)) for chosen, rejected in pairs])
 
 
 def sft(model, rows, steps):
     """Maximum likelihood of the responses `rows`, all at every step."""
-    batch = data.sft_batch([([EOT], list(row)) for row in rows])
+    batch = dataset.sft_batch([([EOT], list(row)) for row in rows])
     optimizer = make_optimizer(model, "adamw", 3e-3)
     for _ in range(steps):
         loss = -token_logps(model(batch.ids), batch.targets)[batch.mask].mean()
@@ -424,7 +424,7 @@ def main():
     settings = parse_settings(Settings, __doc__)
     torch.set_num_threads(1)  # tensors this small gain nothing from a second, which would round differently
     out = Path(settings.out)
-    path = data.new_file(out / "displacement.json", settings.overwrite)
+    path = dataset.new_file(out / "displacement.json", settings.overwrite)
     seeds = range(settings.seeds)
     work = [(displaced, start, seed) for start in STARTS for seed in seeds]
     work += [(question, seed) for question in (at_optimum, by_length) for seed in seeds]
@@ -438,4 +438,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

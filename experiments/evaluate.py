@@ -19,13 +19,14 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-from minidpo import checkpoint, data
-from minidpo.cli import UserError, knob, parse_settings, run
+import data
+from experiments.rewards import load_reward
+from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
-from minidpo.report import samples_table
-from minidpo.rewards import load_reward
+from minidpo.run import samples_table
 from minidpo.sampling import generate
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
 @dataclasses.dataclass
@@ -58,7 +59,7 @@ def sequence_kl(policy, reference, prompts, samples, batch_size=128, progress=No
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(samples[i]))  # similar lengths: little padding
     for i in tqdm(range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None):
         indices = order[i : i + batch_size]
-        batch = data.sft_batch([rows[j] for j in indices], device)
+        batch = dataset.sft_batch([rows[j] for j in indices], device)
         log_pi = policy(batch.ids).log_softmax(-1)  # (B, T, V)
         log_ratio = log_pi - reference(batch.ids).log_softmax(-1)
         at_sample = log_ratio.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # (B, T)
@@ -144,7 +145,7 @@ def main():
     reference, reference_tokenizer, _ = checkpoint.load(settings.reference)
     if tokenizer.fingerprint != reference_tokenizer.fingerprint:
         raise UserError(f"{settings.policy} and {settings.reference} have different tokenizers: no KL between them.")
-    records = data.read_jsonl(data.find(settings.data, "prompts_test"), ("prompt",))
+    records = dataset.read_jsonl(data.find(settings.data, "prompts_test"), ("prompt",))
     prompts = [record["prompt"] for record in records][: settings.limit or None]
     figures, prompts, texts = evaluate(policy.to(device), reference.to(device), tokenizer, prompts, reward, settings)
 
@@ -165,4 +166,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -33,12 +33,13 @@ from pathlib import Path
 
 import torch
 
+import data
 import train_dpo
-from minidpo import checkpoint, data
-from minidpo.cli import UserError, knob, parse_settings, run
+from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic, atomic_write
 from minidpo.optim import make_optimizer
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
 @dataclasses.dataclass
@@ -80,10 +81,10 @@ def training_settings(settings):
 def read_pair(settings, train, tokenizer, max_length):
     """The pair that was asked for -> ((prompt_ids, chosen_ids, rejected_ids), one line about where it comes from)."""
     path = data.find(train.data, "pairs_test")
-    records = data.read_jsonl(path, data.PAIR)
+    records = dataset.read_jsonl(path, dataset.PAIR)
     if settings.row >= len(records):
         raise UserError(f"--row {settings.row}: {path} holds {len(records):,} pairs, rows 0 to {len(records) - 1}.")
-    rows, counts = data.encode_pairs([records[settings.row]], tokenizer, max_length)
+    rows, counts = dataset.encode_pairs([records[settings.row]], tokenizer, max_length)
     notes = [name for name, n in counts.items() if n and name != "pairs"]
     if not rows:
         raise UserError(f"--row {settings.row} of {path} is no usable pair: {', '.join(notes)}. Take another row.")
@@ -97,7 +98,7 @@ def every_token_logp(model, row, device):
 
     The prompt's first token, the eot before it, is what the model starts from, and has no log-probability: None.
     """
-    batch = data.preference_batch([row], device)
+    batch = dataset.preference_batch([row], device)
     logps = {}
     for side, rows in (("chosen", batch.chosen), ("rejected", batch.rejected)):
         line = train_dpo.token_logps(model(rows.ids), rows.targets)[0]
@@ -538,4 +539,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

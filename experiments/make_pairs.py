@@ -16,12 +16,13 @@ from collections import Counter
 
 import torch
 
-from minidpo import checkpoint, data
-from minidpo.cli import UserError, knob, parse_settings, run
+import data
+from experiments.rewards import load_reward
+from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
-from minidpo.rewards import load_reward
 from minidpo.sampling import generate
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
 @dataclasses.dataclass
@@ -71,12 +72,12 @@ def pairs_of(prompt, completions, labels, generator, counts):
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
-    out = data.new_file(settings.out, settings.overwrite)
+    out = dataset.new_file(settings.out, settings.overwrite)
     device = pick_device(settings.device)
     reward = load_reward(settings.reward)
     model, tokenizer, _ = checkpoint.load(settings.policy)
     model.to(device)
-    records = data.read_jsonl(data.find(settings.prompts, "prompts_train"), ("prompt",))
+    records = dataset.read_jsonl(data.find(settings.prompts, "prompts_train"), ("prompt",))
     prompts = [record["prompt"] for record in records][: settings.limit or None]
 
     repeated = [prompt for prompt in prompts for _ in range(settings.k)]
@@ -108,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

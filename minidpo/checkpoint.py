@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from minidpo import parallel
-from minidpo.cli import UserError
 from minidpo.files import atomic
 from minidpo.model import GPT, GPTConfig
+from minidpo.scale import parallel
+from minidpo.scale.weights import load_pretrained
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 FILE, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
@@ -65,7 +66,7 @@ def load(folder):
     elif not folder.exists() and not str(folder).startswith("gpt2"):
         raise UserError(f"{folder} not found: there is no run there yet. {_TRAIN_FIRST}")
     else:
-        model = GPT.from_pretrained(str(folder))
+        model = load_pretrained(str(folder))
         tokenizer, state = _pretrained_tokenizer(folder, model.config.vocab_size), {}
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(

@@ -2,7 +2,7 @@
 
 import torch
 
-from minidpo.cli import unknown
+from minidpo.settings import unknown
 
 OPTIMIZERS = ("adamw", "rmsprop", "sgd")
 

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from minidpo import checkpoint
-from minidpo.cli import UserError, run
 from minidpo.device import pick_device
+from minidpo.settings import UserError, run_main
 
 
 class Cache:
@@ -199,4 +199,4 @@ def typed_prompts():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -18,8 +18,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from minidpo.cli import UserError, run
 from minidpo.files import atomic_write
+from minidpo.settings import UserError, run_main
 
 # GPT-2's words, which no merge crosses: contractions; letters, digits or other signs with the space before them; blanks
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -275,4 +275,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -23,7 +23,7 @@ import torch._dynamo  # noqa: F401  what the first optimiser of a process import
 from tiny import call
 
 import minidpo.files
-import minidpo.report
+import minidpo.run
 import train_dpo
 import train_sft
 from minidpo import checkpoint
@@ -60,12 +60,12 @@ def start_stage(stage, argv, log, environment=None, doom=None):
 
 PLACES = {
     "load": lambda stage: (checkpoint, "load"),
-    "begin": lambda stage: (minidpo.report.Run, "begin"),
+    "begin": lambda stage: (minidpo.run.Run, "begin"),
     "step": lambda stage: (STAGES[stage], "train_step"),
-    "log": lambda stage: (minidpo.report.Run, "log"),
+    "log": lambda stage: (minidpo.run.Run, "log"),
     "save": lambda stage: (checkpoint, "save"),
     "move": lambda stage: (minidpo.files.os, "replace"),  # of a checkpoint: from its place or to it
-    "finish": lambda stage: (minidpo.report.Run, "finish"),
+    "finish": lambda stage: (minidpo.run.Run, "finish"),
 }
 
 

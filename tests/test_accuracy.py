@@ -8,11 +8,11 @@ from tiny import call, fails, write_data, write_jsonl
 
 import train_dpo
 import train_sft
-from experiments import accuracy
-from experiments.baselines import reward_model
-from minidpo import checkpoint, data
-from minidpo.cli import UserError
-from minidpo.rewards import SentimentClassifier
+from experiments.frontier import accuracy
+from experiments.frontier.baselines import reward_model
+from experiments.rewards import SentimentClassifier
+from minidpo import checkpoint, dataset
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 TRAIN = ("--batch-size", 8, "--lr", 5e-3, "--warmup-steps", 2, "--samples", 1, "--sample-tokens", 4, "--device", "cpu")
@@ -90,7 +90,7 @@ def test_the_command_against_loops(home, tmp_path, capsys):
     true = SentimentClassifier.load(home / "true.pt")
     policy.double(), reference.double(), model.double()
     right = {name: 0.0 for name in names[1:]}
-    for record in data.read_jsonl(home / "pairs.jsonl", data.PAIR):
+    for record in dataset.read_jsonl(home / "pairs.jsonl", dataset.PAIR):
         prompt = [tokenizer.eot, *tokenizer.encode(record["prompt"])]
         both = []
         for side in ("chosen", "rejected"):

@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny import call, contents, fails, write_data, write_jsonl
 
+import data
 import experiments.evaluate
 import experiments.make_pairs
-import minidpo.data
 import minidpo.sampling
 import train_dpo
 import train_sft
 from minidpo import checkpoint
 from minidpo.model import GPT, GPTConfig
-from minidpo.report import read_metrics
+from minidpo.run import read_metrics
 from minidpo.tokenizer import Tokenizer
 
 SHORT = ("--batch-size", 8, "--max-steps", 2, "--samples", 1, "--sample-tokens", 4)
@@ -144,7 +144,7 @@ def test_data_that_is_not_there(home, capsys, monkeypatch, main, flags_of, file,
     assert f"{home / 'none.jsonl'} not found" in refused(capsys, home, main, *flags_of(home, data=home / "none.jsonl"))
     message = refused(capsys, home, main, *flags_of(home, data="imbd"))
     assert "unknown data 'imbd'. Did you mean 'imdb'" in message and "FILE.jsonl" in message
-    monkeypatch.setattr(minidpo.data, "__file__", str(home / "minidpo" / "data.py"))  # nothing prepared in there
+    monkeypatch.setattr(data, "HERE", home / "data")  # nothing prepared in there
     message = refused(capsys, home, main, *flags_of(home, data="imdb", init=home / "sft"))
     assert "not found. Make it first: " in message
     assert ("data.imdb.prepare" if main is train_sft.main else "experiments.make_pairs") in message

@@ -16,14 +16,22 @@ from tiny import call, contents, fails, write_data, write_jsonl
 
 import train_dpo
 import train_sft
-from experiments.baselines import best_of_n, fit, pair_means, pair_step, preferred_ft, reward_model, unlikelihood
-from experiments.baselines.reward_model import RewardModel
-from experiments.judges import load_judge
+from experiments.frontier.baselines import (
+    best_of_n,
+    fit,
+    pair_means,
+    pair_step,
+    preferred_ft,
+    reward_model,
+    unlikelihood,
+)
+from experiments.frontier.baselines.reward_model import RewardModel
+from experiments.winrate.judges import load_judge
 from minidpo import checkpoint
-from minidpo.cli import UserError
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
-from minidpo.report import read_metrics
+from minidpo.run import read_metrics
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 # five pairs of the language: responses of 1 to 4 tokens, with and without an end

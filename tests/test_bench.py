@@ -12,10 +12,11 @@ from conftest import need
 from tiny import call, fails
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import bench, bench_worker, growth
-from minidpo import fast
-from minidpo.data import preference_batch
+from experiments.bench import bench, growth
+from experiments.bench import worker as bench_worker
+from minidpo.dataset import preference_batch
 from minidpo.model import GPT, GPTConfig
+from minidpo.scale import fast
 
 TINY = bench.TRIAL
 WORK = {**TINY, "warmup": 0, "steps": 1}

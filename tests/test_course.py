@@ -15,9 +15,9 @@ import course.tasks.__main__ as tasks
 from course import exercises
 from course.instructor import solution
 from course.oracles import CASES, EXERCISES
-from experiments import mutants
+from experiments import mistakes
 
-COURSE = mutants.ROOT / "course"
+COURSE = mistakes.ROOT / "course"
 NAMES = [exercise.name for exercise in EXERCISES]
 
 
@@ -64,7 +64,7 @@ def test_the_course_tells_students_no_answers():
     told = [COURSE / "tasks" / "README.md", COURSE / "tasks" / "__main__.py", COURSE / "README.md"]
     for path in told:
         text = path.read_text(encoding="utf-8")
-        assert not [mutant.name for mutant in mutants.GALLERY if mutant.name in text]
+        assert not [mutant.name for mutant in mistakes.GALLERY if mutant.name in text]
 
 
 def test_links_lead_somewhere_and_commands_exist():
@@ -167,14 +167,15 @@ def test_displacement(tmp_path, capsys):
 
 def test_budget(monkeypatch, capsys):
     """The marks on figures made up; the figures themselves are those of experiments.evaluate."""
+    import data
     from experiments import evaluate
-    from minidpo import checkpoint, data
+    from minidpo import checkpoint
 
     class Tokenizer:
         fingerprint = "same"
 
     monkeypatch.setattr(checkpoint, "load", lambda folder: (None, Tokenizer(), None))
-    monkeypatch.setattr(data, "find", lambda name, file: mutants.ROOT / "data" / "toy_sentiment" / f"{file}.jsonl")
+    monkeypatch.setattr(data, "find", lambda name, file: mistakes.ROOT / "data" / "toy_sentiment" / f"{file}.jsonl")
     for reward, kl, code in ((2.0, 1.0, 0), (1.7, 1.0, 1), (3.0, 1.2, 1)):
         figures = {"reward_mean": reward + 0.5, "reference": {"reward_mean": 0.5}, "kl_exact": kl}
 

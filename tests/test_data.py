@@ -10,14 +10,15 @@ import pytest
 import torch
 from tiny import write_jsonl
 
+import data
 from data.toy_sentiment import generate as toy
-from minidpo import checkpoint, data
-from minidpo.cli import UserError
-from minidpo.data import Rows, encode_pairs, encode_sft, fit, preference_batch, read_jsonl, sft_batch
+from minidpo import checkpoint, dataset
+from minidpo.dataset import Rows, encode_pairs, encode_sft, fit, preference_batch, read_jsonl, sft_batch
 from minidpo.model import GPT, GPTConfig
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
-ROOT = Path(data.__file__).parent.parent
+ROOT = Path(dataset.__file__).parent.parent
 BYTES = Tokenizer.train([], 257)  # one token per byte, and eot, which is 256
 EOT = 256
 
@@ -93,7 +94,7 @@ def test_read_jsonl_refuses_an_empty_file(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match="rows.jsonl is empty.*prompt, chosen, rejected"):
-        read_jsonl(path, data.PAIR)
+        read_jsonl(path, dataset.PAIR)
 
 
 def test_find_says_how_to_get_what_is_missing(tmp_path, monkeypatch):
@@ -103,7 +104,7 @@ def test_find_says_how_to_get_what_is_missing(tmp_path, monkeypatch):
         data.find(str(tmp_path / "nothing.jsonl"), "pairs_train")
     with pytest.raises(UserError, match="unknown data 'imbd'. Did you mean 'imdb'"):
         data.find("imbd", "pairs_train")
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "minidpo" / "data.py"))  # a copy without data
+    monkeypatch.setattr(data, "HERE", tmp_path / "data")  # a copy without data
     with pytest.raises(UserError, match="sft_train.jsonl not found. Make it first: python -m data.imdb.prepare"):
         data.find("imdb", "sft_train")
     with pytest.raises(UserError, match="pairs_train.jsonl not found.*python -m experiments.make_pairs"):
@@ -211,11 +212,11 @@ def test_sft_rows_follow_the_same_rules():
 
 def test_load_rows_states_the_counts_and_refuses_a_file_with_nothing_usable(tmp_path, capsys):
     path = write_jsonl(tmp_path / "pairs.jsonl", [pair("p", "good", "bad"), pair("p", "same", "same")])
-    assert len(data.load_rows(path, encode_pairs, data.PAIR, BYTES, 100)) == 1
+    assert len(dataset.load_rows(path, encode_pairs, dataset.PAIR, BYTES, 100)) == 1
     assert capsys.readouterr().out == f"{path}: 1 usable of 2 pairs, 1 dropped: equal responses\n"
     write_jsonl(path, [pair("p", "same", "same")])
     with pytest.raises(UserError, match="pairs.jsonl: no usable record"):
-        data.load_rows(path, encode_pairs, data.PAIR, BYTES, 100)
+        dataset.load_rows(path, encode_pairs, dataset.PAIR, BYTES, 100)
 
 
 def test_trap02_no_merge_crosses_the_border():
@@ -309,7 +310,7 @@ def lengths_of(rows, order):
 def test_batches_are_a_permutation_in_batches_of_similar_length():
     draw = random.Random(0)
     rows = [([9], [1] * draw.randint(1, 60), [2] * draw.randint(1, 60)) for _ in range(203)]
-    order = data.batches(rows, 8, seed=0, epoch=0)
+    order = dataset.batches(rows, 8, seed=0, epoch=0)
     assert sorted(i for batch in order for i in batch) == list(range(203))
     assert sorted(map(len, order)) == [3] + [8] * 25  # 203 = 25 * 8 + 3: one short batch
     spread = [max(lengths) - min(lengths) for lengths in lengths_of(rows, order)]
@@ -318,7 +319,7 @@ def test_batches_are_a_permutation_in_batches_of_similar_length():
     # but long batches come among short ones: half of them or so are shorter than the one before
     means = [sum(lengths) / len(lengths) for lengths in lengths_of(rows, order)]
     assert 8 <= sum(after < before for before, after in itertools.pairwise(means)) <= 18
-    assert len(data.batches(rows, 203, 0, 0)) == 1 and data.batches([], 8, 0, 0) == []
+    assert len(dataset.batches(rows, 203, 0, 0)) == 1 and dataset.batches([], 8, 0, 0) == []
 
 
 def test_batches_of_the_toys_sft_rows_hold_next_to_no_padding():
@@ -329,25 +330,25 @@ def test_batches_of_the_toys_sft_rows_hold_next_to_no_padding():
         lengths = [[sum(map(len, texts[i])) for i in batch] for batch in cut]
         return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
 
-    assert padding(data.batches(texts, 64, seed=0, epoch=0)) < 0.04
+    assert padding(dataset.batches(texts, 64, seed=0, epoch=0)) < 0.04
     assert padding([list(range(i, i + 64)) for i in range(0, 9984, 64)]) > 0.2  # as they come
 
 
 def test_batches_mix_rows_from_all_of_a_sorted_file():
     """Sorted by length within pools of 2 batches only, so that the same rows do not meet again every epoch."""
     rows = [([9], [1] * i, [2]) for i in range(160)]
-    order = data.batches(rows, 8, seed=0, epoch=0, pool=2)
+    order = dataset.batches(rows, 8, seed=0, epoch=0, pool=2)
     assert sorted(i for batch in order for i in batch) == list(range(160)) and {len(batch) for batch in order} == {8}
     assert all(max(batch) - min(batch) > 16 for batch in order)
 
 
 def test_batches_follow_from_seed_and_epoch_alone():
     rows = [([9], [1] * (i % 17), [2] * (i % 5)) for i in range(100)]
-    order = data.batches(rows, 8, seed=3, epoch=2)
+    order = dataset.batches(rows, 8, seed=3, epoch=2)
     torch.manual_seed(1)
     random.seed(1)
-    assert data.batches(rows, 8, seed=3, epoch=2) == order
-    others = [data.batches(rows, 8, *place) for place in ((3, 1), (2, 2), (2, 3), (0, 0))]
+    assert dataset.batches(rows, 8, seed=3, epoch=2) == order
+    others = [dataset.batches(rows, 8, *place) for place in ((3, 1), (2, 2), (2, 3), (0, 0))]
     assert all(other != order for other in others)
 
 
@@ -356,7 +357,7 @@ def test_batches_follow_from_seed_and_epoch_alone():
 
 def look(monkeypatch, capsys, *argv):
     monkeypatch.setattr(sys, "argv", ["minidpo.data", *map(str, argv)])
-    data.main()
+    dataset.main()
     return capsys.readouterr().out
 
 
@@ -364,7 +365,7 @@ def test_command_shows_masks_and_a_histogram(monkeypatch, capsys):
     out = look(monkeypatch, capsys, ROOT / "data/toy_sentiment/pairs_test.jsonl", "--rows", 2)
     assert "usable of" in out and "row length in tokens: mean" in out and "█" in out
     shown = [line for line in out.splitlines() if line.startswith(("    chosen  ∎·", "  rejected  ∎·"))]
-    records = read_jsonl(ROOT / "data/toy_sentiment/pairs_test.jsonl", data.PAIR)[:2]
+    records = read_jsonl(ROOT / "data/toy_sentiment/pairs_test.jsonl", dataset.PAIR)[:2]
     for line, (record, side) in zip(shown, [(r, s) for r in records for s in ("chosen", "rejected")], strict=True):
         prompt, bracket, response = line.partition("∎·")[2].partition("[")
         assert prompt.replace("·", "") == record["prompt"]

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from data.download import download
-from minidpo.cli import UserError
+from minidpo.settings import UserError
 
 
 class Server(http.server.BaseHTTPRequestHandler):

@@ -12,7 +12,7 @@ import experiments.evaluate as evaluate
 import experiments.make_pairs as make_pairs
 import train_dpo
 import train_sft
-from minidpo import checkpoint, data
+from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import generate
 from minidpo.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def test_a_completion_that_was_cut_gets_no_eot_in_training(make, home, tmp_path)
     _, tokenizer, _ = checkpoint.load(home / "sft")
     cut = 0
     for pair in pairs:  # hardly one ends within two tokens
-        for _, chosen, rejected in data.encode_pairs([pair], tokenizer, 40)[0]:
+        for _, chosen, rejected in dataset.encode_pairs([pair], tokenizer, 40)[0]:
             assert (chosen[-1] == tokenizer.eot) == pair.get("chosen_ended", True)
             assert (rejected[-1] == tokenizer.eot) == pair.get("rejected_ended", True)
             cut += (chosen[-1] != tokenizer.eot) + (rejected[-1] != tokenizer.eot)

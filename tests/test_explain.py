@@ -16,7 +16,7 @@ from tiny import SHAPE, call, contents, fails, write_jsonl
 
 import experiments.explain as explain
 import train_dpo
-from minidpo import checkpoint, data
+from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def models(home):
 
 def the_row(home, record=PLAIN):
     tokenizer = Tokenizer.load(home / "dpo" / "bpe.json")
-    (row,), _ = data.encode_pairs([record], tokenizer, 128)
+    (row,), _ = dataset.encode_pairs([record], tokenizer, 128)
     return row, tokenizer
 
 
@@ -145,7 +145,7 @@ def test_the_sums_are_those_of_response_logps_and_the_step_that_of_train_step(ho
     row, _ = the_row(home)
     train = train_settings()
     found = explain.anatomy(policy, reference, row, train)
-    batch = data.preference_batch([row])
+    batch = dataset.preference_batch([row])
     with torch.no_grad():
         expected = [s.item() for s in train_dpo.response_logps(policy, batch)]
         fixed = torch.cat(train_dpo.response_logps(reference, batch))

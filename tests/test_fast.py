@@ -13,15 +13,16 @@ from tiny import call, write_data
 
 import train_dpo
 import train_sft
-from experiments import ablation
-from minidpo import data, fast
+from experiments.bench import ablation
+from minidpo import dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
-from minidpo.report import read_metrics
+from minidpo.run import read_metrics
+from minidpo.scale import fast
 
 EOT = 96
 BETA = 0.5
-ODD = {  # rows as data.encode_pairs makes them: prompt with the eot before it, responses with the eot behind
+ODD = {  # rows as dataset.encode_pairs makes them: prompt with the eot before it, responses with the eot behind
     "empty prompt": ([EOT], [3, 1, EOT], [4, EOT]),
     "one-token responses": ([EOT, 5, 6], [3], [4]),
     "equal lengths": ([EOT, 5], [3, 1, EOT], [4, 2, EOT]),
@@ -68,7 +69,7 @@ def gradients(model, function, batch):
 
 def assert_equal_paths(model, rows):
     """The bounds for fp32, and 1e-11 for float64: on each log-probability, the loss and each gradient tensor."""
-    batch = data.preference_batch(rows)
+    batch = dataset.preference_batch(rows)
     plain_logps, plain_loss, plain = gradients(model, train_dpo.response_logps, batch)
     fast_logps, fast_loss, found = gradients(model, fast.response_logps, batch)
     exact = plain_logps.dtype == torch.float64
@@ -125,7 +126,7 @@ def fifty_steps(function, loss=loss_of):
     model, pairs = model_of(torch.float64), random_pairs(40)
     optimizer = make_optimizer(model, "adamw", 1e-3)
     for step in range(50):
-        batch = data.preference_batch([pairs[(8 * step + i) % 40] for i in range(8)])
+        batch = dataset.preference_batch([pairs[(8 * step + i) % 40] for i in range(8)])
         loss(function(model, batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -142,10 +143,10 @@ def test_fifty_steps_of_adamw_give_the_same_weights():
 def test_gradients_add_up_over_micro_batches():
     """The embedding's sparse gradient must be added to one that is there already."""
     model, rows = model_of(torch.float64), random_pairs(6)
-    expected = gradients(model, train_dpo.response_logps, data.preference_batch(rows))[2]["wte.weight"].clone()
+    expected = gradients(model, train_dpo.response_logps, dataset.preference_batch(rows))[2]["wte.weight"].clone()
     model.zero_grad()
     for part, first in ((rows[:2], 1), (rows[2:], 3)):
-        logps = fast.response_logps(model, data.preference_batch(part))
+        logps = fast.response_logps(model, dataset.preference_batch(part))
         reference = -(torch.arange(first, first + len(part)).double() ** 0.5)
         (train_dpo.dpo_loss(*logps, reference, 1.1 * reference, beta=BETA)[0].sum() / 6).backward()
     assert not model.wte.weight.grad.is_sparse
@@ -177,7 +178,7 @@ def test_bf16_and_chunks_of_the_head(dtype, monkeypatch):
     if dtype == torch.float32:
         assert_equal_paths(model_of(dtype), random_pairs(5))
         return
-    batch, model = data.preference_batch(random_pairs(5)), model_of(torch.float32)
+    batch, model = dataset.preference_batch(random_pairs(5)), model_of(torch.float32)
     exact = torch.cat(train_dpo.response_logps(model.double(), batch))
     model.float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -188,7 +189,7 @@ def test_bf16_and_chunks_of_the_head(dtype, monkeypatch):
 
 def test_logits_are_held_once_and_for_scored_tokens_only():
     """What autograd keeps: one tensor of (scored tokens, V), no other with V columns but the embedding."""
-    model, batch = model_of(torch.float32), data.preference_batch(random_pairs(7))
+    model, batch = model_of(torch.float32), dataset.preference_batch(random_pairs(7))
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         fast.response_logps(model, batch)
@@ -202,7 +203,7 @@ def test_the_shared_prompt_is_computed_once(monkeypatch):
     model, rows = model_of(torch.float32), random_pairs(7)
     seen = []
     model.h[0].attn.c_attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
-    fast.response_logps(model, data.preference_batch(rows))
+    fast.response_logps(model, dataset.preference_batch(rows))
     expected = 0
     for prompt, chosen, rejected in rows:
         chosen, rejected = prompt + chosen[:-1], prompt + rejected[:-1]  # the last id is only a target
@@ -237,7 +238,7 @@ def test_compiled_blocks_change_no_number(monkeypatch):
         for block in model.h:
             block.compiled, block.recompute = True, recompute
         for seed in range(3):
-            batch = data.preference_batch(random_pairs(5 + seed, seed))
+            batch = dataset.preference_batch(random_pairs(5 + seed, seed))
             expected = gradients(plain, fast.response_logps, batch)
             torch.testing.assert_close(gradients(model, fast.response_logps, batch), expected, rtol=1e-9, atol=1e-10)
     assert len(graphs) == 2  # all blocks and sizes; the last block

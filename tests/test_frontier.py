@@ -17,11 +17,12 @@ from conftest import need
 from tiny import SHAPE, call, fails
 
 from data.toy_sentiment import generate as toy
-from experiments import frontier, limit
-from experiments.baselines import reward_model
+from experiments.frontier import limit
+from experiments.frontier import sweep as frontier
+from experiments.frontier.baselines import reward_model
+from experiments.rewards import SentimentClassifier
 from minidpo import checkpoint
 from minidpo.model import GPT, GPTConfig
-from minidpo.rewards import SentimentClassifier
 from minidpo.sampling import generate
 from minidpo.tokenizer import Tokenizer
 

@@ -10,8 +10,8 @@ import torch
 
 import train_sft
 from data.toy_sentiment import grammar
-from experiments import gap, limit
-from minidpo import checkpoint, data
+from experiments.frontier import gap, limit
+from minidpo import checkpoint, dataset
 from train_dpo import dpo_loss, response_logps
 
 
@@ -70,10 +70,10 @@ def test_loss_without_label_noise_is_the_mean_over_the_labels(model):
     """At p it is p (loss as labelled) + (1 - p) (loss of the reversed pair), at 1 train_dpo.py's own loss."""
     policy, tokenizer, _ = checkpoint.load(model)
     policy.double()
-    rows, _ = data.encode_pairs(gap.grammar_pairs(6, 0), tokenizer, 40)
+    rows, _ = dataset.encode_pairs(gap.grammar_pairs(6, 0), tokenizer, 40)
     reference = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 60
     settings = gap.Training(data="toy", init="", out="", beta=0.3, device="cpu", dtype="float32")
-    batch = data.preference_batch([rows[i] for i in (4, 1)])
+    batch = dataset.preference_batch([rows[i] for i in (4, 1)])
     logps = response_logps(policy, batch)
     for p in (1.0, 0.8, 0.5):
         preferred = torch.tensor([9, p, 9, 9, 1 - p, 9], dtype=torch.float64)

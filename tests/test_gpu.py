@@ -11,11 +11,12 @@ from conftest import need
 from tiny import call, fails
 
 import train_dpo
-from experiments import gpu
-from minidpo import device, memory
-from minidpo.cli import UserError
+from experiments.bench import gpu
+from minidpo import device
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
+from minidpo.scale import memory
+from minidpo.settings import UserError
 
 # ---- which device ----
 

@@ -14,11 +14,11 @@ import course.grade as command
 from course import child
 from course.grade import close, draw_cases, grade, judge, request
 from course.oracles import CASES, EXERCISES
-from experiments import mutants
+from experiments import mistakes
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # as the student's process has it: no thread
-SOLUTION = mutants.ROOT / "course" / "instructor" / "solution.py"
+SOLUTION = mistakes.ROOT / "course" / "instructor" / "solution.py"
 SOURCE = SOLUTION.read_text(encoding="utf-8")
 NAMES = [exercise.name for exercise in EXERCISES]
 BY_NAME = {exercise.name: exercise for exercise in EXERCISES}
@@ -123,15 +123,15 @@ ELSEWHERE = {  # mutants of what no exercise asks for: the model, the loop, file
 
 
 def test_every_mutant_is_thought_of():
-    assert set(MUTANTS) | ELSEWHERE == {mutant.name for mutant in mutants.GALLERY}
+    assert set(MUTANTS) | ELSEWHERE == {mutant.name for mutant in mistakes.GALLERY}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_loses_marks_and_is_named(name):
-    mutant = next(mutant for mutant in mutants.GALLERY if mutant.name == name)
+    mutant = next(mutant for mutant in mistakes.GALLERY if mutant.name == name)
     module = mutant.file.removesuffix(".py").replace("/", "__")
     exercise, mistake = MUTANTS[name]
-    score, said = points(solution(**{module: mutants.load(mutant)}), only=exercise)[exercise]
+    score, said = points(solution(**{module: mistakes.load(mutant)}), only=exercise)[exercise]
     assert score < CASES and mistake in said
 
 
@@ -367,7 +367,7 @@ def test_what_writes_into_the_pipe_itself_loses_its_points(tmp_path, cases):
 
 
 def test_several_files_a_table_and_one_json(tmp_path, capsys):
-    stubs = mutants.ROOT / "course" / "exercises.py"
+    stubs = mistakes.ROOT / "course" / "exercises.py"
     broken = tmp_path / "broken.py"
     broken.write_text("oops", encoding="utf-8")
     files = [SOLUTION, stubs, broken]

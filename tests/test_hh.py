@@ -12,10 +12,11 @@ import pytest
 from conftest import need
 from tiny import contents
 
+import data
 from data.hh import prepare
 from data.preparing import LeftOut
-from minidpo import data
-from minidpo.cli import UserError
+from minidpo import dataset
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 NAMES = {f"{kind}_{split}.jsonl" for kind in ("pairs", "sft", "prompts") for split in ("train", "test")}
@@ -58,7 +59,7 @@ def write_official(folder):
 
 def prepared(source, out, *more):
     prepare.main(["--source", str(source), "--out", str(out), *more])
-    return {path.name: data.read_jsonl(path, ("prompt",)) for path in Path(out).iterdir()}
+    return {path.name: dataset.read_jsonl(path, ("prompt",)) for path in Path(out).iterdir()}
 
 
 # ---- one row ----
@@ -305,9 +306,9 @@ def test_slice_row_by_row(tmp_path, capsys):
 def test_long_dialogues_lose_their_beginning_not_their_response(tmp_path, capsys):
     """What training does with the slice in a short context: the prompt's end and both whole responses stay."""
     prepared(slice_path(), tmp_path)
-    records = data.read_jsonl(tmp_path / "pairs_test.jsonl", data.PAIR)
+    records = dataset.read_jsonl(tmp_path / "pairs_test.jsonl", dataset.PAIR)
     tokenizer = Tokenizer.train([text for r in records for text in r.values()], 400)
-    rows, counts = data.encode_pairs(records, tokenizer, 256)
+    rows, counts = dataset.encode_pairs(records, tokenizer, 256)
     assert counts["prompt cut"] > 10 and len(rows) == len(records)
     n_cut = 0
     for record, (prompt, *responses) in zip(records, rows, strict=True):

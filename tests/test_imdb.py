@@ -12,7 +12,7 @@ import pytest
 from conftest import need
 
 from data.imdb import prepare
-from minidpo.cli import UserError
+from minidpo.settings import UserError
 
 FILES = {
     *(f"{kind}_{name}.jsonl" for kind in ("sft", "prompts") for name in ("train", "test")),

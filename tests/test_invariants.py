@@ -34,11 +34,12 @@ import pytest
 import torch
 from tiny import call, write_data, write_jsonl
 
+import data
 import train_dpo
 import train_sft
-from minidpo import checkpoint, data
-from minidpo.data import Rows, preference_batch
-from minidpo.report import read_metrics
+from minidpo import checkpoint, dataset
+from minidpo.dataset import Rows, preference_batch
+from minidpo.run import read_metrics
 
 # 22 pairs or 25 rows in batches of 6: two epochs of 4 or 5 steps, the last of 4 pairs or 1 row
 KNOBS = ("--batch-size", 6, "--epochs", 2, "--lr", 1e-3, "--warmup-steps", 3, "--samples", 1, "--sample-tokens", 4)
@@ -97,7 +98,7 @@ def assert_same_run(a, b):
 
 def more_padding(monkeypatch):
     """Three more columns in every batch, and not of zeros."""
-    sft_batch = data.sft_batch
+    sft_batch = dataset.sft_batch
 
     def padded(*args):
         rows = sft_batch(*args)
@@ -105,12 +106,12 @@ def more_padding(monkeypatch):
         extra = (junk, junk + 1, torch.zeros_like(junk, dtype=torch.bool))
         return Rows(*(torch.cat(both, dim=1) for both in zip(rows, extra, strict=True)))
 
-    monkeypatch.setattr(data, "sft_batch", padded)
+    monkeypatch.setattr(dataset, "sft_batch", padded)
 
 
 def other_order_in_the_batch(monkeypatch):
-    batches = data.batches
-    monkeypatch.setattr(data, "batches", lambda *args, **knobs: [b[2:] + b[:2] for b in batches(*args, **knobs)])
+    batches = dataset.batches
+    monkeypatch.setattr(dataset, "batches", lambda *args, **knobs: [b[2:] + b[:2] for b in batches(*args, **knobs)])
 
 
 def online_reference(monkeypatch):
@@ -189,7 +190,7 @@ def test_float64_is_saved_loaded_and_resumed_in_bits(home, tmp_path, stage):
 def swapped(home):
     """Writes each file of pairs with chosen and rejected exchanged."""
     for name in ("pairs", "held_out"):
-        pairs = data.read_jsonl(home / f"{name}.jsonl", data.PAIR)
+        pairs = dataset.read_jsonl(home / f"{name}.jsonl", dataset.PAIR)
         records = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
         write_jsonl(home / f"{name}_swapped.jsonl", records)
 
@@ -260,8 +261,8 @@ def test_measuring_does_not_depend_on_the_batches(home, monkeypatch, sizes, buck
     The rows in another order, in batches of several sizes, of similar lengths or as they come.
     """
     model, tokenizer, _ = checkpoint.load(home / "start")
-    rows, _ = data.load_split("sft", str(home / "sft.jsonl"), "", tokenizer, 40)
-    pairs, _ = data.load_split("pairs", str(home / "pairs.jsonl"), "", tokenizer, 40)
+    rows, _ = dataset.load_sft(data.find_split("sft", str(home / "sft.jsonl")), tokenizer, 40)
+    pairs, _ = dataset.load_pairs(data.find_split("pairs", str(home / "pairs.jsonl"), ""), tokenizer, 40)
 
     def settings(**knobs):
         return train_dpo.Settings("", "", "", device="cpu", dtype="float32", **knobs)
@@ -274,7 +275,7 @@ def test_measuring_does_not_depend_on_the_batches(home, monkeypatch, sizes, buck
 
     if not buckets:
         as_they_come = lambda rows, n, **_: [part.tolist() for part in torch.arange(len(rows)).split(n)]  # noqa: E731
-        monkeypatch.setattr(data, "batches", as_they_come)
+        monkeypatch.setattr(dataset, "batches", as_they_come)
     other = settings(**sizes)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))
     pairs, rows = [pairs[i] for i in order], rows[::-1]

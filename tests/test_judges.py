@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import SHAPE
 
-import experiments.judges as judges
-from experiments.judges import QUESTIONS, ChatJudge, Journal, implicit_rewards, load_judge, parse, retry_after
-from minidpo.cli import UserError
+import experiments.winrate.judges as judges
+from experiments.winrate.judges import QUESTIONS, ChatJudge, Journal, implicit_rewards, load_judge, parse, retry_after
 from minidpo.model import GPT, GPTConfig
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 KEY = "sk-test-0123456789abcdef"

@@ -9,8 +9,8 @@ import torch
 from test_theory import EOT, PROMPTS, RESPONSES, X, Y, chain_rule, every_logp, tiny_gpt
 
 import train_sft
-from experiments import limit
-from minidpo.cli import UserError
+from experiments.frontier import limit
+from minidpo.settings import UserError
 
 BETAS = [math.inf, 3.0, 1.0, 0.5, 0.25]
 TEMPERATURES = [1.0, 1.5, 1.2]  # of the reference and two proposals

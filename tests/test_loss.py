@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_dpo
-from minidpo.data import PreferenceBatch, Rows, preference_batch
+from minidpo.dataset import PreferenceBatch, Rows, preference_batch
 from minidpo.model import GPT, GPTConfig
 from train_dpo import dpo_loss, response_logps, token_logps
 

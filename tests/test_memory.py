@@ -13,12 +13,12 @@ from conftest import need
 from tiny import call, fails
 
 import train_dpo
-from minidpo import fast, memory
-from minidpo.cli import UserError
-from minidpo.data import batches, micro_batches, preference_batch
+from minidpo.dataset import batches, micro_batches, preference_batch
 from minidpo.device import autocast
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
+from minidpo.scale import fast, memory
+from minidpo.settings import UserError
 
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(vocab_size=500, block_size=64, n_layer=2, n_head=4, n_embd=48)
@@ -119,8 +119,8 @@ CHILD = """
 import json, sys
 import torch
 import train_dpo
-from experiments.gpu import Peak
-from minidpo import fast, memory
+from experiments.bench.gpu import Peak
+from minidpo.scale import fast, memory
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 

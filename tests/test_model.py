@@ -13,9 +13,10 @@ from conftest import need
 
 from minidpo import checkpoint
 from minidpo import model as model_module
-from minidpo.cli import UserError
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import generate
+from minidpo.scale.weights import load_pretrained, save_pretrained
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 try:
@@ -292,7 +293,7 @@ def hugging(tmp_path_factory):
     for name, weight in model.named_parameters():
         torch.nn.init.normal_(weight, mean=float("ln_" in name), std=0.2, generator=generator)
     folder = tmp_path_factory.mktemp("hf")
-    model.save_pretrained(folder)
+    save_pretrained(model, folder)
     return model, folder
 
 
@@ -312,7 +313,7 @@ def same_logits(ours, theirs, vocab_size=211):
 
 def test_trap13_logits_are_hugging_faces(hugging):
     model, folder = hugging
-    ours = GPT.from_pretrained(folder)
+    ours = load_pretrained(folder)
     same_logits(ours, model)
     assert ours.n_parameters == sum(p.numel() for p in model.parameters())
     assert torch.equal(ours.wte.weight, model.transformer.wte.weight)
@@ -328,9 +329,9 @@ def test_trap13_the_hubs_style_of_file(hugging, tensors, tmp_path):
         hub[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     hub["lm_head.weight"] = hub["wte.weight"].clone()
     write_folder(tmp_path, hub, **json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    same_logits(GPT.from_pretrained(tmp_path), model)
+    same_logits(load_pretrained(tmp_path), model)
     half = {name: tensor.half() for name, tensor in hub.items()}  # a file in half precision is read into fp32
-    loaded = GPT.from_pretrained(write_folder(tmp_path, half))
+    loaded = load_pretrained(write_folder(tmp_path, half))
     assert torch.equal(loaded.wpe.weight, hub["wpe.weight"].half().float())
 
 
@@ -350,8 +351,8 @@ def test_trap13_the_hubs_style_of_file(hugging, tensors, tmp_path):
 )
 def test_trap13_config_values_that_change_the_forward_pass_are_refused(tensors, tmp_path, field, value, fine):
     with pytest.raises(UserError, match=rf"config.json: {field} is {value!r}, which this model does not have"):
-        GPT.from_pretrained(write_folder(tmp_path, tensors, **{field: value}))
-    GPT.from_pretrained(write_folder(tmp_path, tensors, **{field: fine}))
+        load_pretrained(write_folder(tmp_path, tensors, **{field: value}))
+    load_pretrained(write_folder(tmp_path, tensors, **{field: fine}))
 
 
 def test_trap13_other_config_values_are_ignored_and_dropout_loads_as_0(tensors, tmp_path):
@@ -359,7 +360,7 @@ def test_trap13_other_config_values_are_ignored_and_dropout_loads_as_0(tensors, 
         attn_pdrop=0.1, embd_pdrop=0.2, resid_pdrop=0.3, n_ctx=1024, initializer_range=9.0, summary_type="cls_index",
         reorder_and_upcast_attn=True, use_cache=False, torch_dtype="float16", task_specific_params={"a": 1}, new="x",
     )  # fmt: skip
-    model = GPT.from_pretrained(write_folder(tmp_path, tensors, **others))
+    model = load_pretrained(write_folder(tmp_path, tensors, **others))
     assert model.config == GPTConfig(**SHAPE)
     ids = random_ids(2, 8)
     assert torch.equal(model.train()(ids), model(ids))
@@ -386,7 +387,7 @@ def without(tensors, name):
 )
 def test_tensors_missing_left_over_or_misshaped_are_named(tensors, tmp_path, change, message):
     with pytest.raises(UserError, match="model.safetensors: .*" + message):
-        GPT.from_pretrained(write_folder(tmp_path, change(tensors)))
+        load_pretrained(write_folder(tmp_path, change(tensors)))
 
 
 def test_damaged_folders_are_named(tensors, tmp_path):
@@ -395,27 +396,27 @@ def test_damaged_folders_are_named(tensors, tmp_path):
     for damaged in (content[:-100], content[:100], b"", b"no safetensors at all"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="model.safetensors is damaged or not a safetensors file"):
-            GPT.from_pretrained(tmp_path)
+            load_pretrained(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match="model.safetensors not found"):
-        GPT.from_pretrained(tmp_path)
+        load_pretrained(tmp_path)
     no_heads = b'{"vocab_size": 9, "n_positions": 9, "n_layer": 1, "n_head": 0, "n_embd": 8}'
     for damaged in (b"{", b"[]", b"{}", b'{"vocab_size": "many"}', b"\xff\xfe", no_heads):
         (tmp_path / "config.json").write_bytes(damaged)
         with pytest.raises(UserError, match="config.json: not a GPT-2 config"):
-            GPT.from_pretrained(tmp_path)
+            load_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="config.json not found"):
-        GPT.from_pretrained(tmp_path)
+        load_pretrained(tmp_path)
     with pytest.raises(UserError, match="gpt3 is neither a folder nor one of gpt2, gpt2-medium"):
-        GPT.from_pretrained("gpt3")
+        load_pretrained("gpt3")
 
 
 def test_saved_folders_open_in_transformers_and_here(tmp_path):
     need(transformers, "needs transformers and safetensors: pip install minidpo[hf,bench]")
     tokenizer = Tokenizer.train(["a film as fine as this film", "Größe 映画 😀"] * 3, 280)
     model = random_model(vocab_size=tokenizer.vocab_size)
-    model.save_pretrained(tmp_path / "saved", tokenizer)
+    save_pretrained(model, tmp_path / "saved", tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     same_logits(model, theirs, vocab_size=tokenizer.vocab_size)
     assert theirs.config.attn_pdrop == theirs.config.embd_pdrop == theirs.config.resid_pdrop == 0
@@ -466,7 +467,7 @@ def test_where_the_tokenizer_of_a_gpt2_folder_comes_from(tmp_path, monkeypatch):
     """Its bpe.json if it has one, else vocab.json and merges.txt, else GPT-2's if the vocabulary is as large."""
     need(transformers, "needs safetensors: pip install minidpo[hf]")
     tokenizer = Tokenizer.train(["a film as fine as this film"] * 3, 265)
-    random_model(vocab_size=265).save_pretrained(tmp_path / "own", tokenizer)
+    save_pretrained(random_model(vocab_size=265), tmp_path / "own", tokenizer)
     (tmp_path / "own" / "bpe.json").unlink()
     _, loaded, _ = checkpoint.load(tmp_path / "own")
     assert loaded.fingerprint == tokenizer.fingerprint
@@ -475,7 +476,7 @@ def test_where_the_tokenizer_of_a_gpt2_folder_comes_from(tmp_path, monkeypatch):
         checkpoint.load(tmp_path / "own")
 
     monkeypatch.setattr(Tokenizer, "gpt2", lambda: Tokenizer([bytes([i % 256]) * (1 + i // 256) for i in range(50256)]))
-    random_model(vocab_size=50257, n_layer=1, n_embd=8).save_pretrained(tmp_path / "gpt2s")
+    save_pretrained(random_model(vocab_size=50257, n_layer=1, n_embd=8), tmp_path / "gpt2s")
     _, loaded, _ = checkpoint.load(tmp_path / "gpt2s")
     assert loaded.vocab_size == 50257
 
@@ -493,8 +494,8 @@ def test_a_hub_name_is_downloaded_without_the_files_we_do_not_read(tmp_path, mon
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = random_model()
-    model.save_pretrained(tmp_path)
-    assert checkpoint.fingerprint(GPT.from_pretrained("gpt2-medium")) == checkpoint.fingerprint(model)
+    save_pretrained(model, tmp_path)
+    assert checkpoint.fingerprint(load_pretrained("gpt2-medium")) == checkpoint.fingerprint(model)
     assert asked == [("gpt2-medium", {"config.json", "model.safetensors", "vocab.json", "merges.txt"})]
 
 
@@ -513,28 +514,28 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         with pytest.raises(UserError) as stop:
-            GPT.from_pretrained("gpt2-xl")
+            load_pretrained("gpt2-xl")
         message = str(stop.value)
         assert "gpt2-xl could not be fetched" in message and str(error) in message
         assert "hf download gpt2-xl config.json model.safetensors vocab.json merges.txt --local-dir FOLDER" in message
 
 
 def test_without_the_extra_the_message_names_it(monkeypatch, tmp_path):
-    random_model().save_pretrained(tmp_path)  # writing needs no package
+    save_pretrained(random_model(), tmp_path)  # writing needs no package
     for package, name in (("huggingface_hub", "gpt2"), ("safetensors", tmp_path)):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(UserError, match=r'takes the extra hf: pip install -e "\.\[hf\]"'):
-                GPT.from_pretrained(name)
+                load_pretrained(name)
 
 
 def test_a_file_of_many_pieces_is_read_and_written_whole(hugging, tmp_path, monkeypatch):
     """Pieces of a few rows, as a large model's tensors are read; and bf16 and float64 models, written and read."""
-    whole = GPT.from_pretrained(hugging[1])
+    whole = load_pretrained(hugging[1])
     monkeypatch.setattr(model_module, "PIECE", 70)  # 2 rows of 32, or less than one of 96
-    assert checkpoint.fingerprint(GPT.from_pretrained(hugging[1])) == checkpoint.fingerprint(whole)
+    assert checkpoint.fingerprint(load_pretrained(hugging[1])) == checkpoint.fingerprint(whole)
     for dtype in (torch.bfloat16, torch.float64):
-        whole.to(dtype).save_pretrained(tmp_path / str(dtype))
+        save_pretrained(whole.to(dtype), tmp_path / str(dtype))
         stored = safetensors.torch.load_file(tmp_path / str(dtype) / "model.safetensors")
         assert all(tensor.dtype == dtype for tensor in stored.values())
         assert torch.equal(stored["transformer.h.1.mlp.c_fc.weight"], whole.h[1].mlp.c_fc.weight.T)
@@ -543,21 +544,21 @@ def test_a_file_of_many_pieces_is_read_and_written_whole(hugging, tmp_path, monk
 
 MEMORY = """
 import sys, torch
-from experiments.gpu import Peak
+from experiments.bench.gpu import Peak
 from minidpo.model import GPT, GPTConfig
 
 folder = sys.argv[1]
 shape = dict(vocab_size=50257, block_size=64, n_layer=6, n_head=8, n_embd=512)
-GPT(GPTConfig(**{**shape, "vocab_size": 300})).save_pretrained(folder)
-GPT.from_pretrained(folder)  # libraries load what they need
+save_pretrained(GPT(GPTConfig(**{**shape, "vocab_size": 300})), folder)
+load_pretrained(folder)  # libraries load what they need
 model = GPT(GPTConfig(**shape))
 with Peak("cpu") as peak:
-    model.save_pretrained(folder)
+    save_pretrained(model, folder)
 print(4 * model.n_parameters)
 print(peak.bytes)
 del model
 with Peak("cpu") as peak:
-    GPT.from_pretrained(folder)
+    load_pretrained(folder)
 print(peak.bytes)
 """
 

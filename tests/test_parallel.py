@@ -21,9 +21,10 @@ from tiny import call, write_data
 
 import train_dpo
 import train_sft
-from minidpo import checkpoint, data, fast, parallel
+from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
-from minidpo.report import read_metrics
+from minidpo.run import read_metrics
+from minidpo.scale import fast, parallel
 
 ROOT = Path(train_dpo.__file__).parent
 # 22 pairs or 25 rows: the last batch of an epoch has 1 or 4, so that a process can be left without a pair, and
@@ -218,7 +219,7 @@ def a_step(function, n, size):
     mine = parallel.mine(list(range(n)))
     with mock.patch.object(dist, "all_reduce", lambda *args, **how: exchanges.append(1) or all_reduce(*args, **how)):
         for micro in parallel.exchange_once(trained, [mine[i : i + size] for i in range(0, len(mine), size)]):
-            chosen, rejected = parallel.call(function, trained, data.preference_batch([rows[i] for i in micro]))
+            chosen, rejected = parallel.call(function, trained, dataset.preference_batch([rows[i] for i in micro]))
             ((chosen - rejected).sum() / n).backward()
     return torch.nn.utils.parameters_to_vector(p.grad for p in model.parameters()), len(exchanges)
 

@@ -18,13 +18,13 @@ from test_theory import EOT, PROMPTS, RESPONSES, SYMBOLS, every_logp, objective,
 
 import train_sft
 from experiments import evaluate
-from experiments.baselines import ppo, reward_model
+from experiments.frontier.baselines import ppo, reward_model
+from experiments.rewards import SentimentClassifier
 from minidpo import checkpoint
-from minidpo.cli import UserError
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
-from minidpo.report import read_metrics
-from minidpo.rewards import SentimentClassifier
+from minidpo.run import read_metrics
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 from train_dpo import token_logps
 

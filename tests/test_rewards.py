@@ -11,9 +11,9 @@ import torch
 from conftest import need
 
 from data.imdb import prepare
+from experiments.rewards import SentimentClassifier, load_reward
 from minidpo import rewards
-from minidpo.cli import UserError
-from minidpo.rewards import SentimentClassifier, load_reward
+from minidpo.settings import UserError
 
 GOOD, BAD, PLAIN = ["great", "lovely", "fun"], ["awful", "dull", "bad"], ["the", "film", "was", "a", "night", "out"]
 

@@ -19,15 +19,16 @@ import pytest
 import torch
 from tiny import call, contents, fails, write_data
 
+import data
 import minidpo.checkpoint
 import minidpo.files
 import train_dpo
 import train_sft
-from minidpo import checkpoint, data
-from minidpo.cli import CatchInterrupt, parse_settings
+from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import learning_rate, make_optimizer
-from minidpo.report import read_metrics, running_mean
+from minidpo.run import read_metrics, running_mean
+from minidpo.settings import CatchInterrupt, parse_settings
 from minidpo.tokenizer import Tokenizer
 
 ROOT = Path(train_dpo.__file__).parent
@@ -211,7 +212,9 @@ def test_trap09_cached_equals_online(home, tmp_path):
     dpo(home, tmp_path / "dpo", "--max-steps", 1, "--eval-data", home / "held_out.jsonl")
     (cache,) = (tmp_path / "reference_logps").iterdir()
     _, tokenizer, _ = checkpoint.load(home / "sft")
-    rows, held_out = data.load_split("pairs", str(home / "pairs.jsonl"), str(home / "held_out.jsonl"), tokenizer, 40)
+    rows, held_out = dataset.load_pairs(
+        data.find_split("pairs", str(home / "pairs.jsonl"), str(home / "held_out.jsonl")), tokenizer, 40
+    )
     cached = torch.load(cache, weights_only=True)["tensor"]
     torch.testing.assert_close(cached.double(), online(home, rows + held_out), rtol=1e-5, atol=1e-4)
 
@@ -299,10 +302,10 @@ def test_trap10_sft_loss_is_the_mean_over_response_tokens(home, tmp_path):
     """The first step of a run from the SFT model, against a loop over the tokens of its batch in float64."""
     sft(home, tmp_path / "more", "--init", home / "sft", "--max-steps", 1, "--micro-batch-size", 4)
     model, tokenizer, _ = checkpoint.load(home / "sft")
-    rows, _ = data.load_split("sft", str(home / "sft.jsonl"), "", tokenizer, 40)
+    rows, _ = dataset.load_sft(data.find_split("sft", str(home / "sft.jsonl")), tokenizer, 40)
     total = tokens = 0
     with torch.no_grad():
-        for i in data.batches(rows, 6, seed=0, epoch=0)[0]:
+        for i in dataset.batches(rows, 6, seed=0, epoch=0)[0]:
             prompt, response = rows[i]
             logps = model.double()(torch.tensor([prompt + response[:-1]]))[0].log_softmax(-1)
             total -= sum(logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(response))
@@ -313,7 +316,9 @@ def test_trap10_sft_loss_is_the_mean_over_response_tokens(home, tmp_path):
 def test_trap11_held_out_metrics_are_means_over_pairs_not_batches(home, tmp_path):
     settings = train_dpo.Settings("", "", "", batch_size=4, device="cpu", dtype="float32")
     policy, tokenizer, _ = checkpoint.load(home / "sft")
-    rows, _ = data.load_split("pairs", str(home / "pairs.jsonl"), "", tokenizer, 40)  # 22: the last batch has 2
+    rows, _ = dataset.load_pairs(
+        data.find_split("pairs", str(home / "pairs.jsonl"), ""), tokenizer, 40
+    )  # 22: the last batch has 2
     reference = online(home, rows) + torch.linspace(-3, 3, 44).view(22, 2)  # a policy that has moved
     ratio = 0.1 * (online(home, rows) - reference)
     margins = ratio[:, 0] - ratio[:, 1]
@@ -494,7 +499,7 @@ ELSEWHERE[dpo] = ELSEWHERE[sft] | {"init", "dropout", "fast"}
 def observe(stage, home, out, flags):
     """What a short run did, by the names that `CHANGES` uses."""
     seen = {"forward sizes": [], "row lengths": set(), "order": [], "saves": [], "how the blocks run": None}
-    sft_batch, batches, save = data.sft_batch, data.batches, checkpoint.save
+    sft_batch, batches, save = dataset.sft_batch, dataset.batches, checkpoint.save
 
     def watch_blocks(self, *how):  # test_model.py has what comes of it; a compiler would take a minute
         seen["how the blocks run"] = how
@@ -513,8 +518,8 @@ def observe(stage, home, out, flags):
         save(folder, model, tokenizer, state)
 
     with (
-        mock.patch.object(data, "sft_batch", watch_rows),
-        mock.patch.object(data, "batches", watch_order),
+        mock.patch.object(dataset, "sft_batch", watch_rows),
+        mock.patch.object(dataset, "batches", watch_order),
         mock.patch.object(checkpoint, "save", watch_save),
         mock.patch.object(GPT, "prepare", watch_blocks),
     ):
@@ -620,7 +625,7 @@ def test_the_papers_settings_are_the_papers():
 
 COMMANDS = [
     "train_sft", "train_dpo", "experiments.make_pairs", "experiments.evaluate",
-    "minidpo.data", "minidpo.sampling", "minidpo.tokenizer", "minidpo.rewards",
+    "minidpo.data", "minidpo.sampling", "minidpo.tokenizer", "experiments.rewards",
     "data.imdb.prepare", "data.toy_sentiment.generate",
 ]  # fmt: skip
 
@@ -768,8 +773,10 @@ def test_nan_stops_and_names_the_batch(home, tmp_path, stage, monkeypatch, capsy
         stage(home, tmp_path / "run", "--save-every", 1)
     _, tokenizer, state = checkpoint.load(tmp_path / "run")
     kind, file = ("sft", "sft.jsonl") if stage is sft else ("pairs", "pairs.jsonl")
-    rows, _ = data.load_split(kind, str(home / file), "", tokenizer, 40)
-    batch = sorted(data.batches(rows, 6, seed=0, epoch=0)[2])
+    rows, _ = (dataset.load_pairs if kind == "pairs" else dataset.load_sft)(
+        data.find_split(kind, str(home / file)), tokenizer, 40
+    )
+    batch = sorted(dataset.batches(rows, 6, seed=0, epoch=0)[2])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and str(batch) in message and "nan" in message
     assert state["step"] == 2  # the weights from before are safe

@@ -9,9 +9,9 @@ import torch
 from tiny import fails
 
 from minidpo import checkpoint, sampling
-from minidpo.cli import UserError
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import complete, generate, truncate
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 EOT = 0

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from experiments.evaluate import sequence_kl
-from minidpo.data import preference_batch
+from minidpo.dataset import preference_batch
 from minidpo.model import GPT, GPTConfig
 from train_dpo import dpo_loss, response_logps
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from tiny import contents, write_jsonl
 
+import data
 from data.preparing import LeftOut
 from data.tldr import prepare
-from minidpo import data
-from minidpo.cli import UserError
+from minidpo import dataset
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 NAMES = {f"{kind}_{split}.jsonl" for kind in ("pairs", "sft", "prompts") for split in ("train", "valid", "test")}
@@ -67,7 +68,7 @@ def prepared(tmp_path, bytewise):
 
     def call(source, *more, out=tmp_path / "out"):
         prepare.main(["--source", str(source), "--out", str(out), "--tokenizer", str(bytewise), *map(str, more)])
-        return {path.name: data.read_jsonl(path, ("prompt",)) for path in Path(out).iterdir()}
+        return {path.name: dataset.read_jsonl(path, ("prompt",)) for path in Path(out).iterdir()}
 
     return call
 

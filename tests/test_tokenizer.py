@@ -14,7 +14,7 @@ import regex
 import tiktoken
 from conftest import need
 
-from minidpo.cli import UserError
+from minidpo.settings import UserError
 from minidpo.tokenizer import EOT, Tokenizer, train_bpe
 
 # GPT-2's pattern as its authors wrote it
@@ -297,7 +297,7 @@ def test_gpt2_without_network_says_what_to_do(tmp_path):
     nobody = "http://127.0.0.1:9"  # a proxy that is not there: no network, wherever the test runs
     result = run_python(
         "-c",
-        "from minidpo.cli import run; from minidpo.tokenizer import Tokenizer; run(Tokenizer.gpt2)",
+        "from minidpo.settings import run; from minidpo.tokenizer import Tokenizer; run_main(Tokenizer.gpt2)",
         TIKTOKEN_CACHE_DIR=str(tmp_path),
         HTTPS_PROXY=nobody,
         https_proxy=nobody,

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from data.toy_sentiment import generate, grammar
-from minidpo.cli import UserError
+from minidpo.settings import UserError
 
 PROMPT = "I watched this film last night with my sister"
 RESPONSE = (

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import need
 
+import data
 from course import notebook, show
-from minidpo import data
+from minidpo import dataset
 from minidpo.tokenizer import Tokenizer
 
 CELLS = notebook.cells(notebook.SOURCE.read_text(encoding="utf-8"))
@@ -165,7 +166,7 @@ def test_an_error_in_a_cell_stops_it():
 
 def test_tokens_in_colour_are_those_of_the_mask():
     tokenizer = Tokenizer([bytes([i]) for i in range(256)])
-    rows = data.sft_batch([([256, 65], [60, 256]), ([256], [67, 68, 69, 256])])
+    rows = dataset.sft_batch([([256, 65], [60, 256]), ([256], [67, 68, 69, 256])])
     page = show.tokens(rows, tokenizer).data
     spans = re.findall(r'background:(#\w+)">([^<]*)</span>', page)
     names = {colour: name for name, colour in show.COLOURS.items()}

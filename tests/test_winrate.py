@@ -12,14 +12,14 @@ from conftest import need
 from test_judges import KEY, Server, good
 from tiny import call, contents, fails, write_data, write_jsonl
 
-import experiments.winrate as winrate
+import experiments.winrate.winrate as winrate
 import train_dpo
 import train_sft
 from data.toy_sentiment.grammar import grammatical, reward
-from experiments.winrate import agreement, compare, count, interval, own_completions
+from experiments.winrate.winrate import agreement, compare, count, interval, own_completions
 from minidpo import checkpoint
-from minidpo.cli import UserError
 from minidpo.sampling import generate
+from minidpo.settings import UserError
 
 TRAIN = ("--batch-size", 8, "--lr", 5e-3, "--warmup-steps", 2, "--samples", 1, "--sample-tokens", 4)
 

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-import minidpo.report
-from minidpo.cli import run
+import minidpo.run
 from minidpo.model import PRESETS
+from minidpo.settings import run_main
 
 torch.set_num_threads(1)  # with tensors this small a second thread only gets in the way
 SHAPE = dict(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=32)
@@ -44,9 +44,9 @@ def call(main, *argv, draw=False):
     with (
         mock.patch.object(sys, "argv", ["command", *map(str, argv)]),
         mock.patch.dict(PRESETS, toy=SHAPE),
-        mock.patch.object(minidpo.report, "draw_curves", minidpo.report.draw_curves if draw else lambda folder: False),
+        mock.patch.object(minidpo.run, "draw_curves", minidpo.run.draw_curves if draw else lambda folder: False),
     ):
-        run(main)
+        run_main(main)
 
 
 def fails(capsys, main, *argv):

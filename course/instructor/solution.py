@@ -10,21 +10,21 @@ import torch
 
 import train_dpo
 from experiments import evaluate
-from minidpo import data
+from minidpo import dataset
 
 
 def tokenise_pair(tokenizer, prompt, chosen, rejected):
     record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return data.encode_pairs([record], tokenizer, max_length=1024)[0][0]
+    return dataset.encode_pairs([record], tokenizer, max_length=1024)[0][0]
 
 
 def shift(row):
-    rows = data.sft_batch([(row[:1].tolist(), row[1:].tolist())])
+    rows = dataset.sft_batch([(row[:1].tolist(), row[1:].tolist())])
     return rows.ids[0], rows.targets[0]
 
 
 def build_batch(prompts, responses):
-    return tuple(data.sft_batch(list(zip(prompts, responses, strict=True))))
+    return tuple(dataset.sft_batch(list(zip(prompts, responses, strict=True))))
 
 
 def gather_logps(logits, targets):
@@ -35,8 +35,8 @@ def sum_logps(logps, mask):
     logits = torch.stack(
         [logps, torch.log1p(-logps.exp())], dim=-1
     )  # two tokens; the first has these log-probabilities
-    rows = data.Rows(ids=None, targets=torch.zeros_like(mask, dtype=torch.long), mask=mask)
-    return train_dpo.response_logps(lambda ids: logits, data.PreferenceBatch(rows, rows))[0]
+    rows = dataset.Rows(ids=None, targets=torch.zeros_like(mask, dtype=torch.long), mask=mask)
+    return train_dpo.response_logps(lambda ids: logits, dataset.PreferenceBatch(rows, rows))[0]
 
 
 def implicit_reward(policy_logps, reference_logps, beta):

@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from minidpo.cli import UserError, run
-from minidpo.report import read_metrics, running_mean
+from minidpo.run import read_metrics, running_mean
+from minidpo.settings import UserError, run_main
 
 CURVES = Path(__file__).parent / "curves.csv"
 SMOOTH = 10  # steps
@@ -23,15 +23,16 @@ STEPS = 79  # of the runs in curves.csv
 
 def budget(args):
     """Mean reward above the reference's, at a KL within the budget."""
+    import data
     from experiments import evaluate
-    from minidpo import checkpoint, data
-    from minidpo.rewards import load_reward
+    from experiments.rewards import load_reward
+    from minidpo import checkpoint, dataset
 
     policy, tokenizer, _ = checkpoint.load(args.policy)
     reference, other, _ = checkpoint.load(args.reference)
     if tokenizer.fingerprint != other.fingerprint:
         raise UserError(f"{args.policy} and {args.reference} have different tokenizers: no KL between them.")
-    prompts = [record["prompt"] for record in data.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
+    prompts = [record["prompt"] for record in dataset.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
     settings = evaluate.Settings("", "", "toy", "toy", samples_per_prompt=4, max_new_tokens=96)
     figures, *_ = evaluate.evaluate(policy, reference, tokenizer, prompts[:500], load_reward("toy"), settings)
     return [
@@ -126,4 +127,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

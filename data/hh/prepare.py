@@ -29,8 +29,8 @@ from pathlib import Path
 
 from data.download import download
 from data.preparing import LeftOut, hash_number, shuffled, usable, write_rows
-from minidpo.cli import UserError, knob, parse_settings, run, unknown
-from minidpo.data import PAIR, check_text, json_lines
+from minidpo.dataset import PAIR, check_text, json_lines
+from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
 FOLDER = Path(__file__).parent
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
@@ -172,4 +172,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

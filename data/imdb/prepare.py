@@ -29,8 +29,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.download import download
-from minidpo.cli import UserError, knob, parse_settings, run
 from minidpo.files import atomic_write
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 FOLDER = Path(__file__).parent
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
@@ -144,4 +144,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -33,8 +33,8 @@ from pathlib import Path
 
 from data.download import download
 from data.preparing import LeftOut, shuffled, usable, write_rows
-from minidpo.cli import UserError, knob, parse_settings, run
-from minidpo.data import check_text, json_lines
+from minidpo.dataset import check_text, json_lines
+from minidpo.settings import UserError, knob, parse_settings, run_main
 from minidpo.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent
@@ -230,4 +230,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -16,8 +16,8 @@ import statistics
 from pathlib import Path
 
 from data.toy_sentiment import grammar
-from minidpo.cli import UserError, knob, parse_settings, run
 from minidpo.files import atomic_write
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 HERE = Path(__file__).resolve().parent
 FULL = HERE / "full"  # not in git
@@ -167,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

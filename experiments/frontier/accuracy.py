@@ -1,0 +1,127 @@
+"""How often is the implicit reward right? Accuracy on held-out pairs, next to rewards learned, true and naive.
+
+    python -m experiments.frontier.accuracy --policy runs/dpo --reference runs/sft --reward-model runs/reward \
+        --data toy --reward toy
+
+DPO trains a reward model without saying so, beta log pi(y|x)/pi_ref(y|x) up to a term of x alone (Eq. 5 of Rafailov et
+al. 2023). Here each reward says of held-out pairs which response it likes better, and is right where that one was
+chosen; a tie is half right. Beta and a scale of any kind play no part in that.
+
+    implicit reward     log pi(y|x) - log pi_ref(y|x), of --policy
+    reward model        learned from the same kind of pairs by Bradley-Terry (experiments.baselines.reward_model)
+    true reward         what the labels were drawn by: where they are noisy, it is not always right, and nobody can be
+                        expected to do better
+    reference log-prob  log pi_ref(y|x): the likelier response, before anything was learned from preferences
+    longer wins         the response with more tokens
+"""
+
+import dataclasses
+import json
+
+import torch
+from tqdm import tqdm
+
+import data
+from experiments.frontier.baselines import reward_model
+from experiments.rewards import load_reward
+from minidpo import checkpoint, dataset
+from minidpo.device import DEVICES, pick_device
+from minidpo.files import atomic_write
+from minidpo.settings import UserError, knob, parse_settings, run_main
+from train_dpo import response_logps
+
+
+@dataclasses.dataclass
+class Settings:
+    policy: str = knob(dataclasses.MISSING, "the DPO run whose implicit reward is judged: a run folder")
+    reference: str = knob(
+        dataclasses.MISSING, "the model that it was trained from: a run folder, a GPT-2 folder or name"
+    )
+    reward_model: str = knob(dataclasses.MISSING, "run folder of a reward model")
+    data: str = knob(dataclasses.MISSING, "a dataset name (its held-out pairs), or a JSONL file of pairs")
+    reward: str = knob("", "the true reward: toy, or the file of a trained classifier; empty: none is known")
+    batch_size: int = knob(128, "pairs in a forward pass", least=1)
+    device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
+    json: str = knob("", "write the figures to this file")
+
+
+def accuracy(scores, prompts):
+    """The share of pairs in which the chosen response scores higher, ties one half, and its standard error.
+
+    scores (N, 2): of the chosen and the rejected response. prompts: N of them, in any form that can be compared. Pairs
+    that share a prompt are not independent, so the spread is taken over prompts (the usual cluster-robust error of a
+    mean). -> {"accuracy", "se", "ties": the share of them}. UserError for fewer than two different prompts.
+    """
+    chosen, rejected = scores.unbind(-1)
+    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(number) < 2:
+        raise UserError("pairs of one prompt have no standard error. Give pairs of at least two.")
+    mean = right.mean()
+    which = torch.tensor([number[prompt] for prompt in prompts])
+    off = torch.zeros(len(number), dtype=torch.float64).index_add(0, which, right - mean)  # of each prompt, summed
+    se = (off.square().sum() * len(number) / (len(number) - 1)).sqrt() / len(right)
+    return {"accuracy": mean.item(), "se": se.item(), "ties": (chosen == rejected).double().mean().item()}
+
+
+@torch.no_grad()
+def pair_logps(model, rows, batch_size, progress):
+    """log pi(y|x) of both responses of each row -> (N, 2), chosen and rejected, in nats, on the CPU."""
+    model.eval()
+    logps = torch.empty(len(rows), 2, dtype=model.wte.weight.dtype)
+    for indices in tqdm(dataset.batches(rows, batch_size, seed=0, epoch=0), desc=progress, unit="batch"):
+        batch = dataset.preference_batch([rows[i] for i in indices], model.wte.weight.device)
+        logps[indices] = torch.stack(response_logps(model, batch), dim=-1).cpu()
+    return logps
+
+
+def scores_of(rows, policy, reference, reward, tokenizer, true_reward, batch_size):
+    """What each reward says of the pairs `rows` -> {name: (N, 2), of the chosen and the rejected response}.
+
+    All see the same ids, cut to the context where they had to be; true_reward(prompts, responses) gets them as text,
+    and may be None.
+    """
+    prompts, *sides = zip(*rows, strict=True)
+    log_ref = pair_logps(reference, rows, batch_size, "reference")
+    scores = {
+        "implicit reward": pair_logps(policy, rows, batch_size, "policy") - log_ref,
+        "reward model": torch.stack(
+            [reward.score(prompts, side, batch_size, "reward model") for side in sides], dim=-1
+        ),
+    }
+    if true_reward:
+        texts = [tokenizer.decode(prompt[1:]) for prompt in prompts]
+        both = [true_reward(texts, [tokenizer.decode(ids) for ids in side]) for side in sides]
+        scores["true reward"] = torch.tensor(both, dtype=torch.float64).T
+    lengths = [[len(chosen), len(rejected)] for _, chosen, rejected in rows]
+    return {**scores, "reference log-prob": log_ref, "longer wins": torch.tensor(lengths)}
+
+
+def main():
+    settings = parse_settings(Settings, __doc__)
+    device = pick_device(settings.device)
+    true_reward = load_reward(settings.reward) if settings.reward else None
+    reference, tokenizer, _ = checkpoint.load(settings.reference)
+    policy, policy_tokenizer, _ = checkpoint.load(settings.policy)
+    if policy_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{settings.policy} has another tokenizer than the reference. Give the one it was trained from."
+        )
+    reward = reward_model.load_matching(settings.reward_model, tokenizer)
+    models = [model.to(device) for model in (policy, reference, reward)]
+    max_length = min(model.config.block_size for model in models)
+    path = data.find(settings.data, "pairs_test")
+    rows = dataset.load_rows(path, dataset.encode_pairs, dataset.PAIR, tokenizer, max_length)
+
+    scores = scores_of(rows, *models, tokenizer, true_reward, settings.batch_size)
+    prompts = [tuple(prompt) for prompt, *_ in rows]
+    figures = {name: accuracy(both, prompts) for name, both in scores.items()}
+    print(f"{'':20}{'accuracy':>10}{'error':>8}{'ties':>8}   {len(rows):,} pairs of {len(set(prompts)):,} prompts")
+    for name, f in figures.items():
+        print(f"{name:20}{f['accuracy']:10.1%}{f['se']:8.1%}{f['ties']:8.1%}")
+    if settings.json:
+        atomic_write(settings.json, json.dumps({"pairs": len(rows), **figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

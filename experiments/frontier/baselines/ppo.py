@@ -1,0 +1,365 @@
+"""PPO for language models: reinforcement learning on a reward, held near the reference by a KL penalty.
+
+    python -m experiments.frontier.baselines.ppo --data toy --init runs/sft --reward toy --kl-target 2 --out runs/ppo
+
+With a learned reward this is the usual RLHF; with the true reward it is the DPO paper's PPO-GT. Both
+maximise the objective that DPO solves in closed form (Eq. 3 of Rafailov et al. 2023), but by trial: sample responses,
+score them, make what did better than expected more likely, and repeat. Each step of the loop does four things:
+
+ROLL OUT. The policy completes a batch of prompts at temperature 1, from the whole distribution: PPO corrects for the
+change of the policy since the sampling, and for nothing else, and so the samples must be the policy's own.
+
+REWARD. Each token is an action, and the text before it the state. The reward r of the finished response arrives with
+its last token; every token pays for its distance from the reference (Ziegler et al. 2019, arXiv 1909.08593, Eq. 2):
+
+    R_t  =  -kl_coef (log pi(y_t|s_t) - log pi_ref(y_t|s_t))  +  r if y_t is the last
+
+The sum over t has the mean E[r] - kl_coef KL(pi || pi_ref). kl_coef is DPO's beta; it is moved so that the KL, in nats
+a response, comes to --kl-target (the DPO paper's "target KL in {3, 6, 9, 12}").
+
+ADVANTAGE. By how much did token t turn out better than what was to be expected before it? A value model V(s_t)
+estimates the sum of rewards to come; generalised advantage estimation (GAE; Schulman et al. 2016, arXiv 1506.02438,
+Eq. 16) trades the noise of what followed against the errors of V. Nothing is discounted: a response is short.
+
+UPDATE. Several epochs of small steps over the same rollouts, with the ratio pi / pi_old at each token clipped, so that
+no step gains from moving further than that (Schulman et al. 2017, arXiv 1707.06347, Eq. 7).
+
+The value model is a second network, as in Stiennon et al. 2020 (arXiv 2009.01325, section 3.4), and begins with the
+weights of the SFT model. Sharing the policy's body would save a forward pass. But the value loss has the scale of the
+reward and starts large: in a shared body it would pull the policy away from its language before V is of any use.
+"""
+
+import copy
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+from experiments.frontier.baselines import reward_model
+from experiments.rewards import load_reward
+from minidpo import checkpoint, dataset
+from minidpo.device import DEVICES, pick_device
+from minidpo.optim import learning_rate, make_optimizer
+from minidpo.run import Run
+from minidpo.sampling import complete, generate
+from minidpo.settings import CatchInterrupt, UserError, knob, parse_settings, run_main
+from train_dpo import token_logps
+
+# ---- 1. The mathematics. N responses, T positions; `mask` (N, T) is true where a response token is predicted ----
+
+
+def penalised_rewards(scores, logps, reference_logps, mask, kl_coef):
+    """R_t above: scores (N,), one a response; logps (N, T), in nats -> (N, T), 0 outside the responses."""
+    rewards = -kl_coef * (logps - reference_logps) * mask
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)  # where the response's last token is predicted
+    rewards[torch.arange(len(scores)), last] += scores
+    return rewards
+
+
+def gae(rewards, values, mask, lam):
+    """GAE(lambda) without discount: A_t = delta_t + lam A_t+1, delta_t = R_t + V_t+1 - V_t, all 0 after the last token.
+
+    All (N, T), and so is what comes back. lam 1 is what followed, minus V; lam 0 believes V one token ahead.
+    """
+    advantages = torch.zeros_like(values)
+    advantage = next_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + next_value - values[:, t]
+        advantage = (delta + lam * advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = advantage
+    return advantages
+
+
+def mean(values, mask):
+    """Mean over response tokens: (N, T) -> ()."""
+    return (values * mask).sum() / mask.sum()
+
+
+def variance(values, mask):
+    """Variance over response tokens: (N, T) -> ()."""
+    return mean((values - mean(values, mask)).square(), mask)
+
+
+def whiten(values, mask):
+    """To mean 0 and variance 1 over response tokens, so that one learning rate fits rewards of any scale; 0 elsewhere.
+
+    (N, T) -> (N, T).
+    """
+    return (values - mean(values, mask)) * mask / (variance(values, mask).sqrt() + 1e-8)
+
+
+def policy_loss(logps, old_logps, advantages, mask, clip):
+    """Schulman et al. 2017, Eq. 7 -> (loss (), share of tokens whose ratio is clipped and takes no part ())."""
+    ratio = (logps - old_logps).exp()
+    losses, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return mean(torch.maximum(losses, clipped), mask), mean((clipped > losses).float(), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Half the squared error; beyond `clip` from where it was at the rollout, a value gains nothing by moving on -> ()
+
+    Not in the paper, but in its authors' code, and in most that came after.
+    """
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * mean(torch.maximum((values - returns).square(), (near - returns).square()), mask)
+
+
+def next_kl_coef(kl_coef, kl, target, gain):
+    """The adaptive controller of Ziegler et al. 2019, section 2.2: dearer while the KL is above its target.
+
+    kl and target in nats a response; the relative error counts up to 20 %, so one step changes kl_coef by at most
+    0.2 * gain. target 0: it stays as it is.
+    """
+    if target == 0:
+        return kl_coef
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return kl_coef * (1 + gain * error)
+
+
+# ---- 2. Settings. The defaults are of the size of Ziegler et al.'s, for GPT-2; the toy has a set of its own ----
+
+SETS = {
+    "paper": {},
+    "toy": dict(
+        steps=70, rollouts=256, epochs=2, minibatch_size=128, lr=1e-3, value_lr=2e-3, warmup_steps=5, value_clip=1.0,
+        kl_target=2.0, kl_coef=1.0,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Settings:
+    data: str = knob(dataclasses.MISSING, 'a dataset name (its training prompts) or a JSONL file with "prompt"')
+    init: str = knob(
+        dataclasses.MISSING, "the model to start from, and the reference: a run folder, a GPT-2 folder or name"
+    )
+    out: str = knob(dataclasses.MISSING, "the run folder to write")
+    reward: str = knob("toy", "toy, the file of a trained classifier, or the run folder of a reward model")
+    settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
+    kl_target: float = knob(6.0, "where the controller keeps the KL, in nats a response; 0: kl_coef is fixed")
+    kl_coef: float = knob(0.2, "price of a nat of distance from the reference, to begin with")
+    kl_gain: float = knob(0.1, "how fast the controller moves kl_coef: by a fifth of this at most in a step")
+    steps: int = knob(2000, "rollouts of the whole run, each followed by its epochs of updates", least=1)
+    rollouts: int = knob(512, "responses sampled a step", least=2)
+    epochs: int = knob(4, "passes over each step's rollouts", least=1)
+    minibatch_size: int = knob(128, "responses per update, and per forward pass", least=1)
+    lr: float = knob(1e-5, "learning rate of the policy after the warm-up; it falls linearly to 0")
+    value_lr: float = knob(1e-5, "the same of the value model")
+    warmup_steps: int = knob(0, "steps over which the learning rates rise")
+    lam: float = knob(0.95, "lambda of GAE, at most 1: lower trusts the value model more")
+    clip: float = knob(0.2, "the ratio of new to old probability counts from 1 - clip to 1 + clip")
+    value_clip: float = knob(0.2, "how far a value may move in a step, in units of the reward")
+    grad_clip: float = knob(1.0, "longest gradient, in L2 norm, of either network")
+    max_new_tokens: int = knob(64, "longest response, in tokens; a longer one is cut, and scored as it stands", least=1)
+    max_steps: int = knob(0, "stop after this many steps, on the way of --steps; 0: go all the way")
+    save_every: int = knob(10, "steps between checkpoints", least=1)
+    samples: int = knob(8, "prompts completed before and after, for the report")
+    seed: int = knob(0, "of the prompts' order and of the sampling")
+    device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
+    resume: bool = knob(False, "go on with the run in --out, with its settings")
+    overwrite: bool = knob(False, "replace the run in --out")
+
+    def __post_init__(self):
+        if not 0 <= self.lam <= 1:
+            raise UserError(f"--lam {self.lam}: must be from 0 to 1; try 0.95.")
+
+
+# ---- 3. The pieces of the loop ----
+
+
+class ValueModel(nn.Module):
+    """ids (N, T) -> (N, T): at each position, the rewards to come after ids[:, :t + 1]. It begins at 0 everywhere."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body  # a GPT
+        self.head = nn.Linear(body.config.n_embd, 1).to(body.wte.weight)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids):
+        return self.head(self.body.hidden(ids)).squeeze(-1)
+
+
+class Rollout(NamedTuple):
+    """N sampled responses as they were when sampled, each tensor (N, T) as in dataset.Rows but `scores` (N,)."""
+
+    rows: dataset.Rows
+    logps: torch.Tensor  # of the policy that sampled, in nats
+    reference_logps: torch.Tensor
+    values: torch.Tensor
+    entropies: torch.Tensor  # of the policy's distribution at each position, in nats
+    scores: torch.Tensor  # what the reward says of each response
+
+
+@torch.no_grad()
+def roll_out(policy, value, reference, reward, prompts, prompt_ids, tokenizer, settings, generator):
+    """Samples one response to each of `prompts` (texts; prompt_ids with their leading eot) and scores it -> Rollout.
+
+    The responses are the very ids that were drawn: the final eot is one of them unless the response was cut.
+    """
+    response_ids = generate(policy, prompt_ids, settings.max_new_tokens, tokenizer.eot, generator=generator)
+    responses = [tokenizer.decode(ids) for ids in response_ids]
+    device = policy.wte.weight.device
+    rows = dataset.sft_batch(list(zip(prompt_ids, response_ids, strict=True)), device)
+    parts = []
+    for ids, targets in zip(*(t.split(settings.minibatch_size) for t in (rows.ids, rows.targets)), strict=True):
+        logits = policy(ids)
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        parts.append((token_logps(logits, targets), token_logps(reference(ids), targets), value(ids), entropy))
+    logps, reference_logps, values, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+    scores = torch.tensor(reward(prompts, responses, prompt_ids, response_ids)).to(logps)
+    return Rollout(rows, logps, reference_logps, values, entropies, scores)
+
+
+def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
+    """The epochs of updates on one rollout; returns the means of losses, clip fraction and gradient norms, by name."""
+    ids, targets, mask = rollout.rows
+    rewards = penalised_rewards(rollout.scores, rollout.logps, rollout.reference_logps, mask, kl_coef)
+    advantages = gae(rewards, rollout.values, mask, settings.lam)
+    returns = advantages + rollout.values  # before the whitening: the value model learns the rewards' own scale
+    advantages = whiten(advantages, mask)
+    sums, n = 0.0, 0
+    for _ in range(settings.epochs):
+        for i in torch.randperm(len(ids), generator=generator).to(ids.device).split(settings.minibatch_size):
+            logps = token_logps(policy(ids[i]), targets[i])
+            loss, clip_fraction = policy_loss(logps, rollout.logps[i], advantages[i], mask[i], settings.clip)
+            error = value_loss(value(ids[i]), rollout.values[i], returns[i], mask[i], settings.value_clip)
+            norms = []
+            for model, optimizer, objective in zip((policy, value), optimizers, (loss, error), strict=True):
+                objective.backward()
+                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            sums, n = sums + torch.stack([loss.detach(), error.detach(), clip_fraction, *norms]), n + 1
+    names = ("loss/policy", "loss/value", "clip_fraction", "grad_norm", "grad_norm/value")
+    metrics = dict(zip(names, (sums / n).tolist(), strict=True))
+    if not all(math.isfinite(m) for m in metrics.values()):
+        raise UserError(f"not a finite number in {metrics}. Is the learning rate too high?")
+    explained = 1 - variance(returns - rollout.values, mask) / variance(returns, mask).clamp(min=1e-8)
+    return {**metrics, "value_explained": explained.item()}
+
+
+def encode(prompts, tokenizer, room):
+    """Texts -> lists of ids with their leading eot, each cut on its left to the last `room` ids behind it."""
+    if room < 1:
+        raise UserError("--max-new-tokens leaves no room for a prompt in the model's context. Give less.")
+    return [[tokenizer.eot, *tokenizer.encode(prompt)[-room:]] for prompt in prompts]
+
+
+def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None, state=None):
+    """PPO, from the weights that `policy` and `reference` come with; `policy` is trained in place.
+
+    reward(prompts, responses, prompt_ids, response_ids) -> list of floats; texts, and ids as `generate` takes and gives
+    them. prompts: texts. After each step comes on_step(step, metrics, state): step counted from 1, metrics by name, and
+    what to save beside the policy (at once: its tensors are the live ones). Given back as `state`, together with that
+    policy, it makes the training go on as if it had not stopped. `settings` need not have been through a command line:
+    Settings(data="", init="", out="", **SETS["toy"]) will do. Raises UserError for a context too short for a response,
+    and for a loss that is not finite.
+    """
+    policy.set_dropout(0.0)  # the ratio of new to old probabilities must be 1 before the first update
+    policy.train(), reference.eval()
+    device = policy.wte.weight.device
+    value = ValueModel(copy.deepcopy(reference)).train()
+    value.body.set_dropout(0.0)
+    optimizers = [make_optimizer(model, "adamw", settings.lr) for model in (policy, value)]
+    kl_coef, first_step = settings.kl_coef, 0
+    if state:
+        value.load_state_dict(state["value"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        kl_coef, first_step = state["kl_coef"], state["step"]
+    encoded = encode(prompts, tokenizer, policy.config.block_size - settings.max_new_tokens)
+
+    for step in range(first_step, min(settings.steps, settings.max_steps or settings.steps)):
+        started = time.perf_counter()
+        # seeded anew at each step, so that a resumed run draws what an unbroken one would have drawn
+        seed = settings.seed * 1_000_003 + step
+        generator, sampling = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
+        drawn = torch.randint(len(prompts), (settings.rollouts,), generator=generator).tolist()
+        rollout = roll_out(
+            policy, value, reference, reward,
+            [prompts[i] for i in drawn], [encoded[i] for i in drawn], tokenizer, settings, sampling,
+        )  # fmt: skip
+        for optimizer, peak in zip(optimizers, (settings.lr, settings.value_lr), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings.steps, peak, settings.warmup_steps, decay=True)
+        losses = update(policy, value, optimizers, rollout, kl_coef, settings, generator)
+
+        mask = rollout.rows.mask
+        kl = ((rollout.logps - rollout.reference_logps) * mask).sum(dim=1).mean().item()
+        metrics = {
+            "reward": rollout.scores.mean().item(),
+            "kl": kl,  # as sampled: its mean over samples is KL(pi || pi_ref)
+            "objective": rollout.scores.mean().item() - kl_coef * kl,
+            "kl_coef": kl_coef,
+            "entropy": mean(rollout.entropies, mask).item(),
+            "length": mask.sum().item() / len(mask),
+            **losses,
+            "lr": optimizers[0].param_groups[0]["lr"],
+            "seconds": time.perf_counter() - started,
+        }
+        kl_coef = next_kl_coef(kl_coef, kl, settings.kl_target, settings.kl_gain)
+        if on_step:
+            state = {"step": step + 1, "kl_coef": kl_coef, "value": dict(value.state_dict())}
+            on_step(step + 1, metrics, state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
+
+def load(name, tokenizer, device):
+    """--reward -> the callable that `train` takes: a reward model looks at the ids, any other reward at the texts.
+
+    Raises UserError for a reward model with another tokenizer than the policy's.
+    """
+    if name != "toy" and Path(name).is_dir():
+        model = reward_model.load_matching(name, tokenizer).to(device)
+        return lambda prompts, responses, prompt_ids, response_ids: model.score(prompt_ids, response_ids).tolist()
+    of_texts = load_reward(name)
+    return lambda prompts, responses, prompt_ids, response_ids: of_texts(prompts, responses)
+
+
+def main():
+    settings = parse_settings(Settings, __doc__.split("\n\n")[0], sets=SETS)
+    folder = Run(settings)
+    settings.device = pick_device(settings.device)
+    reference, tokenizer, _ = checkpoint.load(settings.init)
+    reward = load(settings.reward, tokenizer, settings.device)
+    policy, _, state = checkpoint.load(settings.out) if settings.resume else (copy.deepcopy(reference), None, {})
+    policy.to(settings.device), reference.to(settings.device)
+    records = dataset.read_jsonl(data.find(settings.data, "prompts_train"), ("prompt",))
+    prompts = [record["prompt"] for record in records]
+    shown = prompts[: settings.samples]
+    shown_ids = encode(shown, tokenizer, policy.config.block_size - settings.max_new_tokens)
+    before = complete(reference, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
+
+    first_step, last_step = state.get("step", 0), min(settings.steps, settings.max_steps or settings.steps)
+    if first_step >= last_step and (folder.path / "report.md").exists():
+        raise UserError(f"{settings.out} has made {first_step} of {last_step} steps. Raise --max-steps.")
+    folder.begin(first_step, tokenizer)
+    with CatchInterrupt() as interrupt, tqdm(total=last_step, initial=first_step, desc="ppo", unit="step") as bar:
+
+        def on_step(step, metrics, state):
+            folder.log(step, metrics)
+            bar.update()
+            bar.set_postfix_str(f"reward {metrics['reward']:.2f}, KL {metrics['kl']:.2f}")
+            if step == last_step or step % settings.save_every == 0 or interrupt.requested:
+                checkpoint.save(settings.out, policy, tokenizer, state)
+            if interrupt.requested and step < last_step:
+                raise UserError(f"stopped after step {step} and saved. Go on with the same command and --resume.")
+
+        train(policy, reference, reward, prompts, tokenizer, settings, on_step, state)
+    after = complete(policy, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
+    notes = (
+        f"PPO on the reward {settings.reward} from {settings.init}: {last_step} steps of {settings.rollouts} responses."
+    )
+    folder.finish({"prompt": shown, "before": before, "after": after}, [notes])
+
+
+if __name__ == "__main__":
+    run_main(main)

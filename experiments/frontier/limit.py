@@ -1,0 +1,339 @@
+"""The limit: the highest mean reward that any policy can have at a given KL from the reference.
+
+    python -m experiments.frontier.limit --reference runs/sft --proposal runs/dpo_0.4 --proposal runs/dpo_1 \\
+        --data toy --reward toy --prompts 50 --samples 1024 --out limit.csv
+
+Over a set of prompts, no policy of the same mean KL earns more than (Eq. 4 of the DPO paper, one beta for all prompts)
+
+    pi_beta(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)
+
+for it maximises E[r] - beta KL: a policy with more reward and no more KL would beat it there. The curve over beta is
+drawn from samples. Its mean reward, KL and Z are expectations under pi_ref exp(r / beta), and samples of the reference
+hardly ever reach where that lives once beta is small: the curve comes out too low, and flatters whatever is compared
+with it. So trained policies sample too. A response drawn by any of the K models counts as drawn from their mixture
+q = sum_k s_k pi_k, s_k the share of model k (the balance heuristic of Veach & Guibas 1995), and weighs
+
+    u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
+
+with weights divided by their sum, prompt by prompt. These densities are known exactly, so bad proposals cost precision
+and nothing else. What tells: the effective sample size (sum w)^2 / sum w^2 of each prompt, at least LEAST_ESS wherever
+`read` gives a point; and what the curve does when the samples are doubled, which the command prints.
+
+The proposals sample at a temperature above 1 (pi_k has logits / temperature), for a weight is large where q is too
+small: better broad than narrow. Where a single draw outweighs all others of its prompt even so, the reward pays for
+something that no trained policy ever says; docs/frontier.md has an example, and what can be done.
+
+Where labels are drawn from Bradley-Terry with the reward r, DPO with this beta has pi_beta as its optimum: its point on
+the curve, `at_beta`, is where theory says that it must land.
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import data
+from experiments.rewards import load_reward
+from minidpo import checkpoint, dataset
+from minidpo.device import DEVICES, pick_device
+from minidpo.files import atomic, atomic_write
+from minidpo.sampling import generate
+from minidpo.settings import UserError, knob, parse_settings, run_main
+from train_dpo import token_logps
+
+LEAST_ESS = 200  # effective samples a prompt: with fewer no point is drawn
+BETAS = [math.inf, *(50 * 0.95**i for i in range(118))]  # from the reference itself down to 0.12
+ROWS = 512  # samples in one batch
+
+
+@dataclasses.dataclass
+class Settings:
+    reference: str = knob(
+        dataclasses.MISSING, "the model that KL is measured from: a run folder, a GPT-2 folder or name"
+    )
+    data: str = knob(dataclasses.MISSING, 'a dataset name (its held-out prompts) or a JSONL file with "prompt"')
+    reward: str = knob(dataclasses.MISSING, "toy, or the file of a trained classifier")
+    out: str = knob(dataclasses.MISSING, "the CSV file to write; the draws are kept beside it, in OUT.draws")
+    proposal: list = knob(None, "a policy trained from the reference, to sample from as well; may be repeated")
+    temperature: float = knob(1.2, "of the proposals' samples; the reference's is 1", least=0.1)
+    prompts: int = knob(50, "use the first so many prompts; 0: all. Judge policies on the same ones")
+    samples: int = knob(1024, "draws for each prompt, from all models together; at least four from each", least=8)
+    max_new_tokens: int = knob(96, "longest response, in tokens: of the limit, and so of what is compared", least=1)
+    seed: int = knob(0, "of the sampling")
+    device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
+
+
+# ---- 1. The mathematics. P prompts, S draws for each, K models of which the first is the reference; logs in nats ----
+
+
+def log_ratios(logps, counts):
+    """log u above: logps (K, P, S) of every draw under every model, counts (K,) draws a prompt from each -> (P, S)."""
+    shares = torch.tensor(counts, dtype=logps.dtype) / sum(counts)
+    return logps[0] - (logps + shares.log()[:, None, None]).logsumexp(0)
+
+
+class Point(NamedTuple):
+    """pi_beta, averaged over the prompts; a row of the CSV. Rewards in the reward's units, KL in nats a response.
+
+    The standard errors are of the sampling, for these very prompts. Errors of kl and reward go together, mostly along
+    the curve; gain_se is that of the curve's height over the reference, reward - (reference's reward), at a given KL.
+    """
+
+    beta: float
+    kl: float
+    kl_se: float
+    reward: float
+    reward_se: float
+    gain_se: float
+    ess_min: float  # effective samples of the worst prompt
+    ess_median: float
+
+
+def point(rewards, log_u, beta):
+    """rewards and log_u (P, S), float64 -> Point. beta inf is the reference itself.
+
+    Z is relative to the reference's own weights, Z(x) = sum w / sum u: so the KL is 0 at beta = inf and positive
+    elsewhere, whatever the draws.
+    """
+    u, v = log_u.softmax(-1), (log_u + rewards / beta).softmax(-1)  # weights that sum to 1: reference, pi_beta
+    log_z = (log_u + rewards / beta).logsumexp(-1) - log_u.logsumexp(-1)  # (P,)
+    reference_reward, reward = (u * rewards).sum(-1), (v * rewards).sum(-1)
+    kl = reward / beta - log_z if beta < math.inf else torch.zeros_like(reward)
+
+    # how far each draw moves the estimates (P, S), to first order: the delta method
+    d_reference, d_reward = u * (rewards - reference_reward[:, None]), v * (rewards - reward[:, None])
+    d_log_z = v - u
+    d_kl = d_reward / beta - d_log_z
+    # up the curve the reward grows by beta a nat, so its height moves by d_reward - beta d_kl = beta d_log_z
+    d_gain = (beta * d_log_z if beta < math.inf else d_reference) - d_reference
+
+    def se(moves):
+        return (moves.square().sum().sqrt() / len(moves)).item()
+
+    ess = 1 / v.square().sum(-1)
+    means = kl.mean().item(), se(d_kl), reward.mean().item(), se(d_reward), se(d_gain)
+    return Point(beta, *means, ess.min().item(), ess.median().item())
+
+
+def curve(rewards, logps, counts, betas=BETAS):
+    """The limit as a list of Points, one for each of `betas`.
+
+    rewards (P, S) of the draws, logps (K, P, S) of each draw under each model, the reference first, counts (K,) how
+    many of a prompt's S draws come from which; float64.
+    """
+    log_u = log_ratios(logps, counts)
+    return [point(rewards, log_u, beta) for beta in betas]
+
+
+def doubling(rewards, logps, counts, betas=BETAS):
+    """What doubling the samples does: the largest relative change of the gain over the reference at equal KL.
+
+    Half of each model's draws against all of them, over the KLs above 0.1 nats where the whole has LEAST_ESS.
+    """
+    # every other draw of each model; they lie in blocks, one model after the other
+    kept = torch.cat([torch.arange(n - n % 2)[::2] + sum(counts[:k]) for k, n in enumerate(counts)])
+    half = curve(rewards[:, kept], logps[:, :, kept], [n // 2 for n in counts], betas)
+    whole = [p for p in curve(rewards, logps, counts, betas) if p.ess_min >= LEAST_ESS]
+    changes = []
+    for p in whole:
+        if 0.1 < p.kl < half[-1].kl:
+            before, after = reward_at(half, p.kl) - half[0].reward, p.reward - whole[0].reward
+            changes.append(abs(after / before - 1))
+    return max(changes, default=math.nan)
+
+
+# ---- 2. The draws ----
+
+
+class Source(NamedTuple):
+    """What draws: a model, its logits divided by the temperature."""
+
+    model: torch.nn.Module
+    temperature: float
+
+
+@torch.no_grad()
+def sequence_logps(source, rows, batch_size=128):
+    """log of the probability that `source` draws y, summed over the response, of rows (prompt_ids, response_ids).
+
+    -> (N,) float64 on the CPU.
+    """
+    model, temperature = source
+    model.eval()
+    logps = torch.empty(len(rows), dtype=torch.float64)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
+    for i in range(0, len(rows), batch_size):
+        indices = order[i : i + batch_size]
+        batch = dataset.sft_batch([rows[j] for j in indices], model.wte.weight.device)
+        values = token_logps(model(batch.ids) / temperature, batch.targets).masked_fill(~batch.mask, 0.0)
+        logps[indices] = values.cpu().double().sum(-1)
+    return logps
+
+
+def shares(samples, models):
+    """How many of `samples` each model draws: as equal as can be, the reference (first) getting what is left over."""
+    return [samples - (models - 1) * (samples // models)] + [samples // models] * (models - 1)
+
+
+def draw(sources, prompts, prompt_ids, tokenizer, reward, counts, max_new_tokens, generator):
+    """counts[k] responses of sources[k] to each prompt -> rewards (P, S), logps (K, P, S), in blocks by source.
+
+    prompts are texts, prompt_ids the same with their leading eot. A response is the ids that were drawn, with its final
+    eot unless it was cut.
+    """
+    rewards, logps = [], []
+    for (model, temperature), count in zip(sources, counts, strict=True):
+        ids = [x for x in prompt_ids for _ in range(count)]
+        responses = generate(
+            model, ids, max_new_tokens, tokenizer.eot, temperature, generator=generator, batch_size=ROWS
+        )
+        texts = [tokenizer.decode(response) for response in responses]
+        scores = reward([prompt for prompt in prompts for _ in range(count)], texts)
+        rewards.append(torch.tensor(scores, dtype=torch.float64).view(len(prompts), count))
+        rows = list(zip(ids, responses, strict=True))
+        logps.append(torch.stack([sequence_logps(s, rows).view(len(prompts), count) for s in sources]))
+    return torch.cat(rewards, dim=-1), torch.cat(logps, dim=-1)
+
+
+def all_draws(sources, prompts, tokenizer, reward, settings):
+    """`draw` for all prompts, a few at a time, each few kept in a file of OUT.draws -> rewards (P, S), logps (K, P, S).
+
+    What is on disk is not drawn again: a stopped run goes on where it was.
+    """
+    counts = shares(settings.samples, len(sources))
+    drawn_from = [part for source in sources for part in source]
+    knobs = settings.reward, settings.samples, settings.max_new_tokens, settings.seed
+    made_of = checkpoint.fingerprint(*drawn_from, *knobs)
+    at_once = max(1, ROWS // counts[-1])
+    parts = []
+    for first in tqdm(range(0, len(prompts), at_once), desc="draws", unit=f"x {at_once} prompts"):
+        some = prompts[first : first + at_once]
+        file_name = checkpoint.fingerprint(made_of, first, some) + ".pt"
+        path = Path(f"{settings.out}.draws") / file_name
+        if not path.exists():
+            ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in some]
+            seed = settings.seed * 1_000_003 + first  # of its own, so that a run that goes on draws what it would have
+            generator = torch.Generator(sources[0].model.wte.weight.device).manual_seed(seed)
+            rewards, logps = draw(sources, some, ids, tokenizer, reward, counts, settings.max_new_tokens, generator)
+            with atomic(path) as file:
+                torch.save({"rewards": rewards, "logps": logps}, file)
+        parts.append(checkpoint.read(path, keys=("rewards", "logps")))
+    return torch.cat([part["rewards"] for part in parts]), torch.cat([part["logps"] for part in parts], dim=1)
+
+
+# ---- 3. The file, and what is read off it ----
+
+
+def write(path, points):
+    """Points -> CSV, the reference (beta inf, KL 0) first."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Point._fields)
+    writer.writerows([f"{value:.6g}" for value in p] for p in points)
+    atomic_write(path, text.getvalue())
+
+
+def read(path, least_ess=LEAST_ESS):
+    """The Points of a CSV with so many effective samples for every prompt, the reference first and the KL rising.
+
+    UserError if the file is missing or not of this kind.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{path} not found. Make it first: python -m experiments.frontier.limit --help")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        points = [Point(*(float(row[name]) for name in Point._fields)) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged, or no limit ({error!r}). Make it again: python -m experiments.frontier.limit"
+        ) from error
+    points = sorted((p for p in points if p.ess_min >= least_ess), key=lambda p: -p.beta)
+    if not points or points[0].beta < math.inf:
+        raise UserError(f"{path}: no row for the reference (beta inf) with {least_ess} effective samples.")
+    return points
+
+
+def interpolate(xs, ys, x):
+    """Linear between (xs, ys), xs rising; NaN outside."""
+    for i in range(1, len(xs)):
+        if xs[i - 1] <= x <= xs[i]:
+            part = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+            return ys[i - 1] + part * (ys[i] - ys[i - 1])
+    return math.nan
+
+
+def reward_at(points, kl):
+    """The limit's mean reward at so many nats; NaN where the curve is not drawn."""
+    return interpolate([p.kl for p in points], [p.reward for p in points], kl)
+
+
+def slope_at(points, kl):
+    """What the limit's mean reward grows by per nat there, which is the beta of that place; NaN outside the curve."""
+    for before, after in itertools.pairwise(points):
+        if before.kl <= kl <= after.kl:
+            return (after.reward - before.reward) / (after.kl - before.kl)
+    return math.nan
+
+
+def at_beta(points, beta):
+    """(kl, reward) of pi_beta, where DPO on Bradley-Terry labels must land; NaNs where the curve is not drawn."""
+    xs = [1 / p.beta for p in points]
+    return tuple(interpolate(xs, [getattr(p, name) for p in points], 1 / beta) for name in ("kl", "reward"))
+
+
+def share_of_gain(points, kl, reward):
+    """A policy's gain in reward over the reference, as a share of the limit's gain at the same KL: 1 is the limit.
+
+    NaN where the curve is not drawn, and at 0 nats. Take reward and kl as means over the same samples, the KL by its
+    plain estimator, sum_t log pi - log pi_ref: their errors then run along the curve, and hardly change the share.
+    """
+    gain = reward_at(points, kl) - points[0].reward
+    return (reward - points[0].reward) / gain if gain else math.nan
+
+
+def main(argv=None):
+    settings = parse_settings(Settings, __doc__.split("\n\n")[0], argv)
+    device = pick_device(settings.device)
+    reward = load_reward(settings.reward)
+    sources, names = [], [settings.reference, *(settings.proposal or [])]
+    for name in names:
+        model, tokenizer, _ = checkpoint.load(name)
+        sources.append(Source(model.to(device), settings.temperature if sources else 1.0))
+        if name == settings.reference:
+            shared = tokenizer
+        elif tokenizer.fingerprint != shared.fingerprint:
+            raise UserError(f"{name} and {settings.reference} have different tokenizers: no KL between them.")
+    if settings.samples < 4 * len(sources):
+        raise UserError(f"--samples {settings.samples}: {len(sources)} models draw at least four each.")
+    records = dataset.read_jsonl(data.find(settings.data, "prompts_test"), ("prompt",))
+    prompts = [record["prompt"] for record in records][: settings.prompts or None]
+
+    rewards, logps = all_draws(sources, prompts, shared, reward, settings)
+    counts = shares(settings.samples, len(sources))
+    points = curve(rewards, logps, counts)
+    write(settings.out, points)
+    drawn = read(settings.out)
+    print(f"{settings.out}: {len(prompts)} prompts x {settings.samples} draws from {', '.join(names)}")
+    print(f"the reference's mean reward is {drawn[0].reward:.3f} +- {drawn[0].reward_se:.3f}")
+    print("    kl  gain    +-     beta   effective samples a prompt: worst, median")
+    for target in (0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6):
+        p = min(points, key=lambda p: abs(p.kl - target))
+        print(
+            f"{p.kl:6.2f}{p.reward - points[0].reward:6.3f} {p.gain_se:.4f}{p.beta:7.3f}{p.ess_min:9.0f}"
+            f"{p.ess_median:9.0f}" + ("" if p.ess_min >= LEAST_ESS else "   not drawn")
+        )
+    print(
+        f"drawn up to {drawn[-1].kl:.2f} nats (beta {drawn[-1].beta:.3f}), where no prompt has fewer than {LEAST_ESS}"
+    )
+    print(f"doubling the samples changed the gain at equal KL by {doubling(rewards, logps, counts):.2%} at most")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,322 @@
+"""From JSONL to batches: checked records -> token rows -> ids, targets and response mask, made together.
+
+Look at the data before training on it:  python -m minidpo.dataset data/toy_sentiment/pairs_train.jsonl
+
+One row is `[eot] prompt response [eot]`. Prompt and response are tokenised apart and their ids joined, so that no merge
+crosses the border; the first eot starts the document and is never scored, the last ends the response and always is.
+"""
+
+import argparse
+import gzip
+import json
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minidpo.settings import UserError, run_main
+
+PAIR = ("prompt", "chosen", "rejected")
+SFT = ("prompt", "completion")
+
+
+# ---- 1. files ----
+
+
+def new_file(path, overwrite):
+    """Path of a file about to be written; UserError if it is there already, before any work is done for it."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} is there already. Add --overwrite to replace it, or give another name.")
+    return Path(path)
+
+
+def json_lines(path, fields):
+    """One JSON object a line, of a plain or a gzip file (*.gz) -> pairs (where, object), `where` for error messages.
+
+    Blank lines are passed over. Raises UserError, with file and line number, for a line that is not UTF-8, not a JSON
+    object, or lacks one of `fields`, and for gzip data that is damaged or cut.
+    """
+    where = path
+    try:
+        # as bytes: only "\n" ends a line, whatever else the text holds
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
+                except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, a number of 5,000 digits
+                    raise UserError(f"{where}: not JSON ({error}). One object a line is expected.") from error
+                if not isinstance(record, dict):
+                    kind = type(record).__name__
+                    raise UserError(f"{where}: a {kind} where an object with {', '.join(fields)} belongs.")
+                for field in fields:
+                    if field not in record:
+                        raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
+                yield where, record
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{where}: damaged gzip data there or after ({error}). Fetch the file again.") from error
+
+
+def check_text(record, field, where):
+    """UserError unless record[field] is a text that can be written as UTF-8."""
+    if not isinstance(record[field], str):
+        raise UserError(f"{where}: {field!r} is a {type(record[field]).__name__}; it must be a string.")
+    try:
+        record[field].encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {field!r} holds half a character (a lone surrogate): {error}") from error
+
+
+def read_jsonl(path, fields):
+    """One JSON object a line -> list of dicts with the given string fields.
+
+    Raises UserError as `json_lines` does, and for a field that holds something else than a text.
+    """
+    records = []
+    for where, record in json_lines(path, fields):
+        for field in fields:
+            check_text(record, field, where)
+        for field, value in record.items():
+            if field.endswith("_ended") and not isinstance(value, bool):
+                raise UserError(f"{where}: {field!r} is {value!r}; it must be true or false.")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} is empty. One JSON object a line with {', '.join(fields)} is expected.")
+    return records
+
+
+# ---- 2. token rows ----
+
+
+def fit(prompt, responses, ended, eot, max_length, min_prompt_tokens=8):
+    """Cuts one prompt and its responses (lists of ids) to the context, and puts the eot where it belongs.
+
+    `ended` says of each response whether it ended by itself; a sampler's last word before its limit is no end.
+
+    The limit counts input positions: 1 + prompt + response <= max_length (the final eot is only a target). The left of
+    the prompt goes first, down to min_prompt_tokens; only then are responses cut, and a cut response gets no eot. All
+    responses keep the same prompt. Returns ([eot] + prompt, [response + [eot], ...], prompt_was_cut, n_responses_cut).
+    """
+    room = max_length - 1 - max(len(r) for r in responses)
+    kept = min(len(prompt), max(room, min_prompt_tokens))
+    room = max(0, max_length - 1 - kept)
+    fitted = [r[:room] if len(r) > room else r + [eot] if e else r for r, e in zip(responses, ended, strict=True)]
+    return [eot, *prompt[len(prompt) - kept :]], fitted, kept < len(prompt), sum(len(r) > room for r in responses)
+
+
+def encode_pairs(records, tokenizer, max_length):
+    """Preference records -> (rows, counts).
+
+    rows: list of (prompt_ids, chosen_ids, rejected_ids) for `preference_batch`. A pair with an empty side, or with two
+    sides that are equal once they are cut, teaches nothing and is dropped; `counts` says how many, and what was cut.
+    A record may say "chosen_ended": false (or rejected_ended) of a response that its sampler cut: it gets no eot.
+    """
+    rows, counts = [], Counter(pairs=len(records))
+    for record in records:
+        prompt, chosen, rejected = (tokenizer.encode(record[field]) for field in PAIR)
+        if not chosen or not rejected:
+            counts["dropped: empty response"] += 1
+            continue
+        ended = [record.get(f"{side}_ended", True) for side in ("chosen", "rejected")]
+        prompt, (chosen, rejected), prompt_cut, n_cut = fit(
+            prompt, (chosen, rejected), ended, tokenizer.eot, max_length
+        )
+        if not chosen or not rejected:
+            counts["dropped: no room for a response"] += 1
+        elif chosen == rejected:
+            counts["dropped: equal responses"] += 1
+        else:
+            counts["prompt cut"] += prompt_cut
+            counts["response cut"] += n_cut
+            rows.append((prompt, chosen, rejected))
+    return rows, counts
+
+
+def encode_sft(records, tokenizer, max_length):
+    """SFT records -> (rows, counts); rows: list of (prompt_ids, completion_ids) for `sft_batch`. As `encode_pairs`."""
+    rows, counts = [], Counter(rows=len(records))
+    for record in records:
+        prompt, completion = (tokenizer.encode(record[field]) for field in SFT)
+        if not completion:
+            counts["dropped: empty response"] += 1
+            continue
+        prompt, (completion,), prompt_cut, n_cut = fit(prompt, (completion,), [True], tokenizer.eot, max_length)
+        if not completion:
+            counts["dropped: no room for a response"] += 1
+            continue
+        counts["prompt cut"] += prompt_cut
+        counts["response cut"] += n_cut
+        rows.append((prompt, completion))
+    return rows, counts
+
+
+def load_rows(path, encode, fields, tokenizer, max_length):
+    """Reads, encodes and states what was cut and dropped. UserError if nothing usable is left."""
+    rows, counts = encode(read_jsonl(path, fields), tokenizer, max_length)
+    print(f"{path}: {len(rows):,} usable of {', '.join(f'{v:,} {k}' for k, v in counts.items() if v)}")
+    if not rows:
+        raise UserError(f"{path}: no usable record; the counts above say why.")
+    return rows
+
+
+def load_pairs(split, tokenizer, max_length):
+    """(training file, held-out file or None) of preferences -> (pairs, held-out pairs), by `encode_pairs`."""
+    return [load_rows(path, encode_pairs, PAIR, tokenizer, max_length) if path else [] for path in split]
+
+
+def load_sft(split, tokenizer, max_length):
+    """(training file, held-out file or None) of SFT rows -> (rows, held-out rows), as `encode_sft` gives them."""
+    return [load_rows(path, encode_sft, SFT, tokenizer, max_length) if path else [] for path in split]
+
+
+# ---- 3. batches ----
+
+
+class Rows(NamedTuple):
+    """N rows as tensors (N, T): position t holds the input ids[t] and is to predict targets[t].
+
+    `mask` is true where the target belongs to the response. For prompt_ids [e, 5], response_ids [7, 8, e]:
+
+        ids      e  5  7  8
+        targets  5  7  8  e
+        mask     .  x  x  x
+
+    Rows are padded on the right with id 0 and mask false: the causal mask keeps padding out of every real position,
+    so no attention mask is needed.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+
+
+class PreferenceBatch(NamedTuple):
+    """B pairs: `chosen` and `rejected` are Rows of B rows each, in the same order."""
+
+    chosen: Rows
+    rejected: Rows
+
+
+def sft_batch(rows, device="cpu"):
+    """list of (prompt_ids, response_ids) -> Rows. Raises ValueError for empty prompt_ids: eot at least comes first."""
+    T = max(len(prompt) + len(response) for prompt, response in rows) - 1
+    ids = torch.zeros(len(rows), T, dtype=torch.long)
+    targets = torch.zeros(len(rows), T, dtype=torch.long)
+    mask = torch.zeros(len(rows), T, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        if not prompt:
+            raise ValueError(
+                f"row {i} has no prompt ids; a row starts with eot at least, which predicts the first response token."
+            )
+        row = torch.tensor([*prompt, *response])
+        n = len(row) - 1
+        ids[i, :n] = row[:-1]
+        targets[i, :n] = row[1:]
+        mask[i, len(prompt) - 1 : n] = True  # the last prompt token predicts the first response token
+    return Rows(ids.to(device), targets.to(device), mask.to(device))
+
+
+def preference_batch(rows, device="cpu"):
+    """list of (prompt_ids, chosen_ids, rejected_ids) -> PreferenceBatch, scored as they stand.
+
+    Adds nothing but padding: eot is already where it belongs. Raises ValueError for empty prompt_ids.
+    """
+    chosen = sft_batch([(prompt, chosen) for prompt, chosen, _ in rows], device)
+    rejected = sft_batch([(prompt, rejected) for prompt, _, rejected in rows], device)
+    return PreferenceBatch(chosen, rejected)
+
+
+def batches(rows, batch_size, seed, epoch, pool=32):
+    """Indices of `rows` in the batches of one epoch, shuffled, each batch of rows of similar length.
+
+    Pools of `pool` batches are shuffled, sorted by length within, cut into batches, and these are shuffled again. The
+    order depends on seed and epoch alone, so a resumed run finds its place by counting. The last batch may be short.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    cut = []
+    for i in range(0, len(order), pool * batch_size):
+        by_length = sorted(order[i : i + pool * batch_size], key=lambda r: sum(len(part) for part in rows[r]))
+        cut += [by_length[j : j + batch_size] for j in range(0, len(by_length), batch_size)]
+    return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
+
+
+def micro_batches(batches, rows, size, tokens):
+    """The batches (lists of indices of the pairs `rows`) cut to what fits into memory at once, in the same order.
+
+    At most `size` pairs each, and at most `tokens` input positions, the padding of both sides counted; 0: no limit. A
+    pair that is longer by itself stands alone. Whatever the cuts, a step sums over its pairs, so they change no result.
+    """
+    cut = []
+    for batch in batches:
+        micro, longest = [], (0, 0)
+        for index in batch:
+            prompt, chosen, rejected = rows[index]
+            lengths = len(prompt) + len(chosen) - 1, len(prompt) + len(rejected) - 1
+            longer = max(longest[0], lengths[0]), max(longest[1], lengths[1])
+            if micro and (len(micro) == size or tokens and (len(micro) + 1) * sum(longer) > tokens):
+                cut.append(micro)
+                micro, longer = [], lengths
+            micro.append(index)
+            longest = longer
+        cut.append(micro)
+    return cut
+
+
+# ---- 4. a look ----
+
+
+def show(path, tokenizer, n, max_length):
+    """Prints n decoded rows with the response marked, and a histogram of row lengths."""
+    is_pair = "chosen" in read_jsonl(path, ("prompt",))[0]
+    encode, fields = (encode_pairs, PAIR) if is_pair else (encode_sft, SFT)
+    rows = load_rows(path, encode, fields, tokenizer, max_length)
+    print("\nScored tokens stand in [brackets], one each; ∎ is the end-of-text token, · an unscored token's border.\n")
+    for prompt, *responses in rows[:n]:
+        for name, response in zip(fields[1:], responses, strict=True):
+            batch = sft_batch([(prompt, response)])
+            tokens = ["∎" if i == tokenizer.eot else tokenizer.decode([i]) for i in batch.targets[0].tolist()]
+            shown = "".join(f"[{t}]" if m else f"{t}·" for t, m in zip(tokens, batch.mask[0].tolist(), strict=True))
+            print(f"{name:>10}  ∎·{shown}")
+        print()
+    lengths = [len(prompt) + len(response) - 1 for prompt, *responses in rows for response in responses]
+    width = max(1, -(-(max(lengths) + 1) // 16))
+    histogram = Counter(length // width for length in lengths)
+    print(
+        f"row length in tokens: mean {sum(lengths) / len(lengths):.1f}, longest {max(lengths)}, of at most {max_length}"
+    )
+    for i in range(max(histogram) + 1):
+        bar = "█" * round(50 * histogram[i] / max(histogram.values()))
+        print(f"{i * width:5d}-{i * width + width - 1:<5d}{histogram[i]:7,d} {bar}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at rows, masks and lengths before training on them.")
+    parser.add_argument("file", help="JSONL of preferences (prompt, chosen, rejected) or SFT rows (prompt, completion)")
+    parser.add_argument(
+        "--run", help="take tokenizer and context of this run folder (default: train a BPE on the file)"
+    )
+    parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default 3)")
+    parser.add_argument("--max-length", type=int, default=1024, help="context without --run, in tokens (default 1024)")
+    args = parser.parse_args()
+    from minidpo.checkpoint import load
+    from minidpo.tokenizer import Tokenizer
+
+    path, max_length = Path(args.file), args.max_length
+    if args.run:
+        model, tokenizer, _ = load(args.run)
+        max_length = model.config.block_size
+    else:
+        texts = [v for r in read_jsonl(path, ("prompt",)) for v in r.values() if isinstance(v, str)]
+        tokenizer = Tokenizer.train(texts, 1024)
+    show(path, tokenizer, args.rows, max_length)
+
+
+if __name__ == "__main__":
+    run_main(main)
