@@ -91,7 +91,7 @@ class SentimentClassifier:
             return cls(dict(zip(names, weights, strict=True)), saved["bias"])
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} is no sentiment classifier, or is damaged. Train it: python -m experiments.rewards --train FILE"
+                f"{path} is no sentiment classifier, or is damaged. Make it: python -m experiments.rewards --train FILE"
             ) from error
 
 

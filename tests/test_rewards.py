@@ -11,8 +11,8 @@ import torch
 from conftest import need
 
 from data.imdb import prepare
+from experiments import rewards
 from experiments.rewards import SentimentClassifier, load_reward
-from minidpo import rewards
 from minidpo.settings import UserError
 
 GOOD, BAD, PLAIN = ["great", "lovely", "fun"], ["awful", "dull", "bad"], ["the", "film", "was", "a", "night", "out"]
