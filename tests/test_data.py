@@ -13,7 +13,8 @@ from tiny import write_jsonl
 import data
 from data.toy_sentiment import generate as toy
 from minidpo import checkpoint, dataset
-from minidpo.dataset import Rows, cut_to_context, encode_pairs, encode_sft, preference_batch, read_jsonl, sft_batch
+from minidpo.dataset import Rows, encode_pairs, encode_sft, preference_batch, read_jsonl, sft_batch
+from minidpo.dataset import cut_to_context as cut
 from minidpo.model import GPT, GPTConfig
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
@@ -131,28 +132,28 @@ PROMPT, LONG, SHORT = list(range(1, 21)), [31, 32, 33, 34, 35], [41, 42, 43]  # 
         (3, PROMPT[-8:], [], []),
     ],
 )
-def test_fit_cuts_the_left_of_the_prompt_then_responses(max_length, prompt, long, short):
-    cut = sum(99 not in response for response in (long, short))
+def test_cut_to_context_cuts_the_left_of_the_prompt_then_responses(max_length, prompt, long, short):
+    n_cut = sum(99 not in response for response in (long, short))
     for responses, fitted in (((LONG, SHORT), [long, short]), ((SHORT, LONG), [short, long])):
-        expected = ([99, *prompt], fitted, len(prompt) < 20, cut)
-        assert cut_to_context(PROMPT, responses, [True, True], 99, max_length) == expected
+        expected = ([99, *prompt], fitted, len(prompt) < 20, n_cut)
+        assert cut(PROMPT, responses, [True, True], 99, max_length) == expected
 
 
-def test_fit_keeps_a_short_prompt_whole_and_pads_none():
-    assert cut_to_context([1, 2], (LONG, SHORT), [True, True], 99, 6) == (
+def test_cut_to_context_keeps_a_short_prompt_whole_and_pads_none():
+    assert cut([1, 2], (LONG, SHORT), [True, True], 99, 6) == (
         [99, 1, 2],
         [LONG[:3], [*SHORT, 99]],
         False,
         1,
     )
-    assert cut_to_context([], (LONG,), [True], 99, 6) == ([99], [[*LONG, 99]], False, 0)
-    assert cut_to_context(PROMPT, (LONG,), [True], 99, 10, min_prompt_tokens=2) == (
+    assert cut([], (LONG,), [True], 99, 6) == ([99], [[*LONG, 99]], False, 0)
+    assert cut(PROMPT, (LONG,), [True], 99, 10, min_prompt_tokens=2) == (
         [99, *PROMPT[-4:]],
         [[*LONG, 99]],
         True,
         0,
     )
-    assert cut_to_context(PROMPT, (LONG,), [True], 99, 7, min_prompt_tokens=2) == (
+    assert cut(PROMPT, (LONG,), [True], 99, 7, min_prompt_tokens=2) == (
         [99, *PROMPT[-2:]],
         [LONG[:4]],
         True,
@@ -160,8 +161,8 @@ def test_fit_keeps_a_short_prompt_whole_and_pads_none():
     )
 
 
-def test_fit_gives_no_eot_to_what_did_not_end():
-    prompt, fitted, *_ = cut_to_context(PROMPT, (LONG, SHORT), [False, True], 99, 100)
+def test_cut_to_context_gives_no_eot_to_what_did_not_end():
+    prompt, fitted, *_ = cut(PROMPT, (LONG, SHORT), [False, True], 99, 100)
     assert fitted == [LONG, [*SHORT, 99]]
 
 
