@@ -103,9 +103,9 @@ def _read_config(path):
     return config
 
 
-def _is_transposed(name, weight):
-    """The file holds the matrices of a block as (in, out), as OpenAI's Conv1D does; nn.Linear has (out, in)."""
-    return name.startswith("h.") and weight.dim() == 2
+def _stored(name, weight):
+    """The weight as the file holds it: a block's matrices are (in, out), as in OpenAI's Conv1D; nn.Linear's (out, in)."""
+    return weight.T if name.startswith("h.") and weight.dim() == 2 else weight
 
 
 def _safetensors(path):
@@ -135,8 +135,7 @@ def _read_weights(path, missing):
             # opened for each tensor: what was read from a file stays in memory until the file is closed
             with safetensors.safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(key)
-            weight = missing.pop(name)
-            target = weight.T if _is_transposed(name, weight) else weight
+            target = _stored(name, missing.pop(name))
             if (found := tuple(tensor.shape)) != (wanted := tuple(target.shape)):
                 raise UserError(f"{path}: {key} is {found}, config.json asks for {wanted}.")
             target.copy_(tensor)
@@ -150,17 +149,16 @@ def _read_weights(path, missing):
 def _write_weights(path, model):
     """Writes the weights under Hugging Face's names.
 
-    safetensors writes a tensor as it lies in memory. So the transposed matrices are laid out in the order of the file
-    while it is written, one after another: transposed copies of all of them would be a second model.
+    safetensors writes a tensor as it lies in memory. So each transposed matrix is laid out in the order of the file
+    while that is written. This needs memory for one matrix; transposed copies of all would be a second model.
     """
     safetensors, weights = _safetensors(path), dict(model.named_parameters())
-    transposed = {name: weight for name, weight in weights.items() if _is_transposed(name, weight)}
     try:
-        for weight in transposed.values():
-            weight.data = weight.data.T.contiguous().T  # shape and values stay
+        for name, weight in weights.items():
+            weight.data = _stored(name, _stored(name, weight.data).contiguous())  # shape and values stay
         with atomic(path) as file:
             safetensors.torch.save_file(
-                {"transformer." + n: (w.T if n in transposed else w).detach().cpu() for n, w in weights.items()},
+                {"transformer." + name: _stored(name, weight).detach().cpu() for name, weight in weights.items()},
                 file.name,
                 metadata={"format": "pt"},
             )
@@ -169,7 +167,7 @@ def _write_weights(path, model):
     except safetensors.SafetensorError as error:  # the disk is full, for example
         raise OSError(f"{path}: {error}") from error
     finally:
-        for weight in transposed.values():
+        for weight in weights.values():
             weight.data = weight.data.contiguous()
 
 
