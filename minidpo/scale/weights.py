@@ -104,7 +104,7 @@ def _read_config(path):
 
 
 def _stored(name, weight):
-    """The weight as the file holds it: a block's matrices are (in, out), as in OpenAI's Conv1D; nn.Linear's (out, in)."""
+    """The weight as the file holds it: matrices of a block are (in, out), as in OpenAI's Conv1D, not (out, in)."""
     return weight.T if name.startswith("h.") and weight.dim() == 2 else weight
 
 
