@@ -1,144 +1,120 @@
 """Memory of a DPO run: a plan before it starts, and advice if memory runs out.
 
-    python -m minidpo.scale.memory --preset gpt2-large --fast --recompute
-
-The plan adds up the tensors of one training step, in bytes. It is within 15 % of the measured peak: docs/large.md.
+python -m minidpo.scale.memory --preset gpt2-large --fast      plans a run on one GPU
 """
 
 import contextlib
 import dataclasses
-import math
+import re
 from collections import namedtuple
 from pathlib import Path
 
 import torch
 
-from minidpo import dataset
-from minidpo.device import DEVICES, DTYPES
-from minidpo.model import GPT, PRESETS, GPTConfig
+from minidpo.model import PRESETS, GPTConfig
 from minidpo.optim import OPTIMIZERS
+from minidpo.run import steps
 from minidpo.scale import parallel
 from minidpo.scale.fast import CHUNK
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
-GIB = 2**30
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-ACCURACY = 0.15  # of the plan, against the measured peak
-STATE = {"sgd": 1, "rmsprop": 1, "adamw": 2}  # numbers that the optimiser keeps per weight
-Plan = namedtuple("Plan", "weights copies gradients optimizer activations head peak")  # bytes; peak: at most at once
-Size = namedtuple("Size", "positions aligned tokens scored longest")
+
+class Plan(namedtuple("Plan", "weights copies gradients optimizer activations head peak")):  # bytes; peak: the sum
+    def __str__(self):
+        return "memory in GiB: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self._asdict().items())
 
 
-def size_of(pairs):
-    """Size of a micro-batch of pairs (prompt_ids, chosen_ids, rejected_ids), in tokens."""
-    chosen, rejected = (max(len(pair[0]) + len(pair[side]) - 1 for pair in pairs) for side in (1, 2))
+def plan(config, pairs, settings, accumulate=True):
+    """Plan of a training step. pairs: its largest micro-batch. accumulate: whether the step has several of them."""
+    L, C, V, bf16 = config.n_layer, config.n_embd, config.vocab_size, settings.dtype == "bfloat16"
+    width, embedding = 2 if bf16 else 4, 4 * V * C  # bytes: of a number in matrix products, of the token embedding
+    weights = 4 * (V * C + config.block_size * C + L * (12 * C**2 + 13 * C) + 2 * C)
+    copies = bf16 * 2 * 12 * L * C**2  # autocast keeps the matrices of the blocks in bfloat16 as well
+    longest = [max(len(pair[0]) + len(pair[side]) - 1 for pair in pairs) for side in (1, 2)]  # row, in tokens
     scored = sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)  # response tokens
-    tokens = sum(len(prompt) for prompt, *_ in pairs) + scored - 2 * len(pairs)  # no padding, each prompt once
-    longest = max(chosen, rejected)
-    # positions: with padding, chosen and rejected rows apart; aligned: with padding, all rows as long as the longest
-    return Size(len(pairs) * (chosen + rejected), 2 * len(pairs) * longest, tokens, scored, longest)
-
-
-def plan(config, optimizer, dtype, size, recompute=False, accumulate=True, fast=False, device="cuda"):
-    """The memory of one training step of train_dpo.py with these settings -> Plan.
-
-    size: of the largest micro-batch. accumulate: whether a step has several of them, so that the gradients of the first
-    are kept while the second is computed.
-    """
-    L, C, V = config.n_layer, config.n_embd, config.vocab_size
-    with torch.device("meta"):  # shapes without memory
-        weights = 4 * GPT(config).n_parameters
-    half = dtype == "bfloat16"
-    width = 2 if half else 4  # bytes of a number in matrix products
-    copies = 2 * 12 * L * C**2 if half else 0  # of the blocks' matrices, which autocast keeps in bfloat16
-    embedding = 4 * V * C
-    kept = weights if accumulate else 0  # gradients of earlier micro-batches
-
-    # What a block keeps of a token for its backward pass: what goes into both LayerNorms, in fp32 (2 C), and what goes
-    # into and out of its products: both LayerNorms' results (2 C), query, key, value (3 C), attention's result (C), and
-    # the MLP before and after GELU (4 C + 4 C).
-    if fast:  # attention's part is laid out in rows; without a fused kernel it keeps the heads' weights, not the result
-        n = size.tokens
-        in_rows = 3 * C + config.n_head * size.longest if half and device == "cpu" else 4 * C
-        mlp = C * (4 + 9 * width)
-        block = n * (C * (4 + 2 * width) + mlp) + size.aligned * width * in_rows
-        activations = L * block - (n - size.scored) * mlp  # the last MLP sees scored tokens only
-        # logits; in bfloat16 also the embedding's copy, its gradient before it is raised, and a chunk of fp32 logits
-        head = size.scored * V * width + (embedding + 4 * min(CHUNK, size.scored * V) if half else 0)
+    # What a block keeps per token for its backward pass: the inputs of both LayerNorms in fp32 (2 C), then the results
+    # of both (2 C), query, key, value (3 C), the result of attention (C), and the MLP before and after GELU (4 C each).
+    if settings.fast:  # only attention has rows, with query, key, value and result (4 C)
+        n = sum(len(prompt) for prompt, *_ in pairs) + scored - 2 * len(pairs)  # no padding, each prompt once
+        block = n * C * (8 + 11 * width) + 2 * len(pairs) * max(longest) * 4 * C * width
+        # logits. In bfloat16 also the embedding's copy and the gradient of that, and some logits in fp32
+        head = scored * V * width + bf16 * (embedding + 4 * min(CHUNK, scored * V))
     else:
-        n = size.positions
+        n = len(pairs) * sum(longest)
         block = n * C * (8 + 14 * width)
-        activations = L * block
-        head = 4 * (4 * V * n / 2)  # logits of chosen, of rejected, log-softmax and gradient
-    again = 0
-    if recompute:  # each block's input, and one block with the gradients in its MLP; of one side, if not fast
-        activations, again = 4 * n * C * L, (block + 8 * n * C * width) / (1 if fast else 2)
-
-    start = kept + copies + activations + max(head, again)  # of the backward pass
-    if fast:
-        peak = embedding + max(start, weights)
-    else:  # two passes over the same weights: the gradients of one wait for those of the other
-        peak = max(start, kept + weights + activations / 2 + max(head, 2 * embedding))
-    state = STATE[optimizer] * weights
-    return Plan(*map(int, (weights, copies, weights, state, activations + again, head, weights + state + peak)))
+        # log-softmax of chosen and of rejected, and logits and gradient of one; later both gradients of the embedding
+        head = max(8 * V * n, 2 * embedding)
+    # --recompute keeps the inputs of all blocks, and one block is computed again after the memory of the head is free
+    activations, head = (4 * n * C * L, max(head, block)) if settings.recompute else (L * block, head)
+    state = weights * {"sgd": 1, "rmsprop": 1, "adamw": 2}[settings.optimizer]
+    # Later gradients wait to be added to earlier ones: those of all weights in two passes, the head's alone if fast.
+    gradients = weights + accumulate * (embedding if settings.fast else weights)
+    parts = (weights, copies, gradients, state, activations, head)
+    return Plan(*parts, sum(parts))
 
 
 def plan_of(config, pairs, settings):
-    """The Plan of the largest micro-batch that a run of train_dpo.py with these settings will meet."""
-    epochs = range(max(1, math.ceil(settings.epochs)))
-    steps = [step for epoch in epochs for step in dataset.batches(pairs, settings.batch_size, settings.seed, epoch)]
-    cut = settings.cut([parallel.mine(indices) for indices in steps], pairs)
-    sizes = [size_of([pairs[i] for i in indices]) for indices in cut if indices]
-    largest = Size(*(max(numbers) for numbers in zip(*sizes, strict=True)))
-    how = {name: getattr(settings, name) for name in ("optimizer", "dtype", "recompute", "fast", "device")}
-    return plan(config, size=largest, accumulate=len(cut) > len(steps), **how)
+    """The Plan of a run of train_dpo.py: of the largest micro-batch that these pairs and settings give."""
+    batches = [parallel.share(indices) for _, indices in steps(pairs, settings)]
+    cut = settings.cut(batches, pairs)
+    plans = (plan(config, [pairs[i] for i in indices], settings, len(cut) > len(batches)) for indices in cut if indices)
+    return max(plans, key=lambda planned: planned.peak, default=plan(config, pairs[:1], settings))
 
 
 def check(policy, pairs, settings):
     """Prints the plan of a run before it starts, and a warning if it may not fit. The policy is on its device."""
-    planned = plan_of(policy.config, pairs, settings)
-    print(f"memory plan: {describe(planned)}")
-    free = available(settings.device)
-    if free is not None and planned.peak > (1 - ACCURACY) * (free + planned.weights):  # the weights are there already
-        room = (free + planned.weights) / GIB
-        print(f"warning: {settings.device} has {room:.2f} GiB, so memory may run out. {advice(settings)}")
+    print(planned := plan_of(policy.config, pairs, settings))
+    room = available(settings.device) + planned.weights  # which are there already
+    if planned.peak > 0.85 * room:  # the plan is within 15 % of the measured peak
+        print(f"warning: {settings.device} has {room / 2**30:.2f} GiB. Memory may run out. {advice(settings)}")
 
 
-def describe(planned):
-    return ", ".join(f"{name} {value / GIB:.2f}" for name, value in planned._asdict().items()) + " GiB"
+def available(device):
+    """Bytes that this process can still take on the device; infinite where the system does not say."""
+    if device == "cuda":  # what the GPU has free, and what PyTorch has taken but does not use
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if device == "cpu" and (file := Path("/proc/meminfo")).exists():  # Linux
+        return 1024 * int(file.read_text(encoding="utf-8").partition("MemAvailable:")[2].split()[0])
+    return float("inf")
 
 
 def advice(settings):
-    """A sentence that names the flags that save most memory, as far as they are not set."""
-    saves = {
-        "--fast": not getattr(settings, "fast", True),
-        "--micro-batch-size 1": settings.micro_batch_size != 1,
-        "--recompute": not settings.recompute,
-        "--optimizer rmsprop": settings.optimizer == "adamw",
-    }
-    flags = " ".join(flag for flag, helps in saves.items() if helps)
-    return f"To need less, add {flags}." if flags else "To need less, take a smaller model or shorten rows by --max-length."
+    """Names the flags that save most memory and are not set yet."""
+    flags = {"--fast": not getattr(settings, "fast", True), "--micro-batch-size 1": settings.micro_batch_size != 1}
+    flags |= {"--recompute": not settings.recompute, "--optimizer rmsprop": settings.optimizer == "adamw"}
+    add = " ".join(flag for flag, saves in flags.items() if saves)
+    return f"To save memory, add {add}." if add else "Take a smaller model, or shorter rows by --max-length."
 
 
 @contextlib.contextmanager
 def advise(settings):
-    """Within it (or a function that it decorates), running out of memory raises UserError with the flags that help."""
+    """As a `with` block or a decorator: if memory runs out there, raises UserError with the flags that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # PyTorch's allocators raise RuntimeError
-        reason = str(error).partition("\n")[0]
-        if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if not re.search("MemoryError|(out of|not enough|can't allocate) memory", reason):
             raise
         raise UserError(f"out of memory on {settings.device} ({reason}). {advice(settings)}") from error
 
 
-def available(device):
-    """Bytes that this process can still take on `device`; None where the system does not say."""
-    if device == "cuda":  # what the card has free, and what PyTorch holds of it without using it
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if device == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    if not Path("/proc/meminfo").exists():  # not Linux
-        return None
-    text = Path("/proc/meminfo").read_text(encoding="utf-8")
-    return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
+@dataclasses.dataclass
+class Settings:
+    preset: str = knob("gpt2-large", "shape of the model", choices=tuple(PRESETS))
+    optimizer: str = knob("rmsprop", "optimiser", choices=OPTIMIZERS)
+    dtype: str = knob("bfloat16", "precision of the matrix products", choices=("float32", "bfloat16"))
+    micro_batch_size: int = knob(1, "pairs per forward pass; a step has several of them", least=1)
+    length: int = knob(512, "tokens per row, half of them response", least=2)
+    recompute: bool = knob(False, "compute each block again in the backward pass")
+    fast: bool = knob(False, "minidpo/scale/fast.py in place of response_logps")
+
+
+def main():
+    settings = parse_settings(Settings, "Plans the memory of a training step of DPO.")
+    half = [0] * (settings.length // 2)
+    pairs = [([0, *half], half, half)] * settings.micro_batch_size  # the last token of a row is only a target
+    print(plan(GPTConfig.preset(settings.preset), pairs, settings))
+
+
+if __name__ == "__main__":
+    run_main(main)
