@@ -16,66 +16,6 @@ from minidpo.model import GPT, LAYER_NORM_EPS, PRESETS, GPTConfig
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
-EXTRA = 'needs the extra hf: pip install -e ".[hf]"'
-
-
-def load_pretrained(name_or_folder):
-    """Folder in Hugging Face's GPT-2 layout, or a name such as "gpt2-large" to download -> GPT on the CPU, in fp32.
-
-    The model has no dropout. Memory holds the model and at most two tensors beside it. Raises UserError if config.json
-    has a value that changes the forward pass in a way this model does not have, if a tensor is missing, unknown or of
-    another shape, without the extra `hf`, and without a network for a name.
-    """
-    folder = _find_folder(str(name_or_folder))
-    config = _read_config(folder / "config.json")
-    with torch.device("meta"):  # no memory and no time for initial weights
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    _read_weights(folder / "model.safetensors", dict(model.named_parameters()))
-    return model
-
-
-def save_pretrained(model, folder, tokenizer=None):
-    """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given.
-
-    Needs memory for the largest tensor beside the model. Raises UserError without the extra `hf`, and OSError if a file
-    cannot be written.
-    """
-    folder, config = Path(folder), model.config
-    _write_weights(folder / "model.safetensors", model)
-    values = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=config.block_size)
-    values |= {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    values |= dict(activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS)
-    values |= {name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
-    if tokenizer is not None:
-        values |= dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
-        tokenizer.save_hf(folder)
-        tokenizer.save(folder / "bpe.json")
-    atomic_write(folder / "config.json", json.dumps(values, indent=2) + "\n")
-
-
-def _find_folder(name):
-    """The folder `name` itself, or the one that the hub's files are downloaded to."""
-    names = [preset for preset in PRESETS if preset.startswith("gpt2")]
-    if Path(name).is_dir():
-        return Path(name)
-    if name not in names:
-        raise UserError(f"{name} is neither a folder nor one of {', '.join(names)}.")
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise UserError(f"--init {name} {EXTRA}") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))  # shows a progress bar
-    except (OSError, errors.HTTPError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{name} could not be downloaded from huggingface.co ({reason}) and is not in the local cache. Try again "
-            f"with a network. Or run `hf download {name} {' '.join(FILES)} --local-dir FOLDER` on a machine that has "
-            "one, copy the folder here and give the folder instead of the name."
-        ) from error
-
-
 # the values that minidpo/model.py computes with; a field that is not listed does not change the forward pass
 ONLY = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -87,41 +27,22 @@ ONLY = {
 }
 
 
-def _read_config(path):
-    if not path.exists():
-        raise UserError(f"{path} not found: a GPT-2 folder holds the shape of the model in that file.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        shape = {name: values[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        config = GPTConfig(block_size=values["n_positions"], **shape)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: not a GPT-2 config ({error!r}).") from error
-    for name, allowed in {**ONLY, "n_inner": (None, 4 * config.n_embd)}.items():
-        if name in values and values[name] not in allowed:
-            only = f"which this model does not have (only {allowed[0]!r})"
-            raise UserError(f"{path}: {name} is {values[name]!r}, {only}.")
-    return config
-
-
-def _stored(name, weight):
-    """The weight as the file holds it: matrices of a block are (in, out), as in OpenAI's Conv1D, not (out, in)."""
-    return weight.T if name.startswith("h.") and weight.dim() == 2 else weight
-
-
-def _safetensors(path):
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError(f"{path} {EXTRA}") from error
-    return safetensors
-
-
 @torch.no_grad()
-def _read_weights(path, missing):
-    """Fills the parameters `missing` (a dict by name) from the file, one tensor after another."""
+def load_pretrained(name_or_folder):
+    """Folder in Hugging Face's GPT-2 layout, or a name such as "gpt2-large" to download -> GPT on the CPU, in fp32.
+
+    The model has no dropout. Memory holds the model and at most two tensors beside it. Raises UserError if config.json
+    has a value that changes the forward pass in a way this model does not have, if a tensor is missing, unknown or of
+    another shape, without the extra `hf`, and without a network for a name.
+    """
+    folder = _find_folder(str(name_or_folder))
+    config, path = _read_config(folder / "config.json"), folder / "model.safetensors"
     if not path.exists():
         raise UserError(f"{path} not found: a GPT-2 folder holds its weights in that file.")
-    safetensors = _safetensors(path)
+    with torch.device("meta"):  # no memory and no time for initial weights
+        model = GPT(config)
+    missing = dict(model.to_empty(device="cpu").named_parameters())
+    safetensors = _import("safetensors.torch", path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             keys = file.keys()
@@ -143,16 +64,20 @@ def _read_weights(path, missing):
         raise UserError(f"{path} is damaged or not a safetensors file ({error}). Download it again.") from error
     if missing:
         raise UserError(f"{path}: lacks {', '.join(sorted(missing)[:3])} ({len(missing)} tensors in all).")
+    return model
 
 
 @torch.no_grad()
-def _write_weights(path, model):
-    """Writes the weights under Hugging Face's names.
+def save_pretrained(model, folder, tokenizer=None):
+    """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given.
 
-    safetensors writes a tensor as it lies in memory. So each transposed matrix is laid out in the order of the file
-    while that is written. This needs memory for one matrix; transposed copies of all would be a second model.
+    Needs memory for the largest tensor beside the model: safetensors writes a tensor as it lies in memory, so each
+    matrix that the file holds transposed is laid out in the file's order until the file is written. Raises UserError
+    without the extra `hf`, and OSError if a file cannot be written.
     """
-    safetensors, weights = _safetensors(path), dict(model.named_parameters())
+    folder, config, weights = Path(folder), model.config, dict(model.named_parameters())
+    path = folder / "model.safetensors"
+    safetensors = _import("safetensors.torch", path)
     try:
         for name, weight in weights.items():
             weight.data = _stored(name, _stored(name, weight.data).contiguous())  # shape and values stay
@@ -169,6 +94,62 @@ def _write_weights(path, model):
     finally:
         for weight in weights.values():
             weight.data = weight.data.contiguous()
+    values = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=config.block_size)
+    values |= {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    values |= dict(activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS)
+    values |= {name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+    if tokenizer is not None:
+        values |= dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
+        tokenizer.save_hf(folder)
+        tokenizer.save(folder / "bpe.json")
+    atomic_write(folder / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+def _stored(name, weight):
+    """The weight as the file holds it: matrices of a block are (in, out), as in OpenAI's Conv1D, not (out, in)."""
+    return weight.T if name.startswith("h.") and weight.dim() == 2 else weight
+
+
+def _import(package, purpose):
+    try:
+        return __import__(package)  # for "safetensors.torch" this is safetensors
+    except ImportError as error:
+        raise UserError(f'{purpose} needs the extra hf: pip install -e ".[hf]"') from error
+
+
+def _find_folder(name):
+    """The folder `name` itself, or the one that the hub's files are downloaded to."""
+    names = [preset for preset in PRESETS if preset.startswith("gpt2")]
+    if Path(name).is_dir():
+        return Path(name)
+    if name not in names:
+        raise UserError(f"{name} is neither a folder nor one of {', '.join(names)}.")
+    hub = _import("huggingface_hub", f"--init {name}")
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=list(FILES)))  # shows a progress bar
+    except (OSError, hub.errors.HTTPError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{name} could not be downloaded from huggingface.co ({reason}) and is not in the local cache. Try again "
+            f"with a network. Or run `hf download {name} {' '.join(FILES)} --local-dir FOLDER` on a machine that has "
+            "one, copy the folder here and give the folder instead of the name."
+        ) from error
+
+
+def _read_config(path):
+    if not path.exists():
+        raise UserError(f"{path} not found: a GPT-2 folder holds the shape of the model in that file.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        shape = {name: values[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config = GPTConfig(block_size=values["n_positions"], **shape)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not a GPT-2 config ({error!r}).") from error
+    for name, allowed in {**ONLY, "n_inner": (None, 4 * config.n_embd)}.items():
+        if name in values and values[name] not in allowed:
+            only = f"which this model does not have (only {allowed[0]!r})"
+            raise UserError(f"{path}: {name} is {values[name]!r}, {only}.")
+    return config
 
 
 @dataclasses.dataclass
