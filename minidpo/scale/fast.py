@@ -1,16 +1,14 @@
 """The log-probabilities of train_dpo.response_logps in less time and memory (--fast).
 
-Read train_dpo.response_logps first: `response_logps` below returns the same numbers. It skips work on which no result
-depends. Each factor is the time of a step without the idea over the time with it, for the shapes W1 / W2 / W3 of
-docs/bench.md in bf16 on two CPU cores. docs/fast.md lists all ideas.
+`response_logps` at the end returns the same numbers, but skips work on which they do not depend. It applies no dropout:
+train_dpo.py sets that to 0. Each factor below is the time of a step without the idea over the time with it, for the
+shapes W1 / W2 / W3 of docs/bench.md in bf16 on two CPU cores. docs/fast.md lists all ideas.
 
     idea                  factors               what is skipped
     shared prompt         1.04 / 1.06 / 1.58    tokens that both rows of a pair begin with are computed once per pair
     padding               1.40 / 1.22 / 1.19    one matrix (N, C) holds all tokens; only attention has rows and padding
     unscored positions    1.13 / 1.07 / 1.32    logits are computed only where a response token is predicted
     copies of logits      1.00 / 1.00 / 1.00    the gradient overwrites the logits: 9 % less peak memory for W2
-
-There is no dropout here: train_dpo.py sets it to 0.
 
 Shapes: B pairs, R = 2B rows, T positions per row, N different tokens, n scored tokens, C channels, V vocabulary.
 """
@@ -86,18 +84,15 @@ def real_positions(scored):
 
 
 def shared_prefix(ids, real):
-    """ids, real (2, B, T) -> true where the rows of a pair have been equal so far (B, T).
-
-    The ids decide, not the length of the prompt: responses that begin alike share their beginning, too.
-    """
+    """ids, real (2, B, T) -> true while the rows of a pair are equal (B, T), be it in the prompt or the responses."""
     return ((ids[0] == ids[1]) & real[0] & real[1]).cumprod(-1).bool()
 
 
 class ToRows(torch.autograd.Function):
     """(N, K) -> (R, T, K): copies each token to its positions. Backward sums the gradients of these positions.
 
-    Plain indexing does the same, but its backward adds row after row to zeros. Here a copy serves every token, and only
-    shared tokens need an addition. Factors, together with FromRows: 1.22 / 1.02 / 1.05.
+    The backward of plain indexing adds every position to zeros. Here only shared tokens need an addition. Factors,
+    together with FromRows: 1.22 / 1.02 / 1.05.
     """
 
     @staticmethod
@@ -128,10 +123,10 @@ class FromRows(torch.autograd.Function):
 class ScoredLogps(torch.autograd.Function):
     """hidden (n, C), embedding (V, C), targets (n,) -> log-probabilities of the targets (n,), in fp32 or float64.
 
-    The logits (n, V) are the one large tensor. Backward overwrites them with their gradient, so it can run only once:
-    d logp_t / d logits = onehot(target) - softmax. In bf16 the embedding's mean over the vocabulary is subtracted
-    first. That changes all logits of a token by the same amount, which log-softmax ignores. The remaining logits are
-    small, where the steps of bf16 are fine; GPT-2's own are at -30 to -100. What follows the product is in fp32.
+    Backward overwrites the logits (n, V) with their gradient, onehot(target) - softmax, so it can run only once.
+
+    In bf16 the embedding's mean over the vocabulary is subtracted first. This shifts all logits of a token by the same
+    amount, which log-softmax ignores: from GPT-2's -30 to -100 to values near 0, where the steps of bf16 are fine.
     """
 
     @staticmethod
@@ -215,10 +210,7 @@ def response_logps(model, batch):
 
 @functools.cache
 def keep_freed_memory():
-    """Makes the C library keep large blocks that are freed. A new block costs a page fault per 4 KiB.
-
-    This helps on a CPU, where each step allocates its gradients and logits again (1.08 / 1.12 / 1.17). glibc only.
-    """
+    """Makes glibc keep freed memory for the next step: new memory costs a page fault per 4 KiB (1.08 / 1.12 / 1.17)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: no block gets its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back nothing below 2 GiB

@@ -81,12 +81,9 @@ def save_pretrained(model, folder, tokenizer=None):
     try:
         for name, weight in weights.items():
             weight.data = _stored(name, _stored(name, weight.data).contiguous())  # shape and values stay
+        stored = ((f"transformer.{name}", _stored(name, weight.data).cpu()) for name, weight in weights.items())
         with atomic(path) as file:
-            safetensors.torch.save_file(
-                {"transformer." + name: _stored(name, weight).detach().cpu() for name, weight in weights.items()},
-                file.name,
-                metadata={"format": "pt"},
-            )
+            safetensors.torch.save_file(dict(stored), file.name, metadata={"format": "pt"})
             with open(file.name, "rb") as written:  # not `file`: save_file has put a new one in its place
                 os.fsync(written.fileno())
     except safetensors.SafetensorError as error:  # the disk is full, for example
@@ -119,10 +116,9 @@ def _import(package, purpose):
 
 def _find_folder(name):
     """The folder `name` itself, or the one that the hub's files are downloaded to."""
-    names = [preset for preset in PRESETS if preset.startswith("gpt2")]
     if Path(name).is_dir():
         return Path(name)
-    if name not in names:
+    if name not in (names := [preset for preset in PRESETS if preset.startswith("gpt2")]):
         raise UserError(f"{name} is neither a folder nor one of {', '.join(names)}.")
     hub = _import("huggingface_hub", f"--init {name}")
     try:
@@ -130,9 +126,8 @@ def _find_folder(name):
     except (OSError, hub.errors.HTTPError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{name} could not be downloaded from huggingface.co ({reason}) and is not in the local cache. Try again "
-            f"with a network. Or run `hf download {name} {' '.join(FILES)} --local-dir FOLDER` on a machine that has "
-            "one, copy the folder here and give the folder instead of the name."
+            f"{name} could not be downloaded from huggingface.co ({reason}) and is not in the local cache. Without a "
+            f"network, run `hf download {name} {' '.join(FILES)} --local-dir FOLDER` elsewhere and give that FOLDER."
         ) from error
 
 
@@ -147,8 +142,7 @@ def _read_config(path):
         raise UserError(f"{path}: not a GPT-2 config ({error!r}).") from error
     for name, allowed in {**ONLY, "n_inner": (None, 4 * config.n_embd)}.items():
         if name in values and values[name] not in allowed:
-            only = f"which this model does not have (only {allowed[0]!r})"
-            raise UserError(f"{path}: {name} is {values[name]!r}, {only}.")
+            raise UserError(f"{path}: {name} is {values[name]!r}, which this model does not have, only {allowed[0]!r}.")
     return config
 
 
