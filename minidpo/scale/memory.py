@@ -47,8 +47,8 @@ def plan(config, pairs, settings, accumulate=True):
     # --recompute keeps the inputs of all blocks, and one block is computed again after the memory of the head is free
     activations, head = (4 * n * C * L, max(head, block)) if settings.recompute else (L * block, head)
     state = weights * {"sgd": 1, "rmsprop": 1, "adamw": 2}[settings.optimizer]
-    # Later gradients wait to be added to earlier ones: those of all weights in two passes, the head's alone if fast.
-    gradients = weights + accumulate * (embedding if settings.fast else weights)
+    # New gradients wait to be added to earlier ones: in two passes all (matrices in bfloat16), if fast only the head's
+    gradients = weights + accumulate * (embedding if settings.fast else weights - copies)
     parts = (weights, copies, gradients, state, activations, head)
     return Plan(*parts, sum(parts))
 
