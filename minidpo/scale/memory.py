@@ -19,13 +19,13 @@ from minidpo.scale.fast import CHUNK
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
-class Plan(namedtuple("Plan", "weights copies gradients optimizer activations head peak")):  # bytes; peak: the sum
+class Plan(namedtuple("Plan", "weights copies gradients optimizer activations head peak")):  # peak: the sum
     def __str__(self):
         return "memory in GiB: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self._asdict().items())
 
 
 def plan(config, pairs, settings, accumulate=True):
-    """Plan of a training step. pairs: its largest micro-batch. accumulate: whether the step has several of them."""
+    """Plan of a training step, in bytes. pairs: its largest micro-batch. accumulate: whether it has several of them."""
     L, C, V, bf16 = config.n_layer, config.n_embd, config.vocab_size, settings.dtype == "bfloat16"
     width, embedding = 2 if bf16 else 4, 4 * V * C  # bytes: of a number in matrix products, of the token embedding
     weights = 4 * (V * C + config.block_size * C + L * (12 * C**2 + 13 * C) + 2 * C)
