@@ -1,6 +1,5 @@
 """The memory plan: against what autograd keeps, what the optimiser keeps, and the peak that the system measured."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -9,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import need
 from tiny import call, fails
 
 import train_dpo
+import train_sft
 from minidpo.dataset import batches, micro_batches, preference_batch
 from minidpo.device import autocast
 from minidpo.model import GPT, GPTConfig
@@ -33,9 +34,9 @@ def pairs_of(lengths):
     return [tuple([token] * n for token, n in enumerate(row)) for row in lengths]
 
 
-def size(tokens):
-    """Of a micro-batch with so many positions, for the plain path."""
-    return memory.Size(tokens, tokens, tokens, tokens, tokens)
+def plan(config, rows, accumulate=True, **how):
+    """The plan of a micro-batch `rows`, by default for RMSprop in fp32."""
+    return memory.plan(config, rows, settings_for(**{"optimizer": "rmsprop", **how}), accumulate)
 
 
 # ---- the parts ----
@@ -63,24 +64,24 @@ def test_activations_are_what_autograd_keeps(dtype):
     block = GPT(config).h[0]
     with autocast("cpu", dtype):
         kept = kept_by(block, block, torch.randn(B, T, config.n_embd, requires_grad=True) + 0)
-    planned = memory.plan(config, "rmsprop", dtype, size(B * T)).activations / config.n_layer
+    rows = pairs_of([(15, T - 14, T - 14)]) + pairs_of([(15, 1, 1)])  # 2 pairs: 4 rows of 20 positions
+    planned = plan(config, rows, dtype=dtype).activations / config.n_layer * (B / 4)
     assert planned == pytest.approx(kept, rel=0.02)  # the plan leaves out the LayerNorms' and attention's statistics
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_of_the_fast_path_are_what_autograd_keeps(dtype):
-    """Of all blocks together, since only the scored tokens go through the last MLP."""
+def test_activations_of_the_fast_path_are_what_autograd_keeps(dtype, monkeypatch):
+    """With the fused kernel of attention, as on a GPU. The last block keeps less, by the MLP of unscored tokens."""
+    kernel = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+    monkeypatch.setattr(fast, "causal_attention", kernel)
     model, rows = GPT(GPTConfig(**SHAPE)), pairs_of([(20, 12, 30), (9, 25, 6), (30, 4, 4)])
     packed, block = fast.pack(preference_batch(rows)), model.h[0]
     x = torch.randn(len(packed.ids), model.config.n_embd, requires_grad=True) + 0
-    measured = memory.size_of(rows)
-    assert (measured.tokens, measured.scored) == (len(packed.ids), len(packed.targets))
-    assert (measured.aligned, measured.longest) == (packed.place.numel(), packed.place.shape[1])
     with autocast("cpu", dtype):
         kept = kept_by(block, fast.through, block, x, packed, slice(None))
-        kept += kept_by(block, fast.through, block, x, packed, packed.scored)
-    planned = memory.plan(model.config, "rmsprop", dtype, measured, fast=True, device="cpu")
-    assert planned.activations == pytest.approx(kept, rel=0.03)
+        last = kept_by(block, fast.through, block, x, packed, packed.scored)
+    planned = plan(model.config, rows, dtype=dtype, fast=True).activations / model.config.n_layer
+    assert planned == pytest.approx(kept, rel=0.03) and last < kept
 
 
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])
@@ -89,7 +90,7 @@ def test_weights_gradients_and_optimiser_state(name):
     optimizer = make_optimizer(model, name, lr=1e-3)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     optimizer.step()
-    planned = memory.plan(model.config, name, "float32", size(1))
+    planned = plan(model.config, pairs_of([(1, 1, 1)]), optimizer=name, accumulate=False)
     assert planned.weights == sum(p.nbytes for p in model.parameters())
     assert planned.gradients == sum(p.grad.nbytes for p in model.parameters())
     state = sum(t.nbytes for values in optimizer.state.values() for t in values.values() if t.dim())
@@ -97,20 +98,32 @@ def test_weights_gradients_and_optimiser_state(name):
 
 
 def test_the_plan_grows_and_shrinks_where_it_should():
-    config = GPTConfig.preset("gpt2-large")
-    base = dict(optimizer="adamw", dtype="bfloat16", size=memory.size_of(pairs_of([(100, 20, 30)] * 16)))
+    config, sixteen = GPTConfig.preset("gpt2-large"), pairs_of([(100, 20, 30)] * 16)
 
-    def peak(**changes):
-        return memory.plan(config, **{**base, **changes}).peak
+    def of(rows=sixteen, **changes):
+        return plan(config, rows, **{"optimizer": "adamw", "dtype": "bfloat16", **changes})
 
-    assert peak(optimizer="rmsprop") == peak() - memory.plan(config, **base).weights
-    assert peak(recompute=True) < peak() < peak(size=memory.size_of(pairs_of([(100, 20, 30)] * 32)))
-    assert peak(fast=True, recompute=True) < peak(fast=True) < peak()
-    fast_peaks = [peak(fast=True, size=memory.size_of(pairs_of([n] * 16))) for n in ((100, 20, 30), (20, 100, 110))]
+    base = of()
+    assert base.peak == sum(base[:-1])
+    assert of(optimizer="rmsprop").peak == of(optimizer="sgd").peak == base.peak - base.weights
+    assert of(recompute=True).peak < base.peak < of(pairs_of([(100, 20, 30)] * 32)).peak
+    assert of(fast=True, recompute=True).peak < of(fast=True).peak < base.peak
+    fast_peaks = [of(pairs_of([n] * 16), fast=True).peak for n in ((100, 20, 30), (20, 100, 110))]
     assert fast_peaks[0] < 0.95 * fast_peaks[1]  # of rows as long, those with the shorter prompt take more
-    assert peak(accumulate=False) < peak()
-    assert memory.plan(config, **base).copies == 2 * 36 * 12 * 1280**2  # the blocks' matrices, 12 C^2 in each
-    assert memory.plan(config, "adamw", "float32", size(4096)).copies == 0
+    assert of(accumulate=False).peak < base.peak
+    assert base.copies == 2 * 36 * 12 * 1280**2  # the blocks' matrices, 12 C^2 in each
+    assert of(dtype="float32").copies == 0
+
+
+def test_tokens_and_positions_by_hand():
+    """Two pairs: prompts of 3 and 5, responses of 2 and 4, 3 and 1 tokens: rows of 4 and 6, 7 and 5 positions."""
+    config, rows = GPTConfig(**{**SHAPE, "n_layer": 1, "n_embd": 1, "n_head": 1}), pairs_of([(3, 2, 4), (5, 3, 1)])
+    positions, tokens, scored = 2 * 7 + 2 * 6, (3 + 1 + 3) + (5 + 2 + 0), 10
+    assert plan(config, rows).activations == positions * (8 + 14 * 4)
+    assert plan(config, rows).head == 8 * 500 * positions
+    in_rows = 4 * 7 * 4 * 4  # 4 rows as long as the longest, with query, key, value and result
+    assert plan(config, rows, fast=True).activations == tokens * (8 + 11 * 4) + in_rows
+    assert plan(config, rows, fast=True).head == scored * 500 * 4
 
 
 # ---- the whole, measured ----
@@ -172,47 +185,66 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak():
         planned, measured = map(int, line.split())
         print(f"plan {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB: {case}")
         assert measured > 100e6
-        assert planned == pytest.approx(measured, rel=memory.ACCURACY), case
+        assert planned == pytest.approx(measured, rel=0.15), case
 
 
 # ---- before a run ----
 
 
-def test_a_run_that_cannot_fit_is_refused_with_what_would_help(monkeypatch, capsys):
+def test_a_run_that_may_not_fit_gets_a_warning_with_what_would_help(monkeypatch, capsys):
     model, rows = GPT(GPTConfig(**SHAPE)), pairs_of([(30, 10, 20)] * 64)
-    settings = settings_for(optimizer="adamw")
     weights = 4 * model.n_parameters
-    mine = memory.plan(model.config, "adamw", "float32", memory.size_of(rows), accumulate=False)
+    peak = plan(model.config, rows, optimizer="adamw", accumulate=False).peak
 
-    def check(room):
+    def check(room, **flags):
         monkeypatch.setattr(memory, "available", lambda device: room)
-        memory.check(model, rows, settings)
+        memory.check(model, rows, settings_for(**{"optimizer": "adamw", **flags}))
         return capsys.readouterr().out
 
-    roomy = check(2 * mine.peak)
-    assert "optimiser state (adamw)" in roomy and "at most at once" in roomy and "warning" not in roomy
+    roomy = check(2 * peak)
+    assert f"weights {weights / 2**30:.2f}" in roomy and f"peak {peak / 2**30:.2f}" in roomy
     # the weights are there already: what is free need only hold the rest
-    assert "warning" not in check(mine.peak / 0.84 - weights) and "warning" in check(mine.peak / 0.86 - weights)
-    assert "warning: the run needs about" in check(mine.peak / 1.14 - weights)
-    with pytest.raises(UserError, match="the run needs about .* GiB, and cpu has") as refusal:
-        check(mine.peak / 1.16 - weights)
-    message = str(refusal.value)
-    few, one = memory.size_of(rows[:16]), memory.size_of(rows[:1])
-    changes = {
-        "--fast": dict(size=memory.size_of(rows), fast=True, device="cpu", accumulate=False),
-        "--micro-batch-size 16": dict(size=few),
-        "--micro-batch-size 1": dict(size=one),
-        "--recompute": dict(size=memory.size_of(rows), recompute=True, accumulate=False),
-        "--fast --micro-batch-size 1 --recompute --optimizer rmsprop": dict(
-            size=one, recompute=True, fast=True, device="cpu"
-        ),
-    }
-    for flags, change in changes.items():
-        optimizer = "rmsprop" if "rmsprop" in flags else "adamw"
-        peak = memory.plan(model.config, optimizer, "float32", **change).peak
-        assert f"  {flags}: {peak / memory.GIB:.2f} GiB" in message and peak < mine.peak
-    monkeypatch.setattr(memory, "available", lambda device: None)  # a system that does not tell
-    memory.check(model, rows, settings)
+    assert "warning" not in roomy + check(peak / 0.84 - weights) and "warning" in check(peak / 0.86 - weights)
+    tight = check(0)  # no refusal, however little there is
+    assert f"warning: cpu has {weights / 2**30:.2f} GiB" in tight
+    assert "add --fast --micro-batch-size 1 --recompute --optimizer rmsprop." in tight
+    assert "add --fast --micro-batch-size 1." in check(0, optimizer="rmsprop", recompute=True, micro_batch_size=2)
+    everything = dict(optimizer="sgd", recompute=True, micro_batch_size=1, fast=True)
+    assert "Take a smaller model, or shorter rows by --max-length." in check(0, **everything)
+    assert "warning" not in check(float("inf"))  # a system that does not say
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_an_out_of_memory_error_names_the_flags_that_are_left(error):
+    settings = settings_for(optimizer="adamw", fast=True)
+    with pytest.raises(UserError, match="out of memory on cpu .*add --micro-batch-size 1 --recompute --optimizer rms"):
+        with memory.advise(settings):
+            raise error
+
+    @memory.advise(train_sft.Settings(data="", out="", device="cpu", recompute=True))  # SFT has no --fast
+    def decorated():
+        raise error
+
+    with pytest.raises(UserError, match="To save memory, add --micro-batch-size 1 --optimizer rmsprop"):
+        decorated()
+
+
+def test_pytorch_says_so_when_memory_runs_out_and_other_errors_pass():
+    with pytest.raises(UserError, match="add --fast"), memory.advise(settings_for()):
+        torch.empty(2**60, dtype=torch.uint8)
+    for other in (RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("no memory")):
+        with pytest.raises(type(other), match=str(other)) as caught, memory.advise(settings_for()):
+            raise other
+        assert caught.value is other
 
 
 def positions(rows):
@@ -260,20 +292,12 @@ def test_the_plan_is_of_the_largest_micro_batch_of_the_run():
     config = GPTConfig(**SHAPE)
     for sizes in (dict(), dict(micro_batch_size=4), dict(micro_tokens=150), dict(micro_batch_size=3, micro_tokens=200)):
         settings = settings_for(batch_size=10, seed=3, epochs=2.0, **sizes)
-        found = 0
+        parts = []
         for epoch in (0, 1):
             for batch in batches(rows, 10, 3, epoch):
-                for part in micro_batches([batch], rows, settings.micro_batch_size, settings.micro_tokens):
-                    found = max(found, positions([rows[i] for i in part]))
-        expected = memory.plan(config, "rmsprop", "float32", size(found), accumulate=bool(sizes))
-        assert memory.plan_of(config, rows, settings) == expected
-
-
-def test_the_size_of_a_micro_batch_by_hand():
-    """Two pairs: prompts of 3 and 5, responses of 2 and 4, 3 and 1 tokens: rows of 4 and 6, 7 and 5 positions."""
-    tokens = (3 + 1 + 3) + (5 + 2 + 0)
-    expected = memory.Size(positions=2 * 7 + 2 * 6, aligned=4 * 7, tokens=tokens, scored=10, longest=7)
-    assert memory.size_of(pairs_of([(3, 2, 4), (5, 3, 1)])) == expected
+                parts += micro_batches([batch], rows, settings.micro_batch_size, settings.micro_tokens)
+        largest = max(([rows[i] for i in part] for part in parts), key=positions)
+        assert memory.plan_of(config, rows, settings) == plan(config, largest, accumulate=bool(sizes))
 
 
 def test_micro_batches_do_not_run_into_one_another():
@@ -286,7 +310,7 @@ def test_micro_batches_do_not_run_into_one_another():
 
 def test_available_memory(monkeypatch, tmp_path):
     free = memory.available("cpu")
-    assert free is None or 2**20 < free < 2**50
+    assert 2**20 < free < 2**50 or free == float("inf")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3000, 9000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
@@ -297,18 +321,11 @@ def test_available_memory(monkeypatch, tmp_path):
 
 
 def test_the_command_prints_the_plan(capsys):
-    config = GPTConfig.preset("gpt2-large")
-    for flags, response, how in (
-        (("--recompute",), 256, dict(recompute=True)),
-        (("--response", 35, "--fast", "--device", "cpu"), 35, dict(fast=True, device="cpu")),
-    ):
+    rows = pairs_of([(512 - 256 + 1, 256, 256)] * 2)
+    for flags, how in ((("--recompute",), dict(recompute=True)), (("--fast", "--dtype", "float32"), dict(fast=True))):
         call(memory.main, "--preset", "gpt2-large", "--optimizer", "adamw", "--micro-batch-size", 2, *flags)
-        output = capsys.readouterr().out
-        size = memory.Size(4 * 512, 4 * 512, 2 * (513 - response) + 4 * (response - 1), 4 * response, 512)
-        planned = memory.plan(config, "adamw", "bfloat16", size, **how)
-        shape = f"gpt2-large, 2 pairs of 2 x 512 tokens at a time, {response} of them response, bfloat16"
-        assert output.startswith(shape)
-        for value in dataclasses.astuple(planned):
-            assert f"{value / 2**30:8.2f} GiB" in output
-    assert "a context of 1024 tokens" in fails(capsys, memory.main, "--length", 1025)
-    assert "a row has 512 tokens" in fails(capsys, memory.main, "--response", 513)
+        dtype = "float32" if "float32" in flags else "bfloat16"
+        planned = plan(GPTConfig.preset("gpt2-large"), rows, optimizer="adamw", dtype=dtype, **how)
+        parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in planned._asdict().items())
+        assert capsys.readouterr().out == f"memory in GiB: {parts}\n"
+    assert "unknown --preset 'gpt3'" in fails(capsys, memory.main, "--preset", "gpt3")

@@ -151,10 +151,7 @@ def chip(device):
 def planned(config, rows, knobs):
     """The memory.Plan of a run, its largest micro-batch made of the longest of the rows."""
     longest = sorted(rows, key=lambda row: sum(map(len, row)))[-(knobs.micro_batch_size or len(rows)) :]
-    return memory.plan(
-        config, knobs.optimizer, knobs.dtype, memory.size_of(longest), knobs.recompute,
-        accumulate=len(longest) < len(rows), fast=knobs.fast, device=knobs.device,
-    )  # fmt: skip
+    return memory.plan(config, longest, knobs, accumulate=len(longest) < len(rows))
 
 
 def pairs_at_once(config, rows, knobs):

@@ -1,20 +1,16 @@
-"""The fast path: `response_logps` of train_dpo.py, the same numbers in less time and memory (--fast).
+"""The log-probabilities of train_dpo.response_logps in less time and memory (--fast).
 
-Read train_dpo.response_logps first; this computes the same sums. What it leaves out is work whose result is known or
-never looked at, and what that gains: a step's time without it over the time with it, on the shapes W1 / W2 / W3 of
-docs/bench.md (the toy; short reviews and long prompts with GPT-2 small) in bf16 on two cores. docs/fast.md has more.
+`response_logps` at the end returns the same numbers, but skips work on which they do not depend. It applies no dropout:
+train_dpo.py sets that to 0. Each factor below is the time of a step without the idea over the time with it, for the
+shapes W1 / W2 / W3 of docs/bench.md in bf16 on two CPU cores. docs/fast.md lists all ideas.
 
-    the shared prompt    1.04 / 1.06 / 1.58   chosen and rejected rows begin alike, and a causal model sees nothing else
-                                              there: these positions are computed once a pair
-    padding              1.40 / 1.22 / 1.19   the tokens of all rows stand in one matrix (N, C); only attention needs
-                                              rows
-    unscored positions   1.13 / 1.07 / 1.32   logits (V numbers each) are made where a response token is predicted, and
-                                              nowhere else
-    copies of logits     1.0                  their gradient is written over them: 9 % of W2's peak memory
+    idea                  factors               what is skipped
+    shared prompt         1.04 / 1.06 / 1.58    tokens that both rows of a pair begin with are computed once per pair
+    padding               1.40 / 1.22 / 1.19    one matrix (N, C) holds all tokens; only attention has rows and padding
+    unscored positions    1.13 / 1.07 / 1.32    logits are computed only where a response token is predicted
+    copies of logits      0.99 / 0.99 / 0.99    the gradient overwrites the logits: 9 % less peak memory for W2
 
-Dropout is not applied: train_dpo.py has it at 0.
-
-Shapes: B pairs, R = 2B rows, T positions in the longest, N different tokens, n scored tokens, C channels, V vocabulary.
+Shapes: B pairs, R = 2B rows, T positions per row, N different tokens, n scored tokens, C channels, V vocabulary.
 """
 
 import ctypes
@@ -24,21 +20,23 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
-CHUNK = 2**22  # logits that are raised to fp32 at a time
+CHUNK = 2**22  # number of logits that are raised to fp32 at a time
 
 
 class Packed(NamedTuple):
-    """The N different tokens of a batch, and where the rows find them. Rows are counted chosen first, then rejected.
+    """The N different tokens of a batch, and the positions of the rows that they belong to.
 
-    For one pair with inputs  e 5 7 8  and  e 5 6  (the shared prompt is  e 5):  ids = e 5 7 8 6, and
+    The chosen rows come first, then the rejected rows. For one pair with the inputs  e 5 7 8  and  e 5 6  the shared
+    prompt is  e 5,  so ids is  e 5 7 8 6,  and
 
-        place       0 1 2 3      which of the N tokens stands at each position of each row (padding: any)
+        field       value        meaning
+        place       0 1 2 3      per row and position: the index of its token in ids (padding: any index)
                     0 1 4 .
-        home        0 1 2 3 6    the position, of the R * T, that each token's attention is read at
-        again_at    4 5          the other positions that shared tokens stand at ...
-        again_of    0 1          ... and which tokens these are
+        home        0 1 2 3 6    per token: its first position, counted through all R * T
+        again_at    4 5          the second positions of the shared tokens,
+        again_of    0 1          and the indices of these tokens
     """
 
     ids: torch.Tensor  # (N,)
@@ -48,9 +46,9 @@ class Packed(NamedTuple):
     home: torch.Tensor  # (N,)
     again_at: torch.Tensor
     again_of: torch.Tensor
-    scored: torch.Tensor  # (n,): at which token each scored target is predicted
+    scored: torch.Tensor  # (n,): index of the token that predicts each scored target
     targets: torch.Tensor  # (n,)
-    row: torch.Tensor  # (n,): whose response it belongs to
+    row: torch.Tensor  # (n,): the row of each scored target
 
 
 def pack(batch):
@@ -81,23 +79,20 @@ def pack(batch):
 
 
 def real_positions(scored):
-    """scored (2, B, T) -> where a token stands (2, B, T): what follows the last scored position is padding."""
+    """scored (2, B, T) -> true where a token is (2, B, T). Everything after the last scored position is padding."""
     return scored.flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def shared_prefix(ids, real):
-    """Where chosen and rejected row are the same from the start on: (2, B, T) each -> (B, T).
-
-    Found by comparing them, so nothing is assumed of prompts, and responses that begin alike share that, too.
-    """
+    """ids, real (2, B, T) -> true while the rows of a pair are equal (B, T), be it in the prompt or the responses."""
     return ((ids[0] == ids[1]) & real[0] & real[1]).cumprod(-1).bool()
 
 
 class ToRows(torch.autograd.Function):
-    """(N, K) -> (R, T, K): every position gets its token. Backward adds up the places of each token.
+    """(N, K) -> (R, T, K): copies each token to its positions. Backward sums the gradients of these positions.
 
-    Indexing would do the same; but its backward adds row by row into zeros, while here all but the shared tokens have
-    one place, and fetching from there is a copy. Gain, with FromRows: 1.22 / 1.02 / 1.05.
+    The backward of plain indexing adds every position to zeros. Here only shared tokens need an addition. Factors,
+    together with FromRows: 1.22 / 1.02 / 1.05.
     """
 
     @staticmethod
@@ -113,7 +108,7 @@ class ToRows(torch.autograd.Function):
 
 
 class FromRows(torch.autograd.Function):
-    """(R, T, K) -> (N, K): every token is read at its home. Backward leaves zeros everywhere else."""
+    """(R, T, K) -> (N, K): reads each token at its home. Backward is zero at all other positions."""
 
     @staticmethod
     def forward(ctx, x, packed):
@@ -126,12 +121,12 @@ class FromRows(torch.autograd.Function):
 
 
 class ScoredLogps(torch.autograd.Function):
-    """hidden (n, C), the embedding (V, C), targets (n,) -> log-probabilities of the targets (n,), at least fp32.
+    """hidden (n, C), embedding (V, C), targets (n,) -> log-probabilities of the targets (n,), in fp32 or float64.
 
-    Its one large tensor is the logits (n, V), and backward turns them into their gradient where they lie (so it can run
-    once): d logp_t / d logits = onehot(target) - softmax. In bf16 the vocabulary's mean is taken out of the embedding
-    first: it adds the same to all logits of a token, which log-softmax ignores, and GPT-2's -30 to -100 is mostly that;
-    what is left is small, where bf16 has fine steps. Everything after the product is fp32.
+    Backward overwrites the logits (n, V) with their gradient, onehot(target) - softmax, so it can run only once.
+
+    In bf16 the embedding's mean over the vocabulary is subtracted first. This shifts all logits of a token by the same
+    amount, which log-softmax ignores: from GPT-2's -30 to -100 to values near 0, where the steps of bf16 are fine.
     """
 
     @staticmethod
@@ -157,38 +152,36 @@ class ScoredLogps(torch.autograd.Function):
             part.copy_(p.sub_(z[:, None]).exp_().mul_(-g[:, None]))
         logits[torch.arange(len(targets), device=grad.device), targets] += grad.to(logits.dtype)
         hidden_dtype, embedding_dtype = ctx.dtypes
-        # no gradient of the mean is missing: over the vocabulary those of the logits add up to 0
+        # the mean needs no gradient: over the vocabulary, the gradients of the logits sum to 0
         return (logits @ embedding).to(hidden_dtype), (logits.T @ hidden).to(embedding_dtype), None, None
 
 
 def hidden_states(model, packed):
-    """As `model.hidden`, but of the scored tokens alone -> (n, C)."""
-    # sparse: the gradient of N rows is added to the head's, where a dense one would be (V, C), and mostly zeros: 4 % of
-    # W2's peak memory
+    """`model.hidden` at the scored tokens -> (n, C)."""
+    # sparse: the gradient has N rows; a dense one would be (V, C) and mostly zeros (4 % of the peak memory for W2)
     x = F.embedding(packed.ids, model.wte.weight, sparse=True) + model.wpe(packed.positions)
     for block in model.h:
-        # after the last attention no token looks at another: only the scored ones go on (1.0 / 1.0 / 1.09)
-        goes_on = packed.scored if block is model.h[-1] else slice(None)
+        # after the last attention no token reads another, so only the scored ones continue (1.00 / 1.00 / 1.09)
+        kept = packed.scored if block is model.h[-1] else slice(None)
         function = compiled_through() if block.compiled else through
         if block.recompute and torch.is_grad_enabled():
-            x = checkpoint(function, block, x, packed, goes_on, use_reentrant=False)
-        else:
-            x = function(block, x, packed, goes_on)
+            function = functools.partial(recompute, function, use_reentrant=False)
+        x = function(block, x, packed, kept)
     return model.ln_f(x)
 
 
-def through(block, x, packed, goes_on):
-    """Block.forward on packed tokens: x (N, C) -> the stream of the tokens `goes_on`."""
+def through(block, x, packed, kept):
+    """Block.forward on packed tokens: x (N, C) -> the residual stream of the tokens `kept`."""
     qkv = ToRows.apply(block.attn.c_attn(block.ln_1(x)), packed)  # (R, T, 3C)
     y = causal_attention(*qkv.unflatten(-1, (3, block.attn.n_head, -1)).permute(2, 0, 3, 1, 4))  # (R, H, T, C/H)
-    y = FromRows.apply(y.transpose(1, 2).flatten(2), packed)  # (N, C); padding stands behind: nothing real sees it
-    x = x[goes_on] + block.attn.c_proj(y[goes_on])
+    y = FromRows.apply(y.transpose(1, 2).flatten(2), packed)  # (N, C); padding comes last, so no token reads it
+    x = x[kept] + block.attn.c_proj(y[kept])
     return x + block.mlp(block.ln_2(x))
 
 
 @functools.cache
 def compiled_through():
-    """`through` by torch.compile: one compilation for all blocks and sizes, another for the last block."""
+    """`through` by torch.compile. It compiles once for all blocks and sizes, and once more for the last block."""
     return torch.compile(through, dynamic=True)
 
 
@@ -196,7 +189,7 @@ def causal_attention(q, k, v):
     """q, k, v (R, H, T, D) -> (R, H, T, D)."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # written out: the CPU's fused kernel takes several times as long for the backward in bf16 (1.77 / 1.14 / 1.26)
+    # in bf16 on a CPU the backward of PyTorch's fused kernel is several times slower (1.77 / 1.14 / 1.26)
     R, H, T, D = q.shape
     bias = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
     q, k, v = (t.reshape(R * H, T, D) for t in (q, k, v))
@@ -204,7 +197,7 @@ def causal_attention(q, k, v):
 
 
 def response_logps(model, batch):
-    """log pi(y|x) of both responses of each pair, as train_dpo.response_logps: a PreferenceBatch -> (B,), (B,)."""
+    """PreferenceBatch -> log pi(y|x) of the chosen and of the rejected responses (B,), (B,), summed per response."""
     keep_freed_memory()
     packed = pack(batch)
     hidden = hidden_states(model, packed)
@@ -212,16 +205,12 @@ def response_logps(model, batch):
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.wte.weight.dtype
     with torch.autocast(device, enabled=False):
         logps = ScoredLogps.apply(hidden, model.wte.weight, packed.targets, dtype)
-    sums = logps.new_zeros(len(packed.place)).index_add(0, packed.row, logps)
-    return sums.chunk(2)
+    return logps.new_zeros(len(packed.place)).index_add(0, packed.row, logps).chunk(2)
 
 
 @functools.cache
 def keep_freed_memory():
-    """Has the C library keep large blocks for the next step: from the kernel each costs a page fault every 4 KiB.
-
-    Of use on a CPU, where a step's gradients and logits are made anew (1.08 / 1.12 / 1.17). glibc only.
-    """
+    """Makes glibc keep freed memory for the next step: new memory costs a page fault per 4 KiB (1.08 / 1.12 / 1.17)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own from the kernel, however large
+        libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: no block gets its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back nothing below 2 GiB
