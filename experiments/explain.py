@@ -379,7 +379,7 @@ def picture(path, blocks):
                     parse_math=False,  # a "$" starts no formula
                 )  # fmt: skip
                 x += columns(text)
-    common.save_figure(path, canvas)
+    common.save_figure(path, canvas, dpi=120)  # at which a character is 8 pixels wide
 
 
 def main():
