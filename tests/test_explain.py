@@ -352,7 +352,9 @@ def test_the_picture_holds_the_lines_of_the_terminal_whatever_their_characters(h
     need(importlib.util.find_spec("matplotlib"), "needs matplotlib")
     assert explain.fonts_for("a\U0010fffd")[1] == {"\U0010fffd"}  # no font has it: it is for private use
     drawn, save = [], explain.common.save_figure
-    monkeypatch.setattr(explain.common, "save_figure", lambda path, figure: (drawn.append(figure), save(path, figure)))
+    monkeypatch.setattr(
+        explain.common, "save_figure", lambda path, figure, dpi: (drawn.append(figure), save(path, figure))
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         printed = shown(home, capsys, "--row", 1, "--png", tmp_path / "step.png")
