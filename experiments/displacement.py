@@ -2,8 +2,8 @@
 
     python -m experiments.displacement --out runs/displacement
 
-Five words and the end-of-text token make a language of 1,365 responses. At every step the probability of the chosen
-responses, of the rejected ones, and of all responses that are in no pair is an exact sum, not an estimate from samples.
+Four words and the end-of-text token make 1,365 responses of up to five tokens. At every step the probability of the
+chosen responses, of the rejected ones, and of all that are in no pair is an exact sum, not an estimate from samples.
 Three questions, one function each, in this order (docs/displacement.md discusses the answers):
 
     displaced   DPO as in train_dpo.py, from four starts: what happens to log pi(chosen) while the margin grows?
