@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import call, contents, fails, write_data, write_jsonl
 
+import experiments.common as common
 import experiments.evaluate as evaluate
 import experiments.make_pairs as make_pairs
 import train_dpo
@@ -247,7 +248,7 @@ def test_trap15_on_samples_within_4_standard_errors(enumerated):
     samples = generate(policy, prompts, NEW, EOT, generator=torch.Generator().manual_seed(0))
     kl = (exact_kl(rows[0]) + exact_kl(rows[1])) / 2
     for values in evaluate.sequence_kl(policy, reference, prompts, samples):
-        mean, se = evaluate.prompt_mean_se(values, 2)
+        mean, se = common.prompt_mean_se(values, 2)
         assert abs(mean - kl) < 4 * se and se < 0.1 * kl
     # and the samples themselves are the policy's
     for i in range(2):
@@ -287,12 +288,12 @@ def test_trap15_sampled_ids_are_never_encoded_again(monkeypatch):
     drawn = [[*b" the", tokenizer.eot], [*b"the the"]]
     assert all(tokenizer.encode(tokenizer.decode(ids)) != [i for i in ids if i != tokenizer.eot] for ids in drawn)
     samples = {policy: drawn, reference: [[tokenizer.eot], [tokenizer.eot]]}
-    monkeypatch.setattr(evaluate, "generate", lambda model, *_, **__: samples[model])
+    monkeypatch.setattr(common, "generate", lambda model, *_, **__: samples[model])
     encoded, encode = [], tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
     settings = evaluate.Settings("", "", "", "none")
     figures, _, texts = evaluate.evaluate(policy, reference, tokenizer, ["a", "bc"], vowels, settings)
-    assert encoded == ["a", "bc"] and texts["policy"] == [" the", "the the"]
+    assert encoded == ["a", "bc"] * 2 and texts["policy"] == [" the", "the the"]
     kls = [
         log_p(policy, [tokenizer.eot, *prompt], ids) - log_p(reference, [tokenizer.eot, *prompt], ids)
         for prompt, ids in zip((b"a", b"bc"), drawn, strict=True)
@@ -315,10 +316,11 @@ def test_trap15_sampling_for_the_kl_is_not_truncated(home, monkeypatch):
             _seen.append((len(args), knobs))
             return generate(*args, **knobs)
 
-        monkeypatch.setattr(module, "generate", spy)
+        monkeypatch.setattr(common, "generate", spy)
         monkeypatch.setattr(module, "load_reward", lambda name: vowels)
         call(module.main, *argv, "--reward", "any")
-        assert seen and all(n == 4 and not {"temperature", "top_k", "top_p"} & set(knobs) for n, knobs in seen)
+        assert seen and all(n == 4 and not {"top_k", "top_p"} & set(knobs) for n, knobs in seen)
+        assert all(knobs.get("temperature", 1) == 1 for _, knobs in seen)
 
 
 # ---- evaluate ----
@@ -364,7 +366,7 @@ def figures_of(monkeypatch, policy_samples, reference_samples, rewards, **change
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])
     model = GPT(GPTConfig(257, 32, 1, 2, 8), torch.Generator().manual_seed(0))
     given = iter([[[*text.encode()] + [256] * ended for text, ended in s] for s in (policy_samples, reference_samples)])
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: next(given))
+    monkeypatch.setattr(common, "generate", lambda *_, **__: next(given))
     settings = evaluate.Settings("", "", "", "none", **changes)
     prompts = ["p"] * (len(policy_samples) // settings.samples_per_prompt)
     reward = lambda prompts, texts: [rewards[text] for text in texts]  # noqa: E731
