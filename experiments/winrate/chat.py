@@ -86,8 +86,7 @@ class ChatJudge:
 
     Args:
         question: a key of QUESTIONS.
-        endpoint: the base URL, such as https://api.openai.com/v1.
-        model: the model's name at that endpoint.
+        endpoint, model: the base URL, such as https://api.openai.com/v1, and the name of the model there.
         key_env: the environment variable with the key. The key is sent in the request's header and stored nowhere.
         answers: the Journal that keeps the answers.
         timeout: seconds to wait for one answer.

@@ -7,23 +7,20 @@ from collections import Counter
 import numpy
 
 
-def shown_first(prompt, ours, theirs, seed):
-    """Whether the judge sees `ours` first: a coin toss that depends only on the texts and the seed.
-
-    The same comparison is thus always shown in the same order, and an answer that was kept stays valid.
-    """
-    return random.Random(f"{seed}\n{prompt}\n{ours}\n{theirs}").random() < 0.5
-
-
 def compare(judge, prompts, ours, theirs, seed):
-    """Judges `ours` against `theirs`, in random order -> list of "win", "tie", "loss", or None if unreadable."""
-    first = [shown_first(*texts, seed) for texts in zip(prompts, ours, theirs, strict=True)]
-    a = [x if is_first else y for is_first, x, y in zip(first, ours, theirs, strict=True)]
-    b = [y if is_first else x for is_first, x, y in zip(first, ours, theirs, strict=True)]
+    """Judges `ours` against `theirs`, in random order -> list of "win", "tie", "loss", or None if unreadable.
+
+    Which text the judge sees first depends only on the texts and the seed. The same comparison is thus always shown in
+    the same order, and an answer that was kept stays valid.
+    """
+    ours_first, sides = [], []
+    for prompt, our, their in zip(prompts, ours, theirs, strict=True):
+        ours_first.append(random.Random(f"{seed}\n{prompt}\n{our}\n{their}").random() < 0.5)
+        sides.append((our, their) if ours_first[-1] else (their, our))
+    verdicts = judge(prompts, [a for a, _ in sides], [b for _, b in sides])
     outcomes = {True: {"a": "win", "b": "loss"}, False: {"a": "loss", "b": "win"}}
-    verdicts = judge(prompts, a, b)
     # "tie" and None stay as they are
-    return [outcomes[is_first].get(verdict, verdict) for is_first, verdict in zip(first, verdicts, strict=True)]
+    return [outcomes[first].get(verdict, verdict) for first, verdict in zip(ours_first, verdicts, strict=True)]
 
 
 def interval(wins, ties, losses, seed=0, resamples=10_000):

@@ -26,9 +26,9 @@ import itertools
 import json
 import math
 import random
+from collections import namedtuple
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -69,33 +69,9 @@ class Settings:
     overwrite: bool = knob(False, "replace results in --out that have other settings; samples and answers are kept")
 
 
-class Row(NamedTuple):
-    """A row of winrate.csv: one judge, one run, one temperature."""
-
-    judge: str
-    run: str
-    temperature: float
-    win_rate: float
-    low: float  # of the 95 % interval
-    high: float
-    wins: int
-    ties: int
-    losses: int
-    unparsed: int
-    ended: float  # share of completions that ended in eot
-    tokens: float  # mean length
-    distinct: int  # different completions
-
-
-class Agreement(NamedTuple):
-    """A row of agreement.csv: two judges on all comparisons."""
-
-    judge_a: str
-    judge_b: str
-    n: int
-    share: float
-    kappa: float
-
+# the rows of winrate.csv and agreement.csv; low and high end the 95 % interval, tokens is the mean length
+Row = namedtuple("Row", "judge run temperature win_rate low high wins ties losses unparsed ended tokens distinct")
+Agreement = namedtuple("Agreement", "judge_a judge_b n share kappa")
 
 # ---- 1. The two sides: the dataset's completions and the runs' ----
 
@@ -227,10 +203,10 @@ def main():
         for name in judges:
             outcomes[name] += found[name]
             rows.append(Row(name, run, temperature, **count(found[name]), **figures))
+        where = {"run": run, "temperature": temperature}
         for i, completion in enumerate(done):
             both = {"prompt": prompts[i], "own": own[i], "completion": completion}
-            decided = {"outcomes": {name: found[name][i] for name in judges}}
-            comparisons.append({"run": run, "temperature": temperature, **both, **decided})
+            comparisons.append({**where, **both, "outcomes": {name: found[name][i] for name in judges}})
     rows.sort(key=lambda row: list(judges).index(row.judge))
     pairs = itertools.combinations(judges, 2)
     agreements = [Agreement(a, b, **agreement(outcomes[a], outcomes[b])) for a, b in pairs]
