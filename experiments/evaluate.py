@@ -30,7 +30,7 @@ from experiments.rewards import load_reward
 from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
-from minidpo.run import samples_table
+from minidpo.report import samples_table
 from minidpo.settings import knob, parse_settings, run_main
 
 

@@ -51,7 +51,7 @@ def implicit_rewards(policy, reference, tokenizer, prompts, a, b, batch_size=64,
     pairs = []
     for prompt, *responses in zip(prompts, a, b, strict=True):
         ids = [tokenizer.encode(response) for response in responses]
-        prompt, ids, *_ = dataset.fit(tokenizer.encode(prompt), ids, [True, True], tokenizer.eot, max_length)
+        prompt, ids, *_ = dataset.cut_to_context(tokenizer.encode(prompt), ids, [True, True], tokenizer.eot, max_length)
         pairs.append((prompt, *ids))
     rewards = []
     for i in tqdm(range(0, len(pairs), batch_size), desc=progress, unit="batch", disable=progress is None):

@@ -42,7 +42,7 @@ from minidpo import checkpoint
 from minidpo.dataset import read_jsonl
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
-from minidpo.run import samples_table
+from minidpo.report import samples_table
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
