@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import train_sft
 from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import generate
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 TRAIN = ("--batch-size", 8, "--lr", 5e-3, "--warmup-steps", 2, "--samples", 1, "--sample-tokens", 4)
@@ -32,6 +34,41 @@ def home(tmp_path_factory):
     prompts = ("The film", "This story", "Her cast", "Every scene", "The ending")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     return folder
+
+
+# ---- common: CSV ----
+
+
+class Point(NamedTuple):
+    name: str
+    step: int
+    kl: float
+
+
+def test_csv_there_and_back(tmp_path):
+    path = tmp_path / "points.csv"
+    common.write_csv(path, [Point("a, b", 3, 1 / 3), Point("", 0, math.inf)])
+    assert common.read_csv(path, Point, "make points") == [Point("a, b", 3, 1 / 3), Point("", 0, math.inf)]
+    common.write_csv(path, [Point("a", 1, 12345.678), Point("b", 2, math.nan)], digits=5)
+    assert path.read_text(encoding="utf-8") == "name,step,kl\na,1,12346\nb,2,\n"
+    assert math.isnan(common.read_csv(path, Point, "make points")[1].kl)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "line 1: the columns must be name,step,kl"),
+        ("name,kl\n", "line 1: the columns must be name,step,kl"),
+        ("name,step,kl\na,1,2\nb,one,2\n", "line 3: .*'one'.*make points"),
+        ("name,step,kl\na,1\n", "line 2: 2 cells under 3 columns"),
+    ],
+)
+def test_csv_that_is_damaged(tmp_path, text, says):
+    (tmp_path / "points.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=says):
+        common.read_csv(tmp_path / "points.csv", Point, "make points")
+    with pytest.raises(UserError, match="missing.csv not found.*make points"):
+        common.read_csv(tmp_path / "missing.csv", Point, "make points")
 
 
 # ---- make_pairs ----
@@ -150,7 +187,7 @@ def test_pairs_are_the_same_for_the_same_seed(make, tmp_path):
     assert {pair["prompt"] for pair in few} == {"The film", "This story"}
 
 
-def test_pairs_are_never_overwritten_unasked(make, home, tmp_path, capsys):
+def test_pairs_are_not_overwritten_without_being_asked(make, home, tmp_path, capsys):
     make(tmp_path / "pairs.jsonl")
     before = contents(tmp_path)
     required = ("--policy", home / "sft", "--prompts", home / "prompts.jsonl", "--reward", "any")

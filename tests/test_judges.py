@@ -259,7 +259,7 @@ def test_answers_are_kept_and_never_asked_for_again(server, chat):
     assert chat()(["p"], ["d"], ["a"]) == ["a"] and len(server.requests) == 10  # the other order is another question
 
 
-def test_a_stopped_judge_goes_on_where_it_was(server, chat, tmp_path):
+def test_a_stopped_judge_continues_where_it_stopped(server, chat, tmp_path):
     texts = list("pqrst"), list("abcde"), list("fghij")
     server.script = [(200, {}, good("Better: A"))] * 3 + [(401, {}, "")]
     with pytest.raises(UserError, match="refuses the key in OPENAI_API_KEY"):
@@ -327,7 +327,7 @@ def test_a_server_that_stays_broken_ends_the_command(server, chat, waits):
         (404, "Check --endpoint and --model"),
     ],
 )
-def test_what_waiting_cannot_mend_stops_at_once(server, chat, waits, status, says):
+def test_what_waiting_cannot_fix_stops_at_once(server, chat, waits, status, says):
     server.script = [(status, {}, "no such thing")]
     with pytest.raises(UserError, match=says):
         chat()(["p", "q"], ["a", "a"], ["b", "b"])

@@ -243,7 +243,7 @@ def test_samples_are_the_models_own(home, sweep, tmp_path):
     assert other != read(tmp_path / "again" / "comparisons.jsonl") and len(again) == 4
 
 
-def test_a_stopped_sweep_goes_on_where_it_was(sweep, tmp_path, monkeypatch):
+def test_a_stopped_sweep_continues_where_it_stopped(sweep, tmp_path, monkeypatch):
     expected = sweep(out="whole")
     calls = []
 
@@ -358,7 +358,7 @@ def test_bad_input_is_found_before_any_work(home, tmp_path, capsys, flags, says)
     assert says in message and not list(tmp_path.iterdir())
 
 
-def test_results_of_other_settings_are_not_replaced_unasked(home, sweep, tmp_path, capsys):
+def test_results_of_other_settings_are_not_replaced_without_being_asked(home, sweep, tmp_path, capsys):
     sweep()
     held = contents(tmp_path / "out")
     flags = (*required(home), "--judge", "toy", "--out", tmp_path / "out", "--seed", 1)

@@ -56,7 +56,7 @@ def parse(answer):
 
 
 def retry_after(value):
-    """Seconds to wait by a Retry-After header, a number or a date (RFC 9110); None if it is missing or neither."""
+    """Seconds to wait according to a Retry-After header, a number or a date (RFC 9110); None if it is neither."""
     if value is None:
         return None
     if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
@@ -160,8 +160,9 @@ class ChatJudge:
             with error:
                 raise self.failure(error) from None
         except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", error)  # a URLError, which means no connection, wraps its cause
-            if cause is not error and not self.reached and not isinstance(cause, TimeoutError):
+            no_connection = isinstance(error, urllib.error.URLError)  # it wraps its cause
+            cause = error.reason if no_connection else error
+            if no_connection and not self.reached and not isinstance(cause, TimeoutError):
                 raise UserError(f"{self.url} cannot be reached ({cause}). Check --endpoint.") from None
             raise TryAgain(f"no answer ({type(cause).__name__})", None) from None
         self.reached = True
