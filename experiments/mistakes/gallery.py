@@ -321,8 +321,8 @@ GALLERY = [
             "moves: on the toy the shorter response is the more likely one in four of five pairs.",
         test="tests/test_loss.py::test_trap11_metrics_are_means_over_pairs"),
     Mistake("kl-on-the-references-samples", "experiments/evaluate.py", trained=False,
-        old='sequence_kl(policy, reference, ids, samples["policy"],',
-        new='sequence_kl(policy, reference, ids, samples["reference"],',
+        old="sequence_kl(policy, reference, ours.prompt_ids, ours.ids,",
+        new="sequence_kl(policy, reference, theirs.prompt_ids, theirs.ids,",
         what="The KL is an expectation under the policy, but it is computed on other texts: samples of the reference, "
              "or the pairs of the dataset.",
         see="Nothing in training. The plain estimate comes out negative, which no KL can be.",
