@@ -99,7 +99,6 @@ MUTANTS = {  # name: the exercise that loses marks, and what the grader must say
     "log-of-sigmoid": ("margin_and_loss", "infinite at large margins"),
     "robust-for-conservative": ("smoothed_loss", "this is robust DPO"),
     "mean-over-tokens": ("sum_logps", "the mean over the response's tokens"),
-    "mask-left-out": ("sum_logps", "the mask is not used"),
     "softmax-over-positions": ("gather_logps", "normalised over the positions"),
     "raw-logits": ("gather_logps", "raw logits"),
     "log-softmax-in-bf16": ("gather_logps", "logps has dtype float32 where float64 belongs"),
