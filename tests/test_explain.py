@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import html.parser
+import importlib.util
 import json
 import math
 import re
@@ -343,66 +343,51 @@ def test_a_number_is_never_minus_zero_or_wider_than_its_column(value, text):
 
 def test_nothing_on_disk_changes_but_the_files_asked_for(home, capsys, tmp_path):
     before = contents(home)
-    shown(home, capsys, "--html", tmp_path / "step.html")
-    assert contents(home) == before and set(contents(tmp_path)) == {"step.html"}
+    shown(home, capsys, "--png", tmp_path / "step.png")
+    assert contents(home) == before and set(contents(tmp_path)) <= {"step.png"}  # without matplotlib there is none
 
 
-class Cells(html.parser.HTMLParser):
-    """The texts of all table cells, and every tag and attribute."""
-
-    def __init__(self):
-        super().__init__()
-        self.cells, self.tags, self.attributes, self.inside = [], set(), set(), False
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attributes}
-        self.inside = self.inside or tag == "td"
-        if tag == "td":
-            self.cells.append("")
-
-    def handle_endtag(self, tag):
-        self.inside = self.inside and tag != "td"
-
-    def handle_data(self, text):
-        if self.inside:
-            self.cells[-1] += text
-
-
-def test_the_page_is_self_contained_escaped_and_holds_the_same_numbers(home, capsys, tmp_path):
-    printed = shown(home, capsys, "--row", 1, "--html", tmp_path / "step.html")
-    text = (tmp_path / "step.html").read_text(encoding="utf-8")
-    page = Cells()
-    page.feed(text)
-    assert not page.tags & {"script", "link", "img", "iframe", "b"} and not page.attributes & {"src", "href"}
-    assert "url(" not in text and "@import" not in text and "http" not in text
-    assert "prefers-color-scheme: dark" in text and "color-scheme: light dark" in text
-    row, tokenizer = the_row(home, ODD)
-    for part in row:
-        for i in part:
-            token = "∎" if i == tokenizer.eot else explain.visible(tokenizer.tokens[i])
-            assert token in page.cells and f"<bdi>{html.escape(token)}</bdi>" in text
-    assert set(re.findall(r"[+-]?\d+\.\d{3}(?![\d)])", "\n".join(re.findall(r".* \| .*", printed)))) <= set(page.cells)
-    for _, _, _, value in re.findall(r"^  (before|after) (\s*)(.*) = +(\S+)$", printed, re.M):
-        assert value in page.cells
-
-
-def test_the_picture_shows_any_text_without_a_warning(home, capsys, tmp_path):
-    """ "$" is no TeX, and a character that no font here has is written as its escape, not as a box."""
-    try:
-        from matplotlib.image import imread
-    except ImportError:
-        need(False, "needs matplotlib")
-    _, missing = explain.fonts_for("a\U0010fffd")  # the second is for private use: matplotlib's last resort has a box
-    assert missing == {"\U0010fffd"}
+def test_the_picture_holds_the_lines_of_the_terminal_whatever_their_characters(home, capsys, tmp_path, monkeypatch):
+    """Every printed character stands in the picture, "$" is no formula, and a character without a font is a box."""
+    need(importlib.util.find_spec("matplotlib"), "needs matplotlib")
+    assert explain.fonts_for("a\U0010fffd")[1] == {"\U0010fffd"}  # no font has it: it is for private use
+    drawn, save = [], explain.common.save_figure
+    monkeypatch.setattr(
+        explain.common, "save_figure", lambda path, figure, dpi: (drawn.append(figure), save(path, figure))
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        shown(home, capsys, "--row", 1, "--png", tmp_path / "step.png")
-    picture = imread(tmp_path / "step.png")
-    assert picture.shape[1] > 1000 and picture.std() > 0.05
+        printed = shown(home, capsys, "--row", 1, "--png", tmp_path / "step.png")
+    lines = {}
+    for text in drawn[0].axes[0].texts:
+        lines.setdefault((text.get_position()[0] > 80, text.get_position()[1]), []).append(text.get_text())
+    boxes = {ord(char): "□" * explain.columns(char) for char in explain.fonts_for(printed)[1]}
+    expected = [line.translate(boxes).replace(" ", "") for line in printed.splitlines() if line]
+    assert sorted("".join(parts).replace(" ", "") for parts in lines.values()) == sorted(expected)
+    picture = (tmp_path / "step.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 50_000
 
 
-def test_what_a_person_can_mend(home, capsys, tmp_path):
+@pytest.mark.parametrize("strange", [{"loss_type": "hinge"}, {"alpha": 0.5}])
+def test_a_loss_without_formulas_here_is_refused_by_name(home, capsys, tmp_path, strange):
+    """Another value of --loss-type, or a knob of another loss's settings class."""
+    tokenizer = Tokenizer.load(home / "dpo" / "bpe.json")
+    saved = dataclasses.asdict(train_settings(data=str(home / "pairs.jsonl")))
+    run = make_run(tmp_path / "other", tokenizer, 1, **{**saved, **strange})
+    message = fails(capsys, explain.main, "--policy", run, "--reference", home / "sft")
+    ((name, value),) = strange.items()
+    assert f"a loss that explain does not know ({name} {value!r})" in message and "sigmoid and ipo" in message
+
+
+def test_a_new_keyword_of_the_loss_is_refused_by_name(home, capsys, monkeypatch):
+    variant = {"beta": 0.4, "label_smoothing": 0.0, "loss_type": "sigmoid", "reference_free": False, "gamma": 1.0}
+    monkeypatch.setattr(train_dpo.Settings, "variant", variant)
+    assert "does not know (gamma" in fails(
+        capsys, explain.main, "--policy", home / "dpo", "--reference", home / "sft", "--device", "cpu"
+    )
+
+
+def test_what_a_person_can_correct(home, capsys, tmp_path):
     both = ("--policy", home / "dpo", "--reference", home / "sft")
     assert "holds 3 pairs, rows 0 to 2" in fails(capsys, explain.main, *both, "--row", 3)
     assert "0 at least" in fails(capsys, explain.main, *both, "--row", -1)

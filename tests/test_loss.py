@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_dpo
-from minidpo.dataset import PreferenceBatch, Rows, preference_batch
+from minidpo.dataset import PreferenceBatch, Rows, cut_to_context, preference_batch
 from minidpo.model import GPT, GPTConfig
 from train_dpo import dpo_loss, response_logps, token_logps
 
@@ -83,9 +83,11 @@ def test_trap01_response_logps_are_sums_over_the_response():
 
 @torch.no_grad()
 def test_trap03_the_final_eot_counts():
+    """A response that ended gets its eot (id 0) on the way from ids to a row, and response_logps scores it."""
     model = random_model()
-    row, cut = ([0, 3, 4], [5, 6, 0], [7, 0]), ([0, 3, 4], [5, 6], [7])
-    with_eot, without = (torch.cat(response_logps(model, preference_batch([pair]))) for pair in (row, cut))
+    prompt, responses, *_ = cut_to_context([3, 4], ([5, 6], [7]), [True, True], eot=0, max_length=24)
+    ended, cut = (prompt, *responses), ([0, 3, 4], [5, 6], [7])
+    with_eot, without = (torch.cat(response_logps(model, preference_batch([pair]))) for pair in (ended, cut))
     eot = [loop_logp(model, [0, 3, 4, 5, 6], [0]), loop_logp(model, [0, 3, 4, 7], [0])]
     close(with_eot - without, eot)
 

@@ -1,4 +1,4 @@
-"""The tests tested: each mutant is found by the test it names, and that test fails for no other reason."""
+"""The tests tested: each mistake is caught by the test it names, and that test fails for no other reason."""
 
 import math
 import re
@@ -10,46 +10,47 @@ from tiny import call, fails, write_data
 import experiments.mistakes.__main__ as command
 import train_dpo
 import train_sft
-from experiments import mistakes
-from experiments.mistakes import GALLERY, ROOT, Mutant, copy, curves, kill, load, run_tests
+from experiments.mistakes import GALLERY, ROOT, Mistake, broken, caught, copy, curves, load, run_tests
 from minidpo.report import read_metrics
 
-BY_NAME = {mutant.name: mutant for mutant in GALLERY}
-EACH = pytest.mark.parametrize("mutant", GALLERY, ids=lambda mutant: mutant.name)
-HARMLESS = Mutant(
-    "harmless", "train_dpo.py", "# (7)", "# 7", "a comment", "none", "tests/test_loss.py::test_loss_starts_at_ln_2"
+BY_NAME = {mistake.name: mistake for mistake in GALLERY}
+EACH = pytest.mark.parametrize("mistake", GALLERY, ids=lambda mistake: mistake.name)
+HARMLESS = Mistake(
+    "harmless", "train_dpo.py", "# (7)", "# 7", "a comment", "nothing", "tests/test_loss.py::test_loss_starts_at_ln_2"
 )
 
 
 @EACH
-def test_old_text_is_there_once_and_the_new_one_is_python(mutant):
-    source = (ROOT / mutant.file).read_text(encoding="utf-8")
-    assert source.count(mutant.old) == 1
-    compile(mistakes.mutated(mutant), mutant.file, "exec")
+def test_old_text_is_there_once_and_the_new_one_is_python(mistake):
+    source = (ROOT / mistake.file).read_text(encoding="utf-8")
+    assert source.count(mistake.old) == 1
+    compile(broken(mistake), mistake.file, "exec")
 
 
 @EACH
-def test_mutant_is_killed(mutant):
-    killed, _ = kill(mutant)
-    assert killed, f"{mutant.test} does not see {mutant.name}"
+def test_mistake_is_caught(mistake):
+    found, _ = caught(mistake)
+    assert found, f"{mistake.test} does not catch {mistake.name}"
 
 
-def test_the_healthy_code_is_not(tmp_path):
-    """The same tests on a copy without a mistake all pass: what kills a mutant is the mistake."""
+def test_the_healthy_code_passes(tmp_path):
+    """The same tests on a copy without a mistake all pass: they fail because of the mistake."""
     copy(tmp_path)
-    assert run_tests(tmp_path, sorted({mutant.test for mutant in GALLERY})) == 0
-    passed = re.search(r"(\d+) passed", (tmp_path / "output.txt").read_text(encoding="utf-8"))
-    assert int(passed[1]) >= len({mutant.test for mutant in GALLERY})  # none was skipped
+    failed, output = run_tests(tmp_path, sorted({mistake.test for mistake in GALLERY}))
+    assert not failed
+    passed = re.search(r"(\d+) passed", output)
+    assert int(passed[1]) >= len({mistake.test for mistake in GALLERY})  # none was skipped
 
 
-def test_a_mutant_that_survives_is_said(monkeypatch, capsys):
+def test_a_missed_mistake_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(command, "GALLERY", [HARMLESS, BY_NAME["no-log-sigmoid"]])
-    with pytest.raises(SystemExit, match="alive: harmless. A mutant that survives is a hole in the tests."):
+    with pytest.raises(SystemExit, match="missed: harmless. The tests need one that fails with this mistake."):
         call(command.main)
     out = capsys.readouterr().out
-    assert "1 of 2 killed" in out and re.search(r"^harmless +NO ", out, re.M) and re.search(" yes ", out)
+    assert "1 of 2 mistakes caught" in out
+    assert re.search(r"^MISSED .* harmless$", out, re.M) and re.search(r"^caught .* no-log-sigmoid$", out, re.M)
     call(command.main, "--only", "no-log-sigmoid")
-    assert "1 of 1 killed" in capsys.readouterr().out
+    assert "1 of 1 mistakes caught" in capsys.readouterr().out
     assert "Did you mean 'no-log-sigmoid'" in fails(capsys, command.main, "--only", "no-logsigmoid")
     assert "--curves needs --init" in fails(capsys, command.main, "--curves", "x")
 
@@ -61,8 +62,8 @@ def test_what_is_no_failed_test_is_an_error(tmp_path):
     (tmp_path / "train_dpo.py").write_text("def", encoding="utf-8")
     with pytest.raises(RuntimeError, match="SyntaxError"):
         run_tests(tmp_path, ["tests/test_loss.py"])
-    with pytest.raises(ValueError, match="twice: 0 places in train_dpo.py"):
-        load(Mutant("twice", "train_dpo.py", "not to be found", "", "", "", ""))
+    with pytest.raises(ValueError, match="twice: train_dpo.py has this 0 times"):
+        load(Mistake("twice", "train_dpo.py", "not to be found", "", "", "", ""))
 
 
 def test_load_gives_the_broken_module_and_leaves_the_healthy_one():
@@ -89,11 +90,13 @@ def test_curves_train_once_and_the_page_holds_what_was_measured(tmp_path, monkey
     shipped = ROOT / "data" / "toy_sentiment"
     monkeypatch.setattr(curves.data, "find", lambda name, file: shipped / f"{file}.jsonl")
     flags = ("--init", tmp_path / "sft", "--curves", tmp_path / "runs", "--page", tmp_path / "page.md")
+    (tmp_path / "page.md").write_text("# By hand\n\nThis stays.\n\n## gone\n\nThis goes.\n", encoding="utf-8")
     call(command.main, *flags)
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    runs = tmp_path / "runs"
-    resumed, healthy = (curves.read(runs / name / "result.json") for name in ("warm-up-again", "healthy"))
-    for name, figures in (("mutant", resumed), ("healthy", healthy)):
+    assert page.startswith("# By hand\n\nThis stays.\n\n## dropout-left-on\n") and "This goes" not in page
+    runs, healthy = tmp_path / "runs", curves.healthy(BY_NAME["warm-up-again"])
+    resumed, beside = (curves.read(runs, run) for run in (BY_NAME["warm-up-again"], healthy))
+    for name, figures in (("mistake", resumed), ("healthy", beside)):
         assert f"| {name} | {figures['loss']:.3g} | {figures['rewards/chosen']:.3g} |" in page
     assert resumed["loss"] == sum(m["loss"] for m in read_metrics(runs / "warm-up-again" / "run")) / 4
     rates = [[m["lr"] for m in read_metrics(runs / name / "run")] for name in ("warm-up-again", "healthy")]
@@ -110,9 +113,9 @@ def test_curves_train_once_and_the_page_holds_what_was_measured(tmp_path, monkey
 def test_the_page_in_docs_is_of_this_gallery():
     page = (ROOT / "docs" / "mistakes.md").read_text(encoding="utf-8")
     words = " ".join(page.split())  # lines wrapped again
-    for mutant in GALLERY:
-        for part in (mutant.mistake, mutant.see, mutant.test, *curves.diff(mutant)):
+    for mistake in GALLERY:
+        for part in (mistake.what, mistake.see, mistake.test, *curves.diff(mistake)):
             assert " ".join(part.split()) in words, (
-                f"{mutant.name} has changed: python -m experiments.mistakes --curves ... writes it anew"
+                f"{mistake.name} has changed: run python -m experiments.mistakes --curves ... to write its section"
             )
-    assert page.count("\n## ") == len(GALLERY)
+    assert page.count("\n## ") == len(GALLERY) and f"{len(GALLERY)} ways to get DPO wrong" in page
