@@ -5,8 +5,8 @@
     python -m experiments.bench --ablation --dtypes bfloat16 --markdown docs/fast.md       # the ideas of the fast path
 
 A step is the log-probs of the policy (and of the reference where they were not computed before), loss, backward,
-clipping and optimizer. Token ids and weights are random. Each measurement is a process of its own. The processes take
-turns, for several rounds, so that a slow minute of the machine affects all of them. Nothing else should run.
+clipping and optimizer. Each measurement is a process of its own. The processes take turns, for several rounds, so that
+a slow minute of the machine affects all of them. docs/bench.md says what the figures mean.
 
     minidpo             train_dpo.py --fast (minidpo/scale/fast.py)
     minidpo-plain       train_dpo.py without --fast
@@ -16,9 +16,6 @@ turns, for several rounds, so that a slow minute of the machine affects all of t
     trl                 TRL's DPOTrainer with the reference model's forward in each step
     hf-plain            Hugging Face's GPT-2, both responses padded together, a reference model's forward in each step
     matmul-floor        the matrix products of the fast path alone: no step that makes them can be faster
-
---cache keeps what each process measured: the same command continues where it was stopped, and more --rounds add to
-what is there. The peers' packages come with the extra `bench`. docs/bench.md says what the figures mean.
 """
 
 import dataclasses
@@ -101,16 +98,12 @@ def ratios(rows):
 
 def report(rows):
     """Returns the tables of everything measured, as Markdown."""
-    figures, shown = [row for row in rows if "error" not in row], []
+    figures = [row for row in rows if "error" not in row]
     if not figures:
         return table(rows, COLUMNS)
-    for row in rows:
-        losses = row.get("losses", [None])
-        ends = dict(first_loss=losses[0], last_loss=losses[-1], timed_steps=len(row.get("seconds", [])))
-        shown.append(row | ends)
     first = figures[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
-    parts = [f"{first.get('card') or first['cpu']}, {first['threads']} threads; {versions}.", table(shown, COLUMNS)]
+    parts = [f"{first.get('card') or first['cpu']}, {first['threads']} threads; {versions}.", table(rows, COLUMNS)]
     if compared := ratios(figures):
         parts += [f"Against {OURS}, each in the precision that is faster for it:", table(compared, RATIOS)]
     agree = " and ".join(f"{TOLERANCE[d]:g} ({d})" for d in dict.fromkeys(row["dtype"] for row in figures))
@@ -124,15 +117,16 @@ def ablation_report(rows):
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         lines, whole, columns = {}, {}, {f"left out ({dtype})": "idea"}
         for row in (row for row in rows if row["dtype"] == dtype):
-            shape, (_, _, idea) = row["shape"], row["implementation"].partition(" without ")
-            columns |= {f"{shape} {what}": f"{shape} {what}" for what in ("time", "peak")}
-            cells = f"{row['seconds_median']:.3g} s", f"{row['peak_mb']:,.0f} MB"
-            if idea:
-                cells = (f"{row[key] / whole[shape][key]:.2f}" for key in ("seconds_median", "peak_mb"))
-            else:
-                whole[shape] = row
+            shape, idea = row["shape"], row["implementation"].partition(" without ")[2]
+            time, peak = f"{shape} time", f"{shape} peak"
+            columns |= {time: time, peak: peak}
             line = lines.setdefault(idea, {"idea": idea or "nothing"})
-            line[f"{shape} time"], line[f"{shape} peak"] = cells
+            if not idea:
+                whole[shape] = row
+                line |= {time: f"{row['seconds_median']:.3g} s", peak: f"{row['peak_mb']:,.0f} MB"}
+            else:
+                line[time] = f"{row['seconds_median'] / whole[shape]['seconds_median']:.2f}"
+                line[peak] = f"{row['peak_mb'] / whole[shape]['peak_mb']:.2f}"
         tables.append(table(list(lines.values()), columns))
     return "\n\n".join(tables)
 

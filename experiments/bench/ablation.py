@@ -1,8 +1,9 @@
 """The ideas of minidpo/scale/fast.py, each with what takes its place when it is left out.
 
-`python -m experiments.bench --ablation` measures a step without each of them. docs/fast.md shows the result.
-`WITHOUT` at the end maps the name of an idea to a function that takes it out of the running process.
+`python -m experiments.bench --ablation` measures a step without each of them; docs/fast.md shows the result.
 """
+
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -10,52 +11,45 @@ import torch.nn.functional as F
 from minidpo.scale import fast
 
 
-class ByIndex:
-    """Takes the place of ToRows or FromRows: PyTorch's own indexing, with its own backward."""
-
-    def __init__(self, index):
-        self.apply = index
+def replace(**values):
+    """Puts other functions in the place of those of minidpo/scale/fast.py."""
+    vars(fast).update(values)
 
 
-class PlainHead:
-    """Takes the place of ScoredLogps: logits, log-softmax and gather as in train_dpo.py, each in memory of its own."""
-
-    @staticmethod
-    def apply(hidden, embedding, targets, dtype):
-        logits = F.linear(hidden.to(dtype), embedding.to(dtype)).to(torch.promote_types(dtype, torch.float32))
-        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+def applied(function):
+    """Wraps a function so that it can stand in the place of a torch.autograd.Function."""
+    return SimpleNamespace(apply=function)
 
 
-class HeadOfAll:
-    """Takes the place of ScoredLogps: computes the logits at all N tokens and uses those at the scored tokens."""
-
-    def __init__(self, head):
-        self.head = head
-
-    def apply(self, hidden, embedding, targets, dtype):
-        scored = torch.zeros(len(hidden), dtype=torch.bool).index_fill(0, self.scored, True)
-        order = torch.cat([self.scored, (~scored).nonzero().squeeze(-1)])
-        targets_of_all = F.pad(targets, (0, len(order) - len(targets)))
-        return self.head.apply(hidden[order], embedding, targets_of_all, dtype)[: len(targets)]
+def all_scored(packed):
+    return packed._replace(scored=torch.arange(len(packed.ids)))
 
 
-def score_all():
-    hidden_states, head = fast.hidden_states, HeadOfAll(fast.ScoredLogps)
-
-    def of_all(model, packed):
-        head.scored = packed.scored
-        return hidden_states(model, packed._replace(scored=torch.arange(len(packed.ids))))
-
-    fast.hidden_states, fast.ScoredLogps = of_all, head
+def plain_head(hidden, embedding, targets, dtype):
+    """Computes logits, log-softmax and gather as train_dpo.py does, each in memory of its own."""
+    logits = F.linear(hidden.to(dtype), embedding.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
-def whole_last_block():
+def head_at_all_tokens():
+    """Computes the logits at all N tokens, and uses those at the scored tokens."""
+    hidden_states, head, order = fast.hidden_states, fast.ScoredLogps, []
+
+    def all_hidden_states(model, packed):
+        unscored = torch.ones(len(packed.ids), dtype=torch.bool).index_fill(0, packed.scored, False)
+        order[:] = [torch.cat([packed.scored, unscored.nonzero().squeeze(-1)])]
+        return hidden_states(model, all_scored(packed))
+
+    def all_logps(hidden, embedding, targets, dtype):
+        padding = len(hidden) - len(targets)
+        return head.apply(hidden[order[0]], embedding, F.pad(targets, (0, padding)), dtype)[: len(targets)]
+
+    replace(hidden_states=all_hidden_states, ScoredLogps=applied(all_logps))
+
+
+def last_block_at_all_tokens():
     hidden_states = fast.hidden_states
-
-    def of_all(model, packed):
-        return hidden_states(model, packed._replace(scored=torch.arange(len(packed.ids))))[packed.scored]
-
-    fast.hidden_states = of_all
+    replace(hidden_states=lambda model, packed: hidden_states(model, all_scored(packed))[packed.scored])
 
 
 def dense_embedding():
@@ -63,19 +57,19 @@ def dense_embedding():
     F.embedding = lambda ids, weight, *_, **__: embedding(ids, weight)
 
 
-WITHOUT = {
-    "shared prompts": lambda: setattr(fast, "shared_prefix", lambda ids, real: torch.zeros_like(real[0])),
-    "padding left out": lambda: setattr(fast, "real_positions", torch.ones_like),
-    "head at scored tokens only": score_all,
-    "last block at scored tokens only": whole_last_block,
-    "gradient written over the logits": lambda: setattr(fast, "ScoredLogps", PlainHead),
-    "rows made and undone by a copy": lambda: (
-        setattr(fast, "ToRows", ByIndex(lambda x, packed: x[packed.place])),
-        setattr(fast, "FromRows", ByIndex(lambda x, packed: x.flatten(0, 1)[packed.home])),
+WITHOUT = {  # idea: takes it out of the running process
+    "shared prompts": lambda: replace(shared_prefix=lambda ids, real: torch.zeros_like(real[0])),
+    "padding left out": lambda: replace(real_positions=torch.ones_like),
+    "head at scored tokens only": head_at_all_tokens,
+    "last block at scored tokens only": last_block_at_all_tokens,
+    "gradient written over the logits": lambda: replace(ScoredLogps=applied(plain_head)),
+    "rows made and undone by a copy": lambda: replace(
+        ToRows=applied(lambda x, packed: x[packed.place]),
+        FromRows=applied(lambda x, packed: x.flatten(0, 1)[packed.home]),
     ),
     "sparse gradient of the lookup": dense_embedding,
-    "attention written out (bf16 on a CPU)": lambda: setattr(
-        fast, "causal_attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    "attention written out (bf16 on a CPU)": lambda: replace(
+        causal_attention=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     ),
-    "freed memory kept": lambda: setattr(fast, "keep_freed_memory", lambda: None),
+    "freed memory kept": lambda: replace(keep_freed_memory=lambda: None),
 }

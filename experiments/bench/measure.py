@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from experiments.bench.shapes import count, mfu_flops, random_pairs
 from minidpo.files import atomic_write
-from minidpo.settings import CatchInterrupt, UserError, knob
+from minidpo.run import CatchInterrupt
+from minidpo.settings import UserError, knob
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # per second, dense bf16, by a part of the card's name
 
@@ -24,11 +25,10 @@ class Settings:
 
     rounds: int = knob(3, "how often every process is run", least=1)
     threads: int = knob(0, "threads of each process; 0: PyTorch's choice")
-    cache: str = knob("runs/bench", "folder that keeps what each process measured")
+    cache: str = knob("runs/bench", "folder that keeps what each process measured; delete it to measure again")
     json: str = knob("", "file for the figures, with a picture beside it (.png); empty: print them only")
     markdown: str = knob("", "page whose marked block becomes the tables, such as docs/bench.md")
     measure: bool = knob(True, "--no-measure: only show what --cache holds")
-    overwrite: bool = knob(False, "forget what --cache holds of these measurements")
 
 
 def installed(implementations):
@@ -37,8 +37,7 @@ def installed(implementations):
     present = []
     for name in implementations:
         packages = needed[name.split(" ")[0].split("-")[0]]
-        missing = [package for package in packages if importlib.util.find_spec(package) is None]
-        if missing:
+        if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
             print(f'{name} is left out: {", ".join(missing)} not installed (pip install -e ".[bench,hf]")')
         else:
             present.append(name)
@@ -74,8 +73,6 @@ def measure_all(works, settings):
     """
     names = {f"{'-'.join(cell).replace(' ', '_')}-{i}": cell for i in range(settings.rounds) for cell in works}
     turns = {Path(settings.cache) / f"{name}.json": cell for name, cell in names.items()}
-    for path in turns if settings.overwrite else ():
-        path.unlink(missing_ok=True)
     measured = {path: found for path, cell in turns.items() if (found := kept(path, works[cell]))}
     if measured:
         print(f"{len(measured)} of {len(turns)} processes ran before: {settings.cache}")
@@ -116,11 +113,11 @@ def as_row(shape, dtype, implementation, work, processes):
     median, pairs = statistics.median(seconds), random_pairs(work)
     row |= processes[0] | dict(
         seconds_median=median, seconds_min=min(seconds), seconds_max=max(seconds), seconds=seconds,
-        pairs_per_second=work["pairs"] / median,
+        timed_steps=len(seconds), rounds=len(processes), pairs_per_second=work["pairs"] / median,
         tokens_per_second=count(pairs, shared=False)[0] / work["batches"] / median,
         peak_mb=max(process["peak_mb"] for process in processes),
         libraries_mb=max(process["libraries_mb"] for process in processes),
-        rounds=len(processes),
+        first_loss=processes[0]["losses"][0], last_loss=processes[0]["losses"][-1],
     )  # fmt: skip
     for card, peak in PEAK_FLOPS.items():
         if card in (row["card"] or ""):

@@ -3,14 +3,14 @@
     python -m experiments.bench.worker '{"implementation": "minidpo", "folder": ..., ...}'
 
 `measure.child` starts it, so that each implementation has a process, and its memory, to itself. The last line of the
-output is JSON. Read `RUNNERS` near the end, then the runners. All of them load the same weights, see the same pairs in
-the same order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
+output is JSON. Read `RUNNERS`, then the runners. All of them load the same weights, see the same pairs in the same
+order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
 """
 
-import contextlib
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -28,11 +28,15 @@ from experiments.bench.ablation import WITHOUT
 from experiments.bench.shapes import IMPLEMENTATIONS, batch_of, products, random_pairs
 from minidpo.device import autocast, pick_dtype
 from minidpo.model import GPT, GPTConfig
+from minidpo.optim import make_optimizer
 from minidpo.scale import memory
 from minidpo.scale.weights import load_pretrained, save_pretrained
 from minidpo.settings import UserError
 
 BETA, CLIP, BETAS = 0.1, 1.0, (0.9, 0.99)  # BETAS are AdamW's, those of minidpo.optim
+
+
+# ---- Time and memory ----
 
 
 def memory_mb(device, peak=False):
@@ -65,7 +69,7 @@ class Clock:
 
     def __init__(self, work):
         self.work, self.device = work, work["device"]
-        self.measured = {"seconds": [], "losses": [], "state_mb": None}
+        self.measured = {"seconds": [], "losses": []}
 
     def imported(self):
         """To be called when the libraries are imported and the model is not loaded yet."""
@@ -73,8 +77,8 @@ class Clock:
 
     def loaded(self, policy):
         """To be called with the model. Counts fp32 weights, gradients and optimizer state: no step does without."""
-        copies = 2 + {"adamw": 2, "rmsprop": 1}[self.work["optimizer"]]
-        self.measured["state_mb"] = copies * 4 * sum(weight.numel() for weight in policy.parameters()) / 1e6
+        copies = {"adamw": 4, "rmsprop": 3}[self.work["optimizer"]]
+        self.measured["state_mb"] = 4 * copies * sum(weight.numel() for weight in policy.parameters()) / 1e6
 
     def start(self):
         if len(self.measured["seconds"]) == self.work["warmup"]:
@@ -96,7 +100,7 @@ class Clock:
 
 
 def train_settings(work, micro_batch):
-    """Returns the settings of train_dpo.py with which it does this work."""
+    """Returns the settings of train_dpo.py for this work."""
     import train_dpo
 
     return train_dpo.Settings(
@@ -108,14 +112,12 @@ def train_settings(work, micro_batch):
 def minidpo(work, pairs, clock, micro_batch):
     """`train_dpo.train_step` as the training loop calls it: making the batch and reading the metrics are timed too."""
     import train_dpo
-    from minidpo.optim import make_optimizer
 
     clock.imported()
     settings = train_settings(work, micro_batch)
     policy = load_pretrained(work["folder"]).to(work["device"])
     policy.set_dropout(0.0)
-    policy.prepare(settings.compile, settings.recompute)
-    policy.train()
+    policy.prepare(settings.compile, settings.recompute).train()
     clock.loaded(policy)
     clock.measured["plan_mb"] = memory.plan_of(policy.config, pairs, settings).peak / 1e6
     reference = train_dpo.reference_logps(policy, pairs, settings)
@@ -127,7 +129,7 @@ def minidpo(work, pairs, clock, micro_batch):
 
 
 def attention(work):
-    """Returns the faster attention of transformers: on a CPU, for short rows in bf16, the backward of sdpa is slow."""
+    """Returns the faster attention of transformers. The backward of sdpa is slow for short rows in bf16 on a CPU."""
     short = work["prompt"][1] + work["response"][1] < 128
     return "eager" if work["device"] == "cpu" and work["dtype"] == "bfloat16" and short else "sdpa"
 
@@ -169,11 +171,11 @@ def trl(work, pairs, clock, micro_batch, precomputed):
     policy = AutoModelForCausalLM.from_pretrained(work["folder"], attn_implementation=attention(work))
     clock.loaded(policy)
     last = work["model"]["vocab_size"] - 1  # the trainer takes the id of padding from a tokenizer
-    vocabulary = models.WordLevel({str(i): i for i in range(last + 1)}, unk_token="0")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(vocabulary), eos_token=str(last), pad_token=str(last)
-    )
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(last + 1)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(last), pad_token=str(last))
     optim = {"adamw": "adamw_torch_fused", "rmsprop": "rmsprop"}[work["optimizer"]]
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    dataset = Dataset.from_list([dict(zip(columns, pair, strict=True)) for pair in pairs])
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder, report_to=[], logging_strategy="no", save_strategy="no", max_steps=work["steps"],
@@ -184,8 +186,6 @@ def trl(work, pairs, clock, micro_batch, precomputed):
             lr_scheduler_type="constant", bf16=work["dtype"] == "bfloat16", use_cpu=work["device"] == "cpu",
             dataloader_pin_memory=False,
         )  # fmt: skip
-        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-        dataset = Dataset.from_list([dict(zip(columns, pair, strict=True)) for pair in pairs])
         trainer = Timed(model=policy, args=config, train_dataset=dataset, processing_class=tokenizer)
         trainer.add_callback(Timer())
         trainer.train()
@@ -196,39 +196,34 @@ def hf_plain(work, pairs, clock, _):
     from transformers import AutoModelForCausalLM
 
     clock.imported()
-    device = work["device"]
-
-    def load():
-        model = AutoModelForCausalLM.from_pretrained(work["folder"], attn_implementation=attention(work)).to(device)
-        model.config.use_cache = False
-        return model.eval()  # no dropout
-
-    policy, reference = load(), load().requires_grad_(False)
+    device, kernel = work["device"], attention(work)
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(work["folder"], attn_implementation=kernel).to(device).eval()  # no dropout
+        for _ in range(2)
+    )
     clock.loaded(policy)
-    make = {
-        "adamw": functools.partial(torch.optim.AdamW, betas=BETAS, weight_decay=0.0, fused=True),
-        "rmsprop": torch.optim.RMSprop,
-    }[work["optimizer"]]
-    optimizer = make(policy.parameters(), lr=work["lr"])
-
-    def logps(model, ids, attention_mask, scored):
-        with autocast(device, work["dtype"]):
-            logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float()
-        each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        return (each * scored[:, 1:]).sum(-1)
+    optimizer = make_optimizer(policy, work["optimizer"], work["lr"])
 
     def padded(rows):
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
+    def logps(model, ids, attention_mask, scored):
+        with autocast(device, work["dtype"]):
+            logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
+        each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return (each * scored[:, 1:]).sum(-1)
+
     for step in range(work["steps"]):
         clock.start()
         rows = [(pairs[i][0], pairs[i][side]) for side in (1, 2) for i in batch_of(step, work)]
-        ids = padded([prompt + response for prompt, response in rows])
-        attention_mask = padded([[1] * len(prompt + response) for prompt, response in rows])
-        scored = padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows])
+        batch = [
+            padded([prompt + response for prompt, response in rows]),
+            padded([[1] * len(prompt + response) for prompt, response in rows]),
+            padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows]),
+        ]
         with torch.no_grad():
-            reference_logps = logps(reference, ids, attention_mask, scored)
-        chosen, rejected = (logps(policy, ids, attention_mask, scored) - reference_logps).chunk(2)
+            reference_logps = logps(reference, *batch)
+        chosen, rejected = (logps(policy, *batch) - reference_logps).chunk(2)
         loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
@@ -264,8 +259,7 @@ def matmul_floor(work, pairs, clock, _):
 
 def matmul_rate(work, _, clock, __):
     """Square products, for the rate of the machine: one per step, 2 work["size"]^3 floating-point operations each."""
-    kind = dict(dtype=getattr(torch, work["dtype"]), device=work["device"])
-    a, b = torch.randn(2, work["size"], work["size"], **kind)
+    a, b = torch.randn(2, work["size"], work["size"], dtype=getattr(torch, work["dtype"]))
     out = torch.empty_like(a)
     for _ in range(work["steps"]):
         clock.start()
@@ -275,15 +269,15 @@ def matmul_rate(work, _, clock, __):
 
 RUNNERS = {
     **{name: minidpo for name in IMPLEMENTATIONS if name.startswith("minidpo")},
-    "trl-precomputed": lambda *args: trl(*args, precomputed=True),
-    "trl": lambda *args: trl(*args, precomputed=False),
+    "trl-precomputed": functools.partial(trl, precomputed=True),
+    "trl": functools.partial(trl, precomputed=False),
     "hf-plain": hf_plain,
     "matmul-floor": matmul_floor,
     "matmul-rate": matmul_rate,
 }
 
 
-# ---- One process ----
+# ---- The process ----
 
 
 def pairs_at_once(work, room):
@@ -297,12 +291,12 @@ def pairs_at_once(work, room):
     if room is None:
         return divisors
     config, pairs = GPTConfig(**work["model"]), random_pairs(work)
-    peaks = (memory.plan_of(config, pairs, train_settings(work, n)).peak for n in divisors)
-    return [n for n, peak in zip(divisors, peaks, strict=True) if peak <= 0.75 * room] or [1]
+    peaks = {n: memory.plan_of(config, pairs, train_settings(work, n)).peak for n in divisors}
+    return [n for n in divisors if peaks[n] <= 0.75 * room] or [1]
 
 
 def measure(work):
-    """Runs one implementation -> what it measured, by name; with an "error" in its place if it does not fit."""
+    """Runs one implementation -> what it measured, by name; an "error" in its place if it does not fit."""
     if work["without"]:
         WITHOUT[work["without"]]()
     pairs = random_pairs(work) if "pairs" in work else []
@@ -319,29 +313,23 @@ def measure(work):
     return failed
 
 
-def make_weights(work):
-    """Writes random weights of GPT-2's kind to the folder work["folder"], in Hugging Face's layout."""
-    save_pretrained(GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0)), work["folder"])
-
-
 def machine(device):
     """Returns what the figures depend on besides the code."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    cpus = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = dict.fromkeys(("torch", "transformers", "trl"))
-    for package in versions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     card = torch.cuda.get_device_name() if device == "cuda" else None
-    return dict(cpu=(cpus or [platform.machine()])[0], card=card, threads=torch.get_num_threads(), versions=versions)
+    packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return dict(cpu=cpu, card=card, threads=torch.get_num_threads(), versions=versions)
 
 
 def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets this process finish
     work = json.loads(sys.argv[1])
-    if work["implementation"] == "weights":
-        return make_weights(work)
+    if work["implementation"] == "weights":  # random weights of GPT-2's kind, in Hugging Face's layout
+        model = GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0))
+        return save_pretrained(model, work["folder"])
     if work["threads"]:
         torch.set_num_threads(work["threads"])
     torch.manual_seed(0)
