@@ -286,7 +286,8 @@ def test_the_ablation_has_a_line_per_idea_and_goes_on(tmp_path, capsys, monkeypa
     monkeypatch.setattr(measure, "child", child)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- ablation -->\n<!-- /ablation -->\nafter\n", encoding="utf-8")
-    argv = ("--ablation", "--quick", "--shapes", "W1,W2", "--dtypes", "float32", "--cache", tmp_path, "--markdown", page)
+    flags = ("--quick", "--shapes", "W1,W2", "--dtypes", "float32", "--cache", tmp_path, "--markdown", page)
+    argv = ("--ablation", *flags)
     call(bench.main, *argv)
     lines = page.read_text(encoding="utf-8").splitlines()
     assert lines[2] == "| left out (float32) | W1 time | W1 peak | W2 time | W2 peak |"

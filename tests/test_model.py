@@ -544,7 +544,7 @@ def test_a_file_of_many_pieces_is_read_and_written_whole(hugging, tmp_path, monk
 
 MEMORY = """
 import sys, torch
-from experiments.bench.gpu import Peak
+from tests.peak import Peak
 from minidpo.model import GPT, GPTConfig
 
 folder = sys.argv[1]

@@ -33,16 +33,16 @@ def plain_head(hidden, embedding, targets, dtype):
 
 def head_at_all_tokens():
     """Computes the logits at all N tokens, and uses those at the scored tokens."""
-    hidden_states, head, order = fast.hidden_states, fast.ScoredLogps, []
+    hidden_states, head, now = fast.hidden_states, fast.ScoredLogps, SimpleNamespace()
 
     def all_hidden_states(model, packed):
         unscored = torch.ones(len(packed.ids), dtype=torch.bool).index_fill(0, packed.scored, False)
-        order[:] = [torch.cat([packed.scored, unscored.nonzero().squeeze(-1)])]
+        now.order = torch.cat([packed.scored, unscored.nonzero().squeeze(-1)])
         return hidden_states(model, all_scored(packed))
 
     def all_logps(hidden, embedding, targets, dtype):
-        padding = len(hidden) - len(targets)
-        return head.apply(hidden[order[0]], embedding, F.pad(targets, (0, padding)), dtype)[: len(targets)]
+        targets_of_all = F.pad(targets, (0, len(now.order) - len(targets)))
+        return head.apply(hidden[now.order], embedding, targets_of_all, dtype)[: len(targets)]
 
     replace(hidden_states=all_hidden_states, ScoredLogps=applied(all_logps))
 
