@@ -53,7 +53,7 @@ def test_all_implementations_make_the_same_losses(tmp_path, capsys):
     flags += ["--json", tmp_path / "b.json", "--markdown", tmp_path / "page.md"]
     call(bench.main, *flags)
     rows = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
-    assert [r["implementation"] for r in rows] == list(shapes.CPU_IMPLEMENTATIONS)
+    assert [r["implementation"] for r in rows] == list(shapes.DEFAULTS["cpu"][1])
     assert all(set(FIELDS) <= set(r) for r in rows) and (tmp_path / "b.png").stat().st_size > 5000
     weights = sum(w.numel() for w in GPT(GPTConfig(**TINY["model"])).parameters())
     for r in rows:
@@ -113,7 +113,7 @@ def test_losses_that_differ_are_told(other, told):
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
-    assert measure.installed(shapes.CPU_IMPLEMENTATIONS) == ["minidpo", "minidpo-plain", "hf-plain", "matmul-floor"]
+    assert measure.installed(shapes.DEFAULTS["cpu"][1]) == ["minidpo", "minidpo-plain", "hf-plain", "matmul-floor"]
     out = capsys.readouterr().out
     assert "trl-precomputed is left out: trl not installed" in out and out.count("left out") == 2
 
@@ -162,7 +162,7 @@ def test_bad_names_a_damaged_file_a_page_without_block_and_a_failing_process(tmp
     assert "is damaged" in fails(capsys, bench.main, "--cache", tmp_path)
     (tmp_path / "page.md").write_text("<!-- bench -->\n", encoding="utf-8")
     with pytest.raises(UserError, match="has no lines"):
-        measure.tell(bench.BenchSettings(markdown=tmp_path / "page.md"), "bench", [], "text", None)
+        measure.tell(bench.BenchSettings(markdown=tmp_path / "page.md"), "bench", [], "text", None, {})
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == "<!-- bench -->\n"
     with pytest.raises(UserError, match="(?s)exit code 1.*KeyError: 'llama'"):
         measure.child({**shapes.work_of(TINY, "trl", "float32"), "implementation": "llama"})

@@ -232,7 +232,7 @@ def test_the_command_on_a_card_measures_the_four_sizes_beside_trl(tmp_path, monk
     assert len(works) == 12 * 6 and {(work["device"], work["dtype"]) for work in works} == {("cuda", "bfloat16")}
     assert {work["optimizer"] for work in works if work["implementation"] != "minidpo-lean-adamw"} == {"rmsprop"}
     rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert [row["implementation"] for row in rows[:6]] == list(shapes.GPU_IMPLEMENTATIONS)
+    assert [row["implementation"] for row in rows[:6]] == list(shapes.DEFAULTS["cuda"][1])
     for row in rows:
         if row["implementation"] == "minidpo-plain":
             assert row["error"] == "OutOfMemoryError: CUDA out of memory" and "seconds" not in row

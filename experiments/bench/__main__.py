@@ -21,18 +21,13 @@ a slow minute of the machine affects all of them. docs/bench.md says what the fi
 import dataclasses
 import itertools
 
-from experiments.bench import shapes
 from experiments.bench.ablation import WITHOUT
-from experiments.bench.measure import Settings, as_row, installed, measure_all, must_be_all, table, tell
-from experiments.bench.shapes import DTYPES, FLOOR, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
+from experiments.bench.measure import Settings, as_row, installed, measure_all, table, tell
+from experiments.bench.shapes import DEFAULTS, DTYPES, FLOOR, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
 from experiments.common import figure, save_figure
 from minidpo.device import pick_device
 from minidpo.settings import knob, parse_settings, run_main, unknown
 
-DEFAULTS = {  # device: shapes, implementations, precisions
-    "cpu": (shapes.CPU_SHAPES, shapes.CPU_IMPLEMENTATIONS, DTYPES),
-    "cuda": (shapes.GPU_SHAPES, shapes.GPU_IMPLEMENTATIONS, ("bfloat16",)),
-}
 IDEAS = (OURS, *(f"{OURS} without {idea}" for idea in WITHOUT))
 # The losses of two implementations may differ by this much. fp32 sums run in another order. bf16 rounds to 8 bits, and
 # the first steps of AdamW are signs of gradients, which rounding can turn.
@@ -100,7 +95,7 @@ def report(rows):
     """Returns the tables of everything measured, as Markdown."""
     figures = [row for row in rows if "error" not in row]
     if not figures:
-        return table(rows, COLUMNS)
+        return table(rows, COLUMNS) if rows else "nothing is measured yet"
     first = figures[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
     parts = [f"{first.get('card') or first['cpu']}, {first['threads']} threads; {versions}.", table(rows, COLUMNS)]
@@ -115,18 +110,14 @@ def ablation_report(rows):
     """Returns time and peak memory without each idea, as multiples of those with all of them, as Markdown."""
     tables = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        lines, whole, columns = {}, {}, {f"left out ({dtype})": "idea"}
+        lines, columns = {}, {f"left out ({dtype})": "idea"}
         for row in (row for row in rows if row["dtype"] == dtype):
             shape, idea = row["shape"], row["implementation"].partition(" without ")[2]
-            time, peak = f"{shape} time", f"{shape} peak"
-            columns |= {time: time, peak: peak}
-            line = lines.setdefault(idea, {"idea": idea or "nothing"})
-            if not idea:
-                whole[shape] = row
-                line |= {time: f"{row['seconds_median']:.3g} s", peak: f"{row['peak_mb']:,.0f} MB"}
-            else:
-                line[time] = f"{row['seconds_median'] / whole[shape]['seconds_median']:.2f}"
-                line[peak] = f"{row['peak_mb'] / whole[shape]['peak_mb']:.2f}"
+            whole = next(r for r in rows if (r["implementation"], r["dtype"], r["shape"]) == (OURS, dtype, shape))
+            ratios = [f"{row[name] / whole[name]:.2f}" for name in ("seconds_median", "peak_mb")]
+            time, peak = ratios if idea else (f"{row['seconds_median']:.3g} s", f"{row['peak_mb']:,.0f} MB")
+            lines.setdefault(idea, {"idea": idea or "nothing"}).update({f"{shape} time": time, f"{shape} peak": peak})
+            columns |= {f"{shape} {what}": f"{shape} {what}" for what in ("time", "peak")}
         tables.append(table(list(lines.values()), columns))
     return "\n\n".join(tables)
 
@@ -188,8 +179,7 @@ def main():
     measured = measure_all(works, settings)
     rows = [as_row(*cell, works[cell], processes) for cell, processes in measured.items() if processes]
     mark, text = ("ablation", ablation_report(rows)) if settings.ablation else ("bench", report(rows))
-    tell(settings, mark, rows, text, draw)
-    must_be_all(measured, settings)
+    tell(settings, mark, rows, text, draw, measured)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def installed(implementations):
 def child(work):
     """Runs worker.py on `work` in a process of its own -> what it measured, a dict; None for the work "weights"."""
     command = [sys.executable, "-m", "experiments.bench.worker", json.dumps(work)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, encoding="utf-8")
+    root, environment = Path(__file__).parents[2], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, encoding="utf-8")
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-8:])
         raise UserError(f"{work['implementation']} ended with exit code {done.returncode}:\n{tail}")
@@ -91,20 +93,12 @@ def measure_all(works, settings):
     return {cell: [measured[path] for path in turns if turns[path] == cell and path in measured] for cell in works}
 
 
-def must_be_all(measured, settings):
-    """Raises UserError if Ctrl-C left out some of the processes."""
-    if settings.measure and any(len(processes) < settings.rounds for processes in measured.values()):
-        raise UserError("stopped before the end. Give the same command again to continue.")
-
-
 def as_row(shape, dtype, implementation, work, processes):
     """Makes a row of the JSON from what the processes of one cell measured (see worker.py).
 
-    Times are seconds per step, over the timed steps of all rounds. Tokens are input positions per step, without
-    padding, each prompt counted twice. Memory is in MB (1e6 bytes): `peak_mb` the peak during the timed steps,
-    `libraries_mb` what was in use before the model was loaded, `state_mb` fp32 weights, gradients and optimizer state,
-    `plan_mb` the plan of train_dpo.py, to be compared with peak less libraries. `mfu`: model FLOPs utilisation, where
-    the peak rate of the card is known. A row of what did not fit has an `error` in place of the figures.
+    Times are seconds per step, over the timed steps of all rounds. Memory is in MB (1e6 bytes); `plan_mb`, the plan of
+    train_dpo.py, is to be compared with peak less libraries. `mfu` is there if the peak rate of the card is known. A
+    row of what did not fit has an `error` in place of the figures. docs/bench.md says what the figures mean.
     """
     row = {"shape": shape, "implementation": implementation, "dtype": dtype, "optimizer": work["optimizer"]}
     if failed := next((process for process in processes if "error" in process), None):
@@ -138,10 +132,11 @@ def table(rows, columns):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tell(settings, mark, figures, text, draw):
+def tell(settings, mark, figures, text, draw, measured):
     """Prints `text`; writes the figures to --json, the picture beside it, and the text into the page --markdown.
 
-    In the page, the text replaces the lines between `<!-- mark -->` and `<!-- /mark -->`.
+    In the page, the text replaces the lines between `<!-- mark -->` and `<!-- /mark -->`. Raises UserError if Ctrl-C
+    left out some of the processes.
     """
     print(text)
     if settings.json:
@@ -153,3 +148,5 @@ def tell(settings, mark, figures, text, draw):
         if not closing:
             raise UserError(f"{settings.markdown} has no lines <!-- {mark} --> and <!-- /{mark} -->. Add them.")
         atomic_write(settings.markdown, f"{before}{opening}{text}\n{closing}{after}")
+    if settings.measure and any(len(processes) < settings.rounds for processes in measured.values()):
+        raise UserError("stopped before the end. Give the same command again to continue.")

@@ -37,8 +37,6 @@ TRIAL = dict(  # --quick: every shape becomes this one
 )  # fmt: skip
 
 OURS, PEER, FLOOR = "minidpo", "trl-precomputed", "matmul-floor"
-CPU_IMPLEMENTATIONS = (OURS, "minidpo-plain", PEER, "trl", "hf-plain", FLOOR)
-GPU_IMPLEMENTATIONS = ("minidpo-compiled", PEER, OURS, "minidpo-plain", "minidpo-lean", "minidpo-lean-adamw")
 LEAN = dict(flags=dict(fast=True, recompute=True), micro_batch=1)
 IMPLEMENTATIONS = {  # name: what it adds to a shape or replaces in it; `flags` are those of train_dpo.py
     "minidpo": dict(flags=dict(fast=True)),
@@ -50,15 +48,20 @@ IMPLEMENTATIONS = {  # name: what it adds to a shape or replaces in it; `flags` 
     **{name: {} for name in (PEER, "trl", "hf-plain", FLOOR)},
 }
 DTYPES = ("float32", "bfloat16")
+DEFAULTS = {  # device: shapes, implementations, precisions
+    "cpu": (CPU_SHAPES, (OURS, "minidpo-plain", PEER, "trl", "hf-plain", FLOOR), DTYPES),
+    "cuda": (
+        GPU_SHAPES,
+        ("minidpo-compiled", PEER, OURS, "minidpo-plain", "minidpo-lean", "minidpo-lean-adamw"),
+        ("bfloat16",),
+    ),
+}
 
 
 def work_of(shape, implementation, dtype, device="cpu", threads=0):
-    """Returns what worker.py takes: the work of one process.
+    """Returns the work of one process, as worker.py takes it.
 
-    Args:
-        shape: an entry of SHAPES.
-        implementation: a name of IMPLEMENTATIONS, or "minidpo without IDEA", an idea of ablation.py.
-        threads: of the process; 0 is PyTorch's choice.
+    shape: an entry of SHAPES. implementation: a name of IMPLEMENTATIONS, or "minidpo without IDEA" (see ablation.py).
     """
     name, _, idea = implementation.partition(" without ")
     how = dict(implementation=name, without=idea, dtype=dtype, device=device, threads=threads)
