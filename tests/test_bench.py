@@ -1,10 +1,11 @@
-"""experiments.bench and experiments.growth: the same losses from everybody, figures by hand, nothing lost."""
+"""The benchmark: all implementations make the same losses, figures are worked by hand, nothing measured is lost."""
 
 import importlib.util
 import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from conftest import need
 from tiny import call, fails
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.bench import bench, growth
-from experiments.bench import worker as bench_worker
+from experiments.bench import __main__ as bench
+from experiments.bench import ablation, growth, measure, shapes, worker
 from minidpo.dataset import preference_batch
 from minidpo.model import GPT, GPTConfig
 from minidpo.scale import fast
+from minidpo.settings import UserError
 
-TINY = bench.TRIAL
+TINY = shapes.TRIAL
 WORK = {**TINY, "warmup": 0, "steps": 1}
+ROOT = Path(__file__).parent.parent
 FIELDS = "shape implementation dtype seconds_median seconds_min seconds_max pairs_per_second peak_mb".split()
 
 
@@ -29,15 +32,15 @@ def there(*packages):
 
 
 def process(seconds, losses=(0.5, 0.4), peak_mb=100.0):
-    """What bench_worker.py prints."""
+    """What worker.py prints."""
     return {
         "seconds": seconds, "losses": list(losses), "peak_mb": peak_mb, "libraries_mb": 50.0, "state_mb": 10.0,
-        "cpu": "a chip", "threads": 1, "versions": {"torch": "9.9", "trl": None},
+        "cpu": "a chip", "card": None, "threads": 1, "versions": {"torch": "9.9"},
     }  # fmt: skip
 
 
 def row(implementation, median, peak_mb, shape="W1", dtype="float32", losses=(0.5, 0.4)):
-    return bench.as_row(shape, dtype, implementation, WORK, [process([median], losses, peak_mb)])
+    return measure.as_row(shape, dtype, implementation, WORK, [process([median], losses, peak_mb)])
 
 
 # ---- bench ----
@@ -50,13 +53,13 @@ def test_all_implementations_make_the_same_losses(tmp_path, capsys):
     flags += ["--json", tmp_path / "b.json", "--markdown", tmp_path / "page.md"]
     call(bench.main, *flags)
     rows = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
-    assert [r["implementation"] for r in rows] == list(bench.NEEDS)
+    assert [r["implementation"] for r in rows] == list(shapes.DEFAULTS["cpu"][1])
     assert all(set(FIELDS) <= set(r) for r in rows) and (tmp_path / "b.png").stat().st_size > 5000
     weights = sum(w.numel() for w in GPT(GPTConfig(**TINY["model"])).parameters())
     for r in rows:
         assert len(r["seconds"]) == 3 and 0 < r["seconds_min"] <= r["seconds_median"] <= r["seconds_max"]
         assert 50 < r["libraries_mb"] < r["peak_mb"] and r["threads"] == 1
-        assert r["state_mb"] == (16 * weights / 1e6 if r["implementation"] != "matmul-floor" else None)
+        assert r.get("state_mb") == (16 * weights / 1e6 if r["implementation"] != "matmul-floor" else None)
     plain = next(r["losses"] for r in rows if r["implementation"] == "minidpo-plain")
     assert len(plain) == 4 and abs(plain[0] - math.log(2)) < 1e-6
     assert plain[2] < plain[0] - 0.01 and plain[3] < plain[1] - 0.01  # the pairs came back: the updates were felt
@@ -80,11 +83,11 @@ def test_bfloat16_is_autocast_over_the_same_weights(tmp_path, capsys):
 
 def test_median_least_and_most_are_over_the_timed_steps_of_all_rounds():
     work = {**TINY, "warmup": 1, "pairs": 8}
-    got = bench.as_row("W1", "float32", "trl", work, [process([99.0, 1.0, 2.0]), process([99.0, 3.0, 10.0], (), 7e3)])
+    got = measure.as_row("W1", "float32", "trl", work, [process([99.0, 1.0, 2.0]), process([99.0, 3.0, 10.0], (), 7e3)])
     assert (got["seconds_median"], got["seconds_min"], got["seconds_max"]) == (2.5, 1.0, 10.0)
     assert (got["pairs_per_second"], got["peak_mb"], got["rounds"], got["losses"]) == (3.2, 7e3, 2, [0.5, 0.4])
     inputs = 0
-    for prompt, *responses in bench.random_pairs(work):
+    for prompt, *responses in shapes.random_pairs(work):
         inputs += sum(len((prompt + response)[:-1]) for response in responses)  # the last token is only a target
     assert got["tokens_per_second"] == inputs / 2 / 2.5  # two batches
 
@@ -95,8 +98,9 @@ def test_ratios_take_the_better_precision_of_each():
         row("trl", 3.0, 120), row("trl", 4.0, 110, dtype="bfloat16"),
         row("trl", 9.0, 999, shape="W2"),
     ]  # fmt: skip
-    assert bench.ratios(rows) == [("W1", "trl", "float32", 3.0, 0.5, 10 / 70)]  # 50 MB of each are libraries
-    assert "| W1 | trl | float32 | 3.00 | 0.50 | 0.14 |" in bench.report(rows) and "(ours: W1 bf" in bench.report(rows)
+    (line,) = bench.ratios(rows)
+    assert list(line.values()) == ["W1", "trl", "float32", "bfloat16", 3.0, 0.5, 10 / 70]  # 50 MB of each are libraries
+    assert "| W1 | trl | float32 | bfloat16 | 3.00 | 0.50 | 0.14 |" in bench.report(rows)
 
 
 @pytest.mark.parametrize("other, told", [((0.5, 0.400001), False), ((0.5, 0.41), True), ((0.5, math.nan), True)])
@@ -108,8 +112,8 @@ def test_losses_that_differ_are_told(other, told):
 
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
-    assert bench.installed(list(bench.NEEDS)) == ["minidpo", "minidpo-plain", "hf-plain", "matmul-floor"]
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
+    assert measure.installed(shapes.DEFAULTS["cpu"][1]) == ["minidpo", "minidpo-plain", "hf-plain", "matmul-floor"]
     out = capsys.readouterr().out
     assert "trl-precomputed is left out: trl not installed" in out and out.count("left out") == 2
 
@@ -117,17 +121,18 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
 def test_an_interrupt_loses_nothing_turns_interleave_and_the_command_goes_on(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def measure(work):
+    def child(work):
         if work["implementation"] == "weights":
-            return None
+            return Path(work["folder"]).mkdir()
         asked.append((work["pairs"], work["dtype"], work["implementation"]))
         if len(asked) == 9:
             os.kill(os.getpid(), signal.SIGINT)
         return process([5.0, float(len(asked))])
 
-    monkeypatch.setattr(bench, "SHAPES", {"W1": {**TINY, "warmup": 1}, "W2": {**TINY, "warmup": 1, "pairs": 2}})
-    monkeypatch.setattr(bench, "child", measure)
-    monkeypatch.setattr(bench, "NEEDS", {"minidpo": (), "hf-plain": ()})
+    sizes = {"W1": {**TINY, "warmup": 1}, "W2": {**TINY, "warmup": 1, "pairs": 2}}
+    monkeypatch.setattr(bench, "SHAPES", sizes)
+    monkeypatch.setitem(bench.DEFAULTS, "cpu", (sizes, ("minidpo", "hf-plain"), shapes.DTYPES))
+    monkeypatch.setattr(measure, "child", child)
     flags = ["--rounds", 3, "--cache", tmp_path / "cache", "--json", tmp_path / "b.json"]
     assert "stopped" in fails(capsys, bench.main, *flags)
     one_round = [(n, d, i) for n in (3, 2) for d in ("float32", "bfloat16") for i in ("minidpo", "hf-plain")]
@@ -148,8 +153,6 @@ def test_an_interrupt_loses_nothing_turns_interleave_and_the_command_goes_on(mon
     monkeypatch.setitem(bench.SHAPES["W2"], "pairs", 5)  # other work: what was measured is not taken for it
     call(bench.main, *flags)
     assert asked[25:] == [(5, dtype, name) for _ in range(3) for n, dtype, name in one_round if n == 2]
-    call(bench.main, *flags, "--shapes", "W1", "--implementations", "hf-plain", "--overwrite")
-    assert asked[37:] == 3 * [(3, "float32", "hf-plain"), (3, "bfloat16", "hf-plain")]
 
 
 def test_bad_names_a_damaged_file_a_page_without_block_and_a_failing_process(tmp_path, capsys):
@@ -158,36 +161,36 @@ def test_bad_names_a_damaged_file_a_page_without_block_and_a_failing_process(tmp
     (tmp_path / "W1-float32-minidpo-0.json").write_text("{", encoding="utf-8")
     assert "is damaged" in fails(capsys, bench.main, "--cache", tmp_path)
     (tmp_path / "page.md").write_text("<!-- bench -->\n", encoding="utf-8")
-    with pytest.raises(bench.UserError, match="no block"):
-        bench.put_into(tmp_path / "page.md", "bench", "text")
+    with pytest.raises(UserError, match="has no lines"):
+        measure.tell(bench.BenchSettings(markdown=tmp_path / "page.md"), "bench", [], "text", None, {})
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == "<!-- bench -->\n"
-    with pytest.raises(bench.UserError, match="(?s)exit code 1.*KeyError: 'llama'"):
-        bench.child({**TINY, "implementation": "llama", "threads": 1})
+    with pytest.raises(UserError, match="(?s)exit code 1.*KeyError: 'llama'"):
+        measure.child({**shapes.work_of(TINY, "trl", "float32"), "implementation": "llama"})
 
 
 def test_pairs_keep_to_their_bounds():
-    rows = bench_worker.random_pairs(TINY)
-    assert len(rows) == 2 * 3 and rows == bench_worker.random_pairs(TINY)
+    rows = shapes.random_pairs(TINY)
+    assert len(rows) == 2 * 3 and rows == shapes.random_pairs(TINY)
     for prompt, *responses in rows:
         assert prompt[0] == 89 and 2 <= len(prompt) - 1 <= 9 and 89 not in prompt[1:]
         for response in responses:
             assert response[-1] == 89 and 1 <= len(response) - 1 <= 7 and 89 not in response[:-1]
-    assert [bench_worker.batch_of(step, TINY) for step in range(3)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    assert [shapes.batch_of(step, TINY) for step in range(3)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
 
 
 def test_the_peak_is_that_of_the_timed_steps():
-    if not bench_worker.Path("/proc/self/clear_refs").exists():
+    if not Path("/proc/self/clear_refs").exists():
         pytest.skip("a peak that can be set back: Linux only")
-    clock = bench_worker.Clock(warmup=1)
+    clock = worker.Clock({"device": "cpu", "warmup": 1})
     sizes = (400, 1, 100)  # MB: the first step is not timed
     for size in sizes:
         clock.start()
         block = bytearray(size * 10**6)
         block[::4096] = b"x" * len(block[::4096])  # a page is resident once it is written to
-        resident = bench_worker.resident_mb("VmRSS")
+        resident = worker.memory_mb("cpu")
         del block
         clock.stop(0.0)
-    assert abs(clock.peak_mb - resident) < 50
+    assert abs(clock.measured["peak_mb"] - resident) < 50
 
 
 # ---- counting ----
@@ -209,11 +212,11 @@ def flops_by_counting(work, rows, attention):
 
 
 def test_flops_token_by_token():
-    work = growth.work_at({"prompt": 7, "response": 4, "vocab_size": 90, "model": (2, 64)}, pairs=3)
-    rows = bench_worker.random_pairs(work)[:3]
+    work = growth.shape_of(prompt=7, response=4, vocab_size=90, model=(2, 64))
+    rows = shapes.random_pairs(work)
     assert {tuple(map(len, pair)) for pair in rows} == {(7, 4, 4)} and work["model"]["n_head"] == 1
     work["model"]["n_embd"] = 16
-    assert growth.flops(work) == flops_by_counting(work, rows, attention=1)
+    assert shapes.fast_flops(work["model"], rows) == flops_by_counting(work, rows, attention=1)
 
 
 def linear_flops(function):
@@ -225,9 +228,9 @@ def linear_flops(function):
 
 
 def test_the_floor_makes_exactly_the_products_of_the_fast_path():
-    work = {**TINY, "dtype": "float32", "steps": 2, "warmup": 0}
-    rows = bench_worker.random_pairs(work)
-    floor = linear_flops(lambda: bench_worker.matmul_floor(work, rows, bench_worker.Clock(0)))
+    work = shapes.work_of({**TINY, "steps": 2, "warmup": 0}, "matmul-floor", "float32")
+    rows = shapes.random_pairs(work)
+    floor = linear_flops(lambda: worker.matmul_floor(work, rows, worker.Clock(work), 3))
     assert floor == flops_by_counting(work, rows, attention=0)
 
     model = GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0))
@@ -246,12 +249,12 @@ def test_the_floor_makes_exactly_the_products_of_the_fast_path():
 
 def test_growth_end_to_end_and_on_from_where_it_was(monkeypatch, tmp_path, capsys):
     there("safetensors", "matplotlib")
-    monkeypatch.setattr(growth, "VARIED", {"prompt": (3, 5), "model": ((1, 64),)})
+    monkeypatch.setattr(growth, "VARIED", {"prompt": ((3, 5), "prompt, tokens"), "model": (((1, 64),), "weights")})
     monkeypatch.setattr(growth, "BASE", dict(prompt=4, response=3, vocab_size=50, model=(1, 64)))
     monkeypatch.setattr(growth, "COMPARED", ("minidpo",))
     page = tmp_path / "page.md"
     page.write_text("<!-- growth -->\n<!-- /growth -->\n", encoding="utf-8")
-    flags = ["--pairs", 2, "--steps", 1, "--threads", 1, "--cache", tmp_path / "c", "--json", tmp_path / "g.json"]
+    flags = ["--rounds", 1, "--threads", 1, "--cache", tmp_path / "c", "--json", tmp_path / "g.json"]
     call(growth.main, *flags, "--markdown", page)
     result = json.loads((tmp_path / "g.json").read_text(encoding="utf-8"))
     assert [(p["varied"], p["value"]) for p in result["points"]] == [("prompt", 3), ("prompt", 5), ("model", [1, 64])]
@@ -261,7 +264,56 @@ def test_growth_end_to_end_and_on_from_where_it_was(monkeypatch, tmp_path, capsy
     assert "| model | 1x64 | minidpo |" in capsys.readouterr().out and "| prompt | 5 | minidpo |" in page.read_text(
         encoding="utf-8"
     )
-    monkeypatch.setattr(bench, "child", None)  # which a second run has no need of
+    monkeypatch.setattr(measure, "child", None)  # which a second run has no need of
     call(growth.main, *flags)
     assert json.loads((tmp_path / "g.json").read_text(encoding="utf-8")) == result
     assert "4 of 4 processes ran before" in capsys.readouterr().out
+
+
+# ---- The ablation ----
+
+
+def test_the_ablation_has_a_line_per_idea_and_goes_on(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def child(work):
+        if work["implementation"] == "weights":
+            return Path(work["folder"]).mkdir()
+        asked.append(work["without"])
+        slower = 1.5 if work["without"] == "shared prompts" else 1.0
+        return process([9.0, 2.0 * slower, 2.0 * slower, 2.0 * slower], (0.5,) * 4, peak_mb=100 * slower)
+
+    monkeypatch.setattr(measure, "child", child)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- ablation -->\n<!-- /ablation -->\nafter\n", encoding="utf-8")
+    flags = ("--quick", "--shapes", "W1,W2", "--dtypes", "float32", "--cache", tmp_path, "--markdown", page)
+    argv = ("--ablation", *flags)
+    call(bench.main, *argv)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[2] == "| left out (float32) | W1 time | W1 peak | W2 time | W2 peak |"
+    assert [line.split(" | ")[0][2:] for line in lines[4:-2]] == ["nothing", *ablation.WITHOUT]
+    assert lines[4] == "| nothing | 2 s | 100 MB | 2 s | 100 MB |"
+    assert lines[5] == "| shared prompts | 1.50 | 1.50 | 1.50 | 1.50 |"
+    assert asked == 2 * ["", *ablation.WITHOUT]
+    call(bench.main, *argv)
+    assert len(asked) == 2 * (1 + len(ablation.WITHOUT))
+
+
+def test_the_worker_takes_the_idea_out(tmp_path, monkeypatch):
+    taken_out = []
+    monkeypatch.setitem(ablation.WITHOUT, "shared prompts", lambda: taken_out.append("shared prompts"))
+    monkeypatch.setitem(worker.RUNNERS, "minidpo", lambda *args: None)
+    worker.measure(shapes.work_of(TINY, "minidpo", "float32"))
+    assert not taken_out
+    worker.measure(shapes.work_of(TINY, "minidpo without shared prompts", "float32"))
+    assert taken_out == ["shared prompts"]
+
+
+# ---- The page ----
+
+
+@pytest.mark.parametrize("mark, report", [("bench", bench.report), ("growth", growth.report)])
+def test_the_tables_of_the_page_are_those_of_the_figures_kept(mark, report):
+    figures = json.loads((ROOT / f"docs/bench/{mark}.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/bench.md").read_text(encoding="utf-8")
+    assert page.partition(f"<!-- {mark} -->\n")[2].startswith(f"{report(figures)}\n<!-- /{mark} -->")

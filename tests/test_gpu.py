@@ -1,8 +1,8 @@
-"""Devices and precisions, without the devices: what is picked and said; and the GPU measurement, at small size."""
+"""Devices and precisions, without the devices: what is picked and said; and the benchmark for a GPU, at small size."""
 
-import dataclasses
+import importlib.util
 import json
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +11,13 @@ from conftest import need
 from tiny import call, fails
 
 import train_dpo
-from experiments.bench import gpu
+from experiments.bench import __main__ as bench
+from experiments.bench import measure, shapes, worker
 from minidpo import device
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.scale import memory
+from minidpo.scale.weights import save_pretrained
 from minidpo.settings import UserError
 
 # ---- which device ----
@@ -169,166 +171,152 @@ def test_rmsprop_makes_no_copy_of_its_state():
     assert optimizer.defaults["foreach"] is False
 
 
-# ---- the measurement ----
+# ---- The benchmark with --device cuda ----
+
+SMALL = shapes.TRIAL  # a model of 7,000 weights
 
 
 def test_flops_by_hand():
     """One pair, prompt of 3, responses of 2 and 4: rows of 4 and 6 positions; one layer of 2 channels, 5 tokens."""
-    config = GPTConfig(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=2)
-    rows = [([1, 2, 3], [4, 0], [1, 2, 3, 0])]
+    model = dict(vocab_size=5, block_size=8, n_layer=1, n_head=1, n_embd=2)
+    pairs = [([1, 2, 3], [4, 0], [1, 2, 3, 0])]
     with torch.device("meta"):
-        blocks = sum(p.numel() for p in GPT(config).h.parameters())
+        blocks = sum(p.numel() for p in GPT(GPTConfig(**model)).h.parameters())
     head = 6 * 5 * 2 * 6
-    assert gpu.flops(config, rows, shared=False) == 6 * blocks * 10 + 6 * 2 * (16 + 36) + head
-    assert gpu.flops(config, rows, shared=True) == 6 * blocks * 7 + 6 * 2 * (16 + 36 - 9) + head
+    assert shapes.mfu_flops(model, pairs, shared=False) == 6 * blocks * 10 + 6 * 2 * (16 + 36) + head
+    assert shapes.mfu_flops(model, pairs, shared=True) == 6 * blocks * 7 + 6 * 2 * (16 + 36 - 9) + head
 
 
-def test_pairs_have_their_shape():
-    for shape, (shortest, longest) in {"full": (512, 512), "summaries": (375, 395), "reviews": (36, 72)}.items():
-        rows = gpu.random_pairs(shape, 512, 40, 1000, seed=0)
-        assert rows == gpu.random_pairs(shape, 512, 40, 1000, seed=0) != gpu.random_pairs(shape, 512, 40, 1000, seed=1)
-        lengths = {len(prompt) + len(response) - 1 for prompt, *responses in rows for response in responses}
+def test_the_four_sizes_with_pairs_of_their_lengths():
+    assert {name.rpartition("-")[0] for name in shapes.GPU_SHAPES} == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}
+    for name, (shortest, longest) in {"full": (512, 512), "summaries": (375, 395), "reviews": (36, 72)}.items():
+        pairs = shapes.random_pairs(shapes.SHAPES[f"gpt2-large-{name}"])
+        assert len(pairs) == 64 and pairs == shapes.random_pairs(shapes.SHAPES[f"gpt2-large-{name}"])
+        lengths = {len(prompt) + len(response) - 1 for prompt, *responses in pairs for response in responses}
         assert shortest <= min(lengths) <= max(lengths) <= longest
-        assert len(lengths) > 10 or shape == "full"
+        assert len(lengths) > 10 or name == "full"
 
 
-def measured(tmp_path, *argv):
-    call(gpu.main, "--out", tmp_path / "gpu.json", "--device", "cpu", "--batch-size", 4, "--length", 32, *argv)
-    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["results"]
-    assert len((tmp_path / "gpu.md").read_text(encoding="utf-8").split("\n\n")[0].splitlines()) == len(results) + 2
-    return results
+@pytest.fixture
+def folder(tmp_path):
+    """Random weights of the small model, in Hugging Face's layout."""
+    save_pretrained(GPT(GPTConfig(**SMALL["model"]), torch.Generator().manual_seed(0)), tmp_path / "weights")
+    return str(tmp_path / "weights")
 
 
-def test_every_shape_at_small_size(tmp_path):
-    results = measured(tmp_path, "--presets", "toy", "--runs", "plain", "--steps", 2)
-    assert [(r["shape"], r["run"]) for r in results] == [(shape, "plain") for shape in gpu.SHAPES]
-    for result in results:
-        assert result["seconds"] > 0 and result["micro_batch"] == 4 and "error" not in result
-        assert result["pairs_per_second"] == pytest.approx(4 / result["seconds"])
-    full = results[0]
-    assert full["tokens_per_second"] == pytest.approx(2 * 4 * 32 / full["seconds"])
-    assert full["plan_gib"] > 0 and "mfu" not in full  # of a CPU no peak is known
+def measured(folder, implementation, **changes):
+    """What a process measures at the small shape with RMSprop, on the CPU, in this process."""
+    work = shapes.work_of({**SMALL, "optimizer": "rmsprop", "lr": 1e-3, "steps": 3}, implementation, "float32")
+    return worker.measure({**work, "folder": folder, **changes})
 
 
-def test_the_fast_path_and_the_lean_runs(tmp_path, monkeypatch):
-    knobs, train_step = [], train_dpo.train_step
+def test_the_command_on_a_card_measures_the_four_sizes_beside_trl(tmp_path, monkeypatch, capsys):
+    """With a card that only the parent sees, and a process that measures nothing."""
+    asked = []
 
-    def watched(policy, optimizer, rows, reference, indices, settings):
-        knobs.append((settings.fast, policy.h[0].recompute, type(optimizer).__name__, settings.micro_batch_size))
-        return train_step(policy, optimizer, rows, reference, indices, settings)
+    def child(work):
+        asked.append(work)
+        if work["implementation"] == "weights":
+            return Path(work["folder"]).mkdir()
+        figures = dict(seconds=[9.0, 3.0, 1.0, 2.0], losses=[0.5] * 4, peak_mb=5e3, libraries_mb=0.0, micro_batch=16)
+        if work["implementation"] == "minidpo-plain":
+            figures = dict(error="OutOfMemoryError: CUDA out of memory", micro_batch=1)
+        return figures | dict(cpu="a chip", card="NVIDIA H100 80GB HBM3", threads=1, versions={"torch": "9.9"})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure, "child", child)
+    monkeypatch.setattr(measure, "installed", lambda names: list(names))
+    flags = ["--device", "cuda", "--rounds", 1, "--cache", tmp_path / "cache", "--json", tmp_path / "gpu.json"]
+    call(bench.main, *flags)
+    works = [work for work in asked if work["implementation"] != "weights"]
+    assert len(works) == 12 * 6 and {(work["device"], work["dtype"]) for work in works} == {("cuda", "bfloat16")}
+    assert {work["optimizer"] for work in works if work["implementation"] != "minidpo-lean-adamw"} == {"rmsprop"}
+    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert [row["implementation"] for row in rows[:6]] == list(shapes.DEFAULTS["cuda"][1])
+    for row in rows:
+        if row["implementation"] == "minidpo-plain":
+            assert row["error"] == "OutOfMemoryError: CUDA out of memory" and "seconds" not in row
+            continue
+        shape = shapes.SHAPES[row["shape"]]
+        shared = row["implementation"] != "trl-precomputed"
+        operations = shapes.mfu_flops(shape["model"], shapes.random_pairs(shape), shared)
+        assert row["seconds_median"] == 2.0  # the median of all but the first
+        assert row["mfu"] == pytest.approx(operations / 2.0 / 989e12)
+    assert rows[0]["tokens_per_second"] == 2 * 64 * 512 / 2.0
+    out = capsys.readouterr().out
+    assert "NVIDIA H100 80GB HBM3" in out and "| gpt2-large-full | minidpo-compiled | bfloat16 | 2 | 1 | 3 |" in out
+    assert "OutOfMemoryError: CUDA out of memory" in out
+
+
+def test_a_card_is_asked_for_and_not_there(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no cuda device" in fails(capsys, bench.main, "--device", "cuda", "--cache", tmp_path)
+
+
+def test_the_runs_of_minidpo_have_their_flags(folder, monkeypatch):
+    runs, train_step = [], train_dpo.train_step
+
+    def watched(policy, optimizer, pairs, reference, indices, settings):
+        knobs = settings.fast, policy.h[0].recompute, type(optimizer).__name__, settings.micro_batch_size
+        runs.append((*knobs, prepared[-1][0]))
+        return train_step(policy, optimizer, pairs, reference, indices, settings)
 
     monkeypatch.setattr(train_dpo, "train_step", watched)
-    flags = ("--runs", "fast,lean-rmsprop,lean-adamw", "--shapes", "reviews", "--steps", 1, "--optimizer", "adamw")
-    results = measured(tmp_path, "--presets", "toy", *flags)
-    assert [(r["run"], r["micro_batch"]) for r in results] == [("fast", 4), ("lean-rmsprop", 1), ("lean-adamw", 1)]
-    assert all(r["seconds"] > 0 for r in results)
-    assert [r["optimizer"] for r in results] == ["adamw", "rmsprop", "adamw"]
-    assert knobs[::2] == [(True, False, "AdamW", 4), (True, True, "RMSprop", 1), (True, True, "AdamW", 1)]
+    prepared, prepare = [], GPT.prepare  # a compiler would take a minute
+    monkeypatch.setattr(
+        GPT, "prepare", lambda self, *how: prepared.append(how) or prepare(self, compile=False, recompute=how[1])
+    )
+    figures = {name: measured(folder, name) for name in shapes.IMPLEMENTATIONS if name.startswith("minidpo")}
+    assert runs[::3] == [
+        (True, False, "RMSprop", 3, False),
+        (False, False, "RMSprop", 3, False),
+        (False, False, "AdamW", 3, False),
+        (True, False, "RMSprop", 3, True),
+        (True, True, "RMSprop", 1, False),
+        (True, True, "AdamW", 1, False),
+    ]
+    assert [f["micro_batch"] for f in figures.values()] == [3, 3, 3, 3, 1, 1]
+    assert all(f["plan_mb"] > 0 and len(f["seconds"]) == 3 for f in figures.values())
+    weights = sum(p.numel() for p in GPT(GPTConfig(**SMALL["model"])).parameters())
+    assert figures["minidpo-lean"]["state_mb"] == 12 * weights / 1e6
+    assert figures["minidpo-lean-adamw"]["state_mb"] == 16 * weights / 1e6
 
 
-def test_the_compiled_run_compiles(tmp_path, monkeypatch):
-    prepared, prepare = [], GPT.prepare
-    monkeypatch.setattr(GPT, "prepare", lambda self, *how: prepared.append(how) or prepare(self))
-    measured(tmp_path, "--presets", "toy", "--runs", "fast-compiled,fast", "--shapes", "reviews", "--steps", 1)
-    assert prepared == [(True, False), (False, False)]
+def test_trl_cuts_its_step_into_as_many_pairs_at_once(folder):
+    need(importlib.util.find_spec("trl"), "needs trl: pip install minidpo[bench]")
+    ours = measured(folder, "minidpo-plain")["losses"]
+    for micro_batch in (3, 1):
+        assert measured(folder, "trl-precomputed", micro_batch=micro_batch)["losses"] == pytest.approx(ours, abs=1e-5)
+    assert measured(folder, "hf-plain")["losses"] == pytest.approx(ours, abs=1e-5)
+    assert ours[2] < ours[0] - 1e-3
 
 
-def test_what_does_not_fit_is_tried_smaller_then_noted_and_the_rest_is_measured(tmp_path, monkeypatch):
-    ours = gpu.ours
+def test_what_does_not_fit_is_tried_smaller_then_noted(monkeypatch):
+    tried = []
 
-    def too_large(config, rows, knobs, *args):
-        if config.n_embd * knobs.micro_batch_size > 64:
+    def too_large(work, pairs, clock, micro_batch):
+        tried.append(micro_batch)
+        if work["model"]["n_embd"] * micro_batch > 64:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return ours(config, rows, knobs, *args)
+        clock.measured["seconds"].append(1.0)
 
-    monkeypatch.setattr(gpu, "ours", too_large)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    results = measured(tmp_path, "--presets", "imdb,toy", "--runs", "plain", "--shapes", "reviews", "--steps", 1)
-    assert results[0]["error"] == "OutOfMemoryError: CUDA out of memory" and "seconds" not in results[0]
-    assert results[0]["micro_batch"] == 1
-    assert (results[1]["preset"], results[1]["micro_batch"]) == ("toy", 2) and results[1]["seconds"] > 0
-
-
-def test_when_time_runs_out_it_ends_and_has_written(tmp_path, monkeypatch):
-    """The clock jumps by a quarter of the time at each step: two runs are begun, the second is cut to two steps."""
-    late = measured(tmp_path, "--presets", "toy", "--runs", "plain", "--shapes", "full", "--seconds", 0)
-    assert late == [dict(preset="toy", shape="full", run="plain", error="no time left for it")]
-
-    now, steps, train_step = [0.0], [], train_dpo.train_step
-
-    def slow(*args):
-        now[0] += 25
-        steps.append(1)
-        return train_step(*args)
-
-    monkeypatch.setattr(train_dpo, "train_step", slow)
-    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
-    results = measured(tmp_path, "--presets", "toy", "--runs", "plain,fast", "--steps", 2, "--seconds", 100)
-    assert len(steps) == 3 + 2
-    assert [r.get("error") for r in results] == [None, None, *4 * ["no time left for it"]]
-    assert results[0]["seconds"] == results[1]["seconds"] == 25
+    monkeypatch.setitem(worker.RUNNERS, "minidpo", too_large)
+    figures = measured("", "minidpo", pairs=12)
+    assert tried == [12, 6, 4] and figures["micro_batch"] == 4 and figures["seconds"] == [1.0]
+    wide = measured("", "minidpo", model={**SMALL["model"], "n_embd": 128})
+    assert wide == {"error": "OutOfMemoryError: CUDA out of memory", "micro_batch": 1}
 
 
-def test_the_largest_number_of_pairs_that_the_plan_allows(monkeypatch):
-    config, rows = GPTConfig.preset("gpt2"), gpu.random_pairs("summaries", 512, 64, 50257, seed=0)
-    for fast in (False, True):
-        knobs = train_dpo.Settings(data="", init="", out="", device="cuda", dtype="bfloat16", fast=fast)
-        peaks = {n: gpu.planned(config, rows, dataclasses.replace(knobs, micro_batch_size=n)).peak for n in (8, 16)}
+def test_the_largest_number_of_pairs_that_the_plan_allows():
+    for name in ("minidpo", "minidpo-plain"):
+        work = shapes.work_of(shapes.SHAPES["gpt2-summaries"], name, "bfloat16")
+        config, pairs = GPTConfig.preset("gpt2"), shapes.random_pairs(work)
+        peaks = {n: memory.plan_of(config, pairs, worker.train_settings(work, n)).peak for n in (8, 16)}
         for room, n in ((peaks[16] * 1.34, 16), (peaks[16] * 1.32, 8), (peaks[8] * 1.34, 8), (2**50, 64), (1, 1)):
-            monkeypatch.setattr(memory, "available", lambda device, room=room: room)
-            assert gpu.pairs_at_once(config, rows, knobs) == n
-
-
-def test_mfu_is_the_formula_over_the_cards_peak(monkeypatch):
-    settings = gpu.Settings(out="", device="cpu", dtype="float32", length=32, batch_size=2, micro_batch_size=2)
-    monkeypatch.setattr(gpu, "ours", lambda *args: [9.0, 3.0, 1.0, 2.0])
-    monkeypatch.setattr(gpu, "chip", lambda device: "NVIDIA H200 NVL")
-    rows = gpu.random_pairs("full", 32, 2, 50257, seed=0)
-    for name in ("plain", "fast"):
-        result = gpu.measure("gpt2", "full", name, settings, until=0)
-        assert result["seconds"] == 2.0  # the median of all but the first
-        operations = gpu.flops(GPTConfig.preset("gpt2"), rows, shared=name == "fast")
-        assert result["mfu"] == pytest.approx(operations / 2.0 / 989e12)
-
-
-def test_what_came_of_the_targets():
-    def result(run, shape, speed, **figures):
-        return dict(preset="gpt2-large", shape=shape, run=run, seconds=1, pairs_per_second=speed, **figures)
-
-    results = [
-        result("fast", "full", 9, mfu=0.4, peak_gib=90),
-        result("fast-compiled", "full", 10, mfu=0.46, peak_gib=90),
-        result("lean-rmsprop", "full", 99, mfu=0.1, peak_gib=12.3),
-        result("fast", "summaries", 21),
-        result("trl", "summaries", 10),
-        result("trl", "reviews", 10),
-        dict(preset="gpt2-large", shape="reviews", run="fast", error="no time left for it"),
-        dict(result("fast", "reviews", 100), preset="gpt2"),
-    ]
-    assert gpu.reached(results).splitlines() == [
-        "- gpt2-large, full, lean-rmsprop: peak_gib at most 12: 12.3, MISSED",
-        "- gpt2-large, full, lean-adamw: peak_gib at most 15: not measured",
-        "- gpt2-large, full, fast-compiled: mfu at least 0.45: 0.46, reached",
-        "- gpt2-large, summaries, fast: times_trl at least 2: 2.1, reached",
-        "- gpt2-large, reviews, the fastest: times_trl at least 1.3: not measured",
-    ]
+            assert worker.pairs_at_once(work, room)[0] == n
+    assert worker.pairs_at_once(shapes.work_of(SMALL, "minidpo-lean", "float32"), 1) == [1]
 
 
 def test_unknown_names_are_refused(tmp_path, capsys):
-    for flag, value in (("--presets", "gpt2-huge"), ("--runs", "plane"), ("--shapes", "fool")):
-        assert "Valid: " in fails(capsys, gpu.main, "--out", tmp_path / "x.json", "--device", "cpu", flag, value)
-
-
-def test_trl_is_measured_on_the_same_pairs(tmp_path):
-    try:
-        import trl  # noqa: F401
-    except ImportError:
-        need(False, "needs trl: pip install minidpo[bench]")
-    (result,) = measured(tmp_path, "--presets", "toy", "--runs", "trl", "--shapes", "reviews", "--steps", 1)
-    assert "error" not in result and result["seconds"] > 0
-
-
-def test_without_trl_the_rest_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    results = measured(tmp_path, "--presets", "toy", "--runs", "trl,fast", "--shapes", "reviews", "--steps", 1)
-    assert "ModuleNotFoundError" in results[0]["error"] and results[1]["seconds"] > 0
+    for flag, value in (("--implementations", "plane"), ("--shapes", "gpt2-huge-full"), ("--dtypes", "half")):
+        assert "Valid: " in fails(capsys, bench.main, "--cache", tmp_path, flag, value)

@@ -132,7 +132,7 @@ CHILD = """
 import json, sys
 import torch
 import train_dpo
-from experiments.bench.gpu import Peak
+from tests.peak import Peak
 from minidpo.scale import fast, memory
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer

@@ -564,7 +564,7 @@ def test_a_disk_that_is_full_leaves_the_earlier_export_as_it_was(tmp_path):
 
 MEMORY = """
 import sys, torch
-from experiments.bench.gpu import Peak
+from tests.peak import Peak
 from minidpo.model import GPT, GPTConfig
 from minidpo.scale.weights import load_pretrained, save_pretrained
 

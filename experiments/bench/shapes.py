@@ -1,0 +1,143 @@
+"""What the benchmark runs: shapes of models and pairs, implementations, random pairs, and counts of their work."""
+
+import random
+
+from minidpo.model import PRESETS
+
+# A shape holds:
+#   model             the fields of GPTConfig
+#   pairs, batches    pairs per step, and how many batches the steps visit in turn
+#   prompt, response  fewest and most random ids; an eot is added to each prompt and to each response
+#   steps, warmup     steps of one process; the first `warmup` steps are not timed
+#   lr, optimizer     a rate that moves the loss and keeps the steps stable
+#   micro_batch       pairs per forward pass; without it all pairs, on CUDA as many as the memory plan allows
+GPT2 = dict(model=PRESETS["gpt2"], batches=1, steps=2, warmup=1, lr=1e-6, optimizer="adamw")
+CPU_SHAPES = {
+    "W1": dict(
+        model=PRESETS["toy-wide"], pairs=64, batches=2, prompt=(4, 8), response=(16, 48),
+        steps=16, warmup=4, lr=3e-5, optimizer="adamw",
+    ),
+    "W2": dict(GPT2, pairs=8, prompt=(4, 8), response=(32, 64)),
+    "W3": dict(GPT2, pairs=4, prompt=(200, 350), response=(25, 60)),
+}  # fmt: skip
+LENGTHS = {"full": ((255, 255), (256, 256)), "summaries": ((349, 349), (25, 45)), "reviews": ((3, 7), (32, 64))}
+LARGE = dict(batches=1, steps=4, warmup=1, lr=1e-6, optimizer="rmsprop")
+GPU_SHAPES = {  # the most important first
+    f"{size}-{name}": dict(LARGE, model=PRESETS[size], pairs=64, prompt=prompt, response=response)
+    for size in ("gpt2-large", "gpt2", "gpt2-medium", "gpt2-xl")
+    for name, (prompt, response) in LENGTHS.items()
+}
+SHAPES = CPU_SHAPES | GPU_SHAPES
+SHAPES["gpt2-large-short"] = dict(  # for the memory of gpt2-large on a CPU: rows of 64 tokens
+    LARGE, model=PRESETS["gpt2-large"], pairs=2, micro_batch=1, prompt=(31, 31), response=(32, 32)
+)
+TRIAL = dict(  # --quick: every shape becomes this one
+    model=dict(vocab_size=90, block_size=64, n_layer=2, n_head=2, n_embd=16), pairs=3, batches=2, prompt=(2, 9),
+    response=(1, 7), steps=4, warmup=1, lr=1e-2, optimizer="adamw",
+)  # fmt: skip
+
+OURS, PEER, FLOOR = "minidpo", "trl-precomputed", "matmul-floor"
+LEAN = dict(flags=dict(fast=True, recompute=True), micro_batch=1)
+IMPLEMENTATIONS = {  # name: what it adds to a shape or replaces in it; `flags` are those of train_dpo.py
+    "minidpo": dict(flags=dict(fast=True)),
+    "minidpo-plain": dict(flags={}),
+    "minidpo-plain-adamw": dict(flags={}, optimizer="adamw"),
+    "minidpo-compiled": dict(flags=dict(fast=True, compile=True)),
+    "minidpo-lean": LEAN,
+    "minidpo-lean-adamw": dict(LEAN, optimizer="adamw"),
+    **{name: {} for name in (PEER, "trl", "hf-plain", FLOOR)},
+}
+DTYPES = ("float32", "bfloat16")
+DEFAULTS = {  # device: shapes, implementations, precisions
+    "cpu": (CPU_SHAPES, (OURS, "minidpo-plain", PEER, "trl", "hf-plain", FLOOR), DTYPES),
+    "cuda": (
+        GPU_SHAPES,
+        ("minidpo-compiled", PEER, OURS, "minidpo-plain", "minidpo-lean", "minidpo-lean-adamw"),
+        ("bfloat16",),
+    ),
+}
+
+
+def work_of(shape, implementation, dtype, device="cpu", threads=0):
+    """Returns the work of one process, as worker.py takes it.
+
+    shape: an entry of SHAPES. implementation: a name of IMPLEMENTATIONS, or "minidpo without IDEA" (see ablation.py).
+    """
+    name, _, idea = implementation.partition(" without ")
+    how = dict(implementation=name, without=idea, dtype=dtype, device=device, threads=threads)
+    return {**shape, **IMPLEMENTATIONS[name], **how}
+
+
+def random_pairs(work):
+    """Returns the pairs (prompt_ids, chosen_ids, rejected_ids) of all batches, made of random ids.
+
+    The last id of the vocabulary stands for the eot: it opens each prompt and ends each response.
+    """
+    draw, eot = random.Random(0), work["model"]["vocab_size"] - 1
+
+    def ids(bounds):
+        return [draw.randrange(eot) for _ in range(draw.randint(*bounds))]
+
+    return [
+        ([eot, *ids(work["prompt"])], [*ids(work["response"]), eot], [*ids(work["response"]), eot])
+        for _ in range(work["batches"] * work["pairs"])
+    ]
+
+
+def batch_of(step, work):
+    """Returns the indices of a step's pairs in `random_pairs`. The steps visit the batches in turn."""
+    first = step % work["batches"] * work["pairs"]
+    return list(range(first, first + work["pairs"]))
+
+
+def count(pairs, shared):
+    """Counts what a step computes on these pairs -> (tokens, squares, scored).
+
+    tokens: input positions, without padding. squares: the sum of the squared lengths of the rows. scored: response
+    tokens. `shared`: the prompt of a pair runs through the model once for both responses, and counts once.
+    """
+    tokens = squares = scored = 0
+    for prompt, *responses in pairs:
+        lengths = [len(prompt) + len(response) - 1 for response in responses]  # the last token is only a target
+        repeated = len(prompt) if shared else 0
+        tokens += sum(lengths) - repeated
+        squares += sum(length**2 for length in lengths) - repeated**2
+        scored += sum(len(response) for response in responses)
+    return tokens, squares, scored
+
+
+def mfu_flops(model, pairs, shared):
+    """Returns the floating-point operations that a training step on these pairs has to do, as MFU counts them.
+
+        6 x parameters of the blocks x tokens + 6 L C x sum of squared lengths + 6 V C x response tokens
+
+    A weight takes 2 operations per token, three times: forward, and backward for both factors. Attention counts its
+    causal half. Padding and recomputation do not count.
+    """
+    L, C, V = (model[name] for name in ("n_layer", "n_embd", "vocab_size"))
+    tokens, squares, scored = count(pairs, shared)
+    blocks = L * (12 * C * C + 13 * C)  # 4 C^2 in attention, 8 C^2 in the MLP, biases and LayerNorms
+    return 6 * blocks * tokens + 6 * L * C * squares + 6 * V * C * scored
+
+
+def products(model, pairs):
+    """Returns the matrix products of the fast path's layers: a list of (rows, inputs, outputs) in forward order.
+
+    Each of them comes three times in a step: forward, and backward for both factors. The layers run on each prompt once
+    and without padding; after the last attention, and in the head, they run at the scored tokens only.
+    """
+    L, C, V = (model[name] for name in ("n_layer", "n_embd", "vocab_size"))
+    tokens, _, scored = count(pairs, shared=True)
+
+    def block(rows):
+        return [(tokens, C, 3 * C), (rows, C, C), (rows, C, 4 * C), (rows, 4 * C, C)]
+
+    return [*block(tokens) * (L - 1), *block(scored), (scored, C, V)]
+
+
+def fast_flops(model, pairs):
+    """Returns the floating-point operations in the matrix products of the fast path, those of attention included."""
+    tokens, squares, _ = count(pairs, shared=True)
+    seen = (squares + tokens) // 2  # a token sees itself and those before it: 1 + 2 + ... + n = (n^2 + n) / 2
+    linear = sum(rows * n_in * n_out for rows, n_in, n_out in products(model, pairs))
+    return 6 * (linear + 2 * model["n_layer"] * model["n_embd"] * seen)
