@@ -158,7 +158,7 @@ def test_rows_of_no_use_say_why(record, reason):
         ({"choice": 2}, "'choice' is 2"),
         ({"choice": None}, "'choice' is None"),
         ({"choice": True}, "'choice' is True"),
-        ({"split": "test"}, "'split' is 'test'; train, valid1, valid2"),
+        ({"split": "test"}, "'split' is 'test'; it must be one of train, valid1, valid2"),
         ({"split": ["train"]}, "'split' is"),
         ({"summaries": [{"text": "one"}]}, "a list of two"),
         ({"summaries": ["one", "two"]}, "no field 'text'"),
@@ -202,11 +202,11 @@ def test_what_is_left_out_is_counted(tmp_path, prepared, capsys):
     }
     files = prepared(write_release(tmp_path / "release", **more), "--max-query-tokens", 512)
     said = capsys.readouterr().out
-    assert "train.jsonl: 9 rows, 2 left out (an empty summary: 1, no room for the text behind its title: 1)" in said
+    assert "train.jsonl: 9 rows, 2 left out (an empty summary: 1, no room for the text after its title: 1)" in said
     assert "batch3.json: 19 rows, 2 left out (an article, not a post: 1, two equal summaries: 1)" in said
-    assert "1 different posts were cut, to fit 512 tokens" in said
-    assert "sft_train: 1 rows left out (the same prompt in valid or test)" in said
-    assert "pairs_train: 2 rows left out (the same prompt in valid or test)" in said
+    assert "1 different posts were cut to 512 tokens" in said
+    assert "sft_train: 1 rows left out (the same prompt is in valid or test)" in said
+    assert "pairs_train: 2 rows left out (the same prompt is in valid or test)" in said
     lengths = [len(row["prompt"]) for row in files["prompts_train.jsonl"]]
     assert len(lengths) == 6 and max(lengths) == 512
     prompts = {name: {row["prompt"] for row in rows} for name, rows in files.items()}
