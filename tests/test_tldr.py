@@ -1,4 +1,4 @@
-"""The TL;DR files, from files made here in the published formats: queries by hand, splits, reasons, errors."""
+"""The TL;DR files, from files made here in the published formats: queries worked by hand, splits, counts, errors."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ NAMES = {f"{kind}_{split}.jsonl" for kind in ("pairs", "sft", "prompts") for spl
 
 @pytest.fixture(scope="session")
 def bytewise(tmp_path_factory):
-    """A tokenizer file without merges: a token is a byte, so lengths can be counted by eye."""
+    """A tokenizer file without merges: each byte is a token, so lengths are easy to count."""
     path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
     Tokenizer.train([], 257).save(path)
     return path
@@ -48,7 +48,7 @@ def article_row(name):
 
 
 def write_release(folder, **more):
-    """5 posts a split and 2 comparisons of each of 5 other posts; `more` adds lines: train=[...], batch3=[...]."""
+    """5 posts per split and 2 comparisons of each of 5 other posts; `more` adds lines: train=[...], batch3=[...]."""
     for name in ("tldr_3_filtered", "comparisons"):
         (folder / name).mkdir(parents=True)
     for split in ("train", "valid", "test"):
@@ -92,7 +92,7 @@ def test_long_posts_lose_lines_from_the_end_then_characters(query):
     text = "first line\nsecond\n\nthird"
     whole = len("HEAD " + text + end)
     assert query("HEAD ", text, whole) == "HEAD " + text + end
-    # the last line break goes, and what is behind it; the blank line before it stays until it is its turn
+    # only the last line break goes, with the text after it; the line break before it stays
     assert query("HEAD ", text, whole - 1) == "HEAD first line\nsecond\n" + end
     assert query("HEAD ", text, whole - 7) == "HEAD first line\nsecond" + end
     assert query("HEAD ", text, len("HEAD first line" + end)) == "HEAD first line" + end
@@ -147,7 +147,7 @@ def test_choice_names_the_chosen_one(choice):
         (article_row("x"), "an article, not a post"),
     ],
 )
-def test_rows_of_no_use_say_why(record, reason):
+def test_unusable_rows_say_why(record, reason):
     with pytest.raises(LeftOut, match=reason):
         pair_of(record)
 
@@ -189,7 +189,7 @@ def test_release_keeps_its_splits(tmp_path, prepared):
         assert all({row["chosen"], row["rejected"]} == {" Good.", " Bad."} for row in pairs)
 
 
-def test_what_is_left_out_is_counted(tmp_path, prepared, capsys):
+def test_rows_left_out_are_counted(tmp_path, prepared, capsys):
     long = post("long", "x" * 600)
     more = {
         "train": [post("x", summary=" "), post("y" * 600), long, post("test 3")],
@@ -335,6 +335,6 @@ def test_bad_articles_say_where(tmp_path, prepared):
     ):
         with pytest.raises(UserError, match=message):
             prepared(release, "--cnndm", path)
-    with pytest.raises(FileNotFoundError, match="no_such.csv"):  # `run` says so without a traceback
+    with pytest.raises(FileNotFoundError, match="no_such.csv"):  # `run_main` prints it without a traceback
         prepared(release, "--cnndm", tmp_path / "no_such.csv")
     assert not (tmp_path / "out").exists()
