@@ -1,4 +1,4 @@
-"""A file from the network: fetched once, in as many goes as it takes, and checked before it gets its name."""
+"""Download one file. A download that broke off continues at the next call; the result is checked."""
 
 import hashlib
 import http.client
@@ -12,11 +12,17 @@ from minidpo.settings import UserError
 
 
 def download(url, target, digest="", otherwise=""):
-    """Fetches `url` into the file `target` and returns its path. A transfer that broke is continued by the next call.
+    """Downloads `url` to the file `target` and returns its path.
 
-    The bytes collect in a `.part` file, which gets its name when all are there and the digest ("md5:..." or
-    "sha256:...") is right; without a digest, what the server says of the length has to do. UserError otherwise.
-    `otherwise` is what the user can do instead, as the end of a sentence: "pass --archive FILE".
+    The bytes are collected in `target`.part. That file is renamed to `target` once it is complete and correct.
+
+    Args:
+        target: nothing is downloaded if this file exists and its digest is right.
+        digest: "md5:..." or "sha256:...". Without it, only the length stated by the server is checked.
+        otherwise: what else the user can do, for the error messages: "pass --archive FILE".
+
+    Raises:
+        UserError: the download failed or stopped early, or the digest is wrong. The same call tries again.
     """
     target = Path(target)
     if target.exists() and (not digest or _digest(target, digest) == digest):
@@ -25,12 +31,12 @@ def download(url, target, digest="", otherwise=""):
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     otherwise = f", or {otherwise}" if otherwise else ""
-    if not digest or _digest(part, digest) != digest:  # else all came last time, and only the new name was missing
+    if not digest or _digest(part, digest) != digest:  # equal if the last call stopped just before the renaming
         try:
             expected = _fetch(url, part)
             why = "the connection closed early"
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            if getattr(error, "code", None) == 416:  # the server has not that many bytes: what is here is no part of it
+            if getattr(error, "code", None) == 416:  # the .part file is longer than the server's file
                 part.write_bytes(b"")
             expected, why = None, error
         have = part.stat().st_size
@@ -50,14 +56,14 @@ def download(url, target, digest="", otherwise=""):
 
 
 def _fetch(url, part):
-    """Appends to the file `part` what is missing, and returns the size it should have, 0 if the server does not say.
+    """Appends the missing bytes to the file `part`; starts over if the server cannot continue in the middle.
 
-    Starts over if the server cannot continue in the middle.
+    Returns the size in bytes that the file should have, 0 if the server does not state it.
     """
     have = part.stat().st_size
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as response:
-        if response.status != 206:  # 206 Partial Content: the server does continue
+        if response.status != 206:  # 206 Partial Content: the server continues where we stopped
             have = 0
         length = response.headers.get("Content-Length")
         expected = have + int(length) if length else 0
@@ -70,6 +76,6 @@ def _fetch(url, part):
 
 
 def _digest(path, like):
-    """The file's digest, of the kind and in the form of `like`: "md5:..." or "sha256:..."."""
+    """The digest of a file, of the same kind as `like` ("md5:..." or "sha256:...")."""
     kind = like.partition(":")[0]
     return f"{kind}:{hashlib.new(kind, Path(path).read_bytes()).hexdigest()}"

@@ -1,4 +1,4 @@
-"""What the prepare scripts share: a reason for each row that is left out, a fixed shuffle, files written."""
+"""What the prepare scripts share: counting rows that are left out, a fixed shuffle, writing the files."""
 
 import hashlib
 import json
@@ -11,13 +11,19 @@ from minidpo.files import atomic_write
 
 
 class LeftOut(Exception):
-    """A row that is of no use, though the file is in order; the message is the reason it is counted under."""
+    """A valid row that cannot be used. The message is the reason; rows are counted by reason."""
 
 
 def usable(records, convert, path):
-    """Pairs (where, record), as `json_lines` gives them -> [convert(record, where), ...] where that raises no LeftOut.
+    """Converts the rows of one file, and prints how many were left out and why.
 
-    Prints how many were left out, by reason. UserErrors pass.
+    Args:
+        records: pairs (where, record), as `minidpo.dataset.json_lines` yields them.
+        convert: convert(record, where) returns a row, or raises LeftOut. Any other error is passed on.
+        path: the file's name, for the printed line.
+
+    Returns:
+        The list of converted rows.
     """
     rows, reasons = [], Counter()
     for where, record in tqdm(records, desc=Path(path).name, unit=" rows"):
@@ -31,17 +37,17 @@ def usable(records, convert, path):
 
 
 def hash_number(text):
-    """A whole number below 2^64, as good as random, the same on every machine."""
+    """A pseudo-random integer below 2^64 that depends only on `text`: the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def shuffled(rows, seed):
-    """The rows in an order that depends on `seed` and on what they hold, not on the order they come in."""
+    """The rows in a random order that depends on `seed` and on their contents, not on the order they come in."""
     return sorted(rows, key=lambda row: hash_number(f"{seed}/{json.dumps(row)}"))
 
 
 def write_rows(folder, files):
-    """files: {name: rows} -> folder/name.jsonl, each whole or not at all."""
+    """Writes {name: rows} to folder/name.jsonl. A file is either written whole or left as it was."""
     for name, rows in sorted(files.items()):
         path = Path(folder) / f"{name}.jsonl"
         atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

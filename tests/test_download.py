@@ -1,4 +1,4 @@
-"""Downloads: once, continued after a break, checked, and every way to fail with a message that says what to do."""
+"""Downloads: done once, continued after a break, checked; each failure has a message that says what to do."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from minidpo.settings import UserError
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`, honours Range, and with `break_after` sends only that many bytes of what it promised."""
+    """Serves `content` and honours Range; with `break_after` it sends only so many of the bytes it announced."""
 
     content, break_after, ranges, requests = b"", None, True, None
 
@@ -52,7 +52,7 @@ def content():
 
 @pytest.fixture
 def fetch(tmp_path, content, monkeypatch):
-    """fetch(url): `download` to tmp_path/a.gz with the digest of `content`."""
+    """fetch(url): calls `download` to tmp_path/a.gz with the digest of `content`."""
     monkeypatch.setenv("no_proxy", "*")
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return functools.partial(download, target=tmp_path / "a.gz", digest=digest, otherwise="pass --archive FILE")
@@ -63,10 +63,10 @@ def test_download_once(tmp_path, content, fetch):
         assert fetch(url) == tmp_path / "a.gz"
         assert (tmp_path / "a.gz").read_bytes() == content
         fetch(url)
-        assert server.requests == [None], "a file that is there and right is not fetched again"
+        assert server.requests == [None], "a correct file is not downloaded again"
 
 
-def test_a_file_that_is_there_but_wrong_is_fetched(tmp_path, content, fetch):
+def test_a_wrong_file_is_downloaded_again(tmp_path, content, fetch):
     (tmp_path / "a.gz").write_bytes(b"something else")
     with serving(content) as (url, _):
         fetch(url)
@@ -86,7 +86,7 @@ def test_broken_download_is_continued(tmp_path, content, fetch, ranges):
     assert os.listdir(tmp_path) == ["a.gz"]
 
 
-def test_all_there_but_the_name(tmp_path, content, fetch):
+def test_complete_but_not_renamed(tmp_path, content, fetch):
     (tmp_path / "a.gz.part").write_bytes(content)
     with serving(content) as (url, server):
         fetch(url)
@@ -95,7 +95,7 @@ def test_all_there_but_the_name(tmp_path, content, fetch):
 
 
 @pytest.mark.parametrize("name", ["md5", "sha256"])
-def test_wrong_digest_is_deleted_and_said(tmp_path, content, fetch, name):
+def test_wrong_digest_is_reported_and_the_file_deleted(tmp_path, content, fetch, name):
     digest = f"{name}:{hashlib.new(name, content).hexdigest()}"
     with serving(b"x" + content[1:]) as (url, _):
         with pytest.raises(UserError, match=digest):
@@ -103,7 +103,7 @@ def test_wrong_digest_is_deleted_and_said(tmp_path, content, fetch, name):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_part_of_something_longer_is_given_up(tmp_path, content, fetch):
+def test_a_part_file_that_is_too_long_is_discarded(tmp_path, content, fetch):
     (tmp_path / "a.gz.part").write_bytes(content + b"more")
     with serving(content) as (url, _):
         with pytest.raises(UserError, match="416.*again"):

@@ -1,4 +1,4 @@
-"""The HH files: rows by hand, odd rows, official folders, the split of a single file, damaged and foreign files."""
+"""The HH files: rows worked by hand, unusable rows, official folders, the split of a single file, damaged files."""
 
 import gzip
 import io
@@ -41,7 +41,7 @@ def some_rows(name, n):
 
 
 def write(path, rows):
-    """Rows (or raw lines as str) as an official file: gzip, a JSON object a line."""
+    """Writes rows (or raw lines as str) as an official file: gzip, one JSON object per line."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
@@ -79,7 +79,7 @@ def test_pair_by_hand():
     [
         (dialogue("a", "b", "c", "d"), dialogue("a", "x", "c", "e"), "two different prompts"),
         (dialogue("a", "b"), dialogue("a", "b", "c", "d"), "two different prompts"),
-        # as in the official files: one side goes on for another turn, of which the other knows nothing
+        # as in the official files: one side has another turn that the other does not have
         (dialogue("a", "b") + "\n\nAssistant: more", dialogue("a", "c"), "two different prompts"),
         (dialogue("a", ""), dialogue("a", "b"), "an empty side"),
         (dialogue("a", "b"), dialogue("a", " \n"), "an empty side"),
@@ -91,7 +91,7 @@ def test_pair_by_hand():
         ("", "", "no dialogue"),
     ],
 )
-def test_rows_of_no_use_say_why(chosen, rejected, reason):
+def test_unusable_rows_say_why(chosen, rejected, reason):
     with pytest.raises(LeftOut, match=reason):
         prepare.to_pair({"chosen": chosen, "rejected": rejected}, "here")
 
@@ -122,7 +122,7 @@ def test_official_folder_keeps_its_split(tmp_path):
 
 def test_subsets_and_plain_files(tmp_path):
     folder = write_official(tmp_path / "hh")
-    for split in ("train", "test"):  # unpacked by hand
+    for split in ("train", "test"):  # as if unpacked by the user
         packed = folder / "helpful-base" / f"{split}.jsonl.gz"
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
         packed.unlink()
@@ -211,7 +211,7 @@ def test_out_is_where_the_trainers_look():
         data.find("hh", "no_such")
 
 
-# ---- files that are no good ----
+# ---- bad files ----
 
 
 def tar(path):
@@ -273,7 +273,7 @@ def slice_path():
 
 
 def turns(text):
-    """[(speaker, text)], by another road than the code: every blank line and name starts a turn."""
+    """[(speaker, text)], computed in another way than the code does: a blank line and a name start a turn."""
     parts = re.split(r"\n\n(Human|Assistant):", text)
     assert parts[0] == ""
     return list(zip(parts[1::2], parts[2::2], strict=True))
@@ -304,7 +304,7 @@ def test_slice_row_by_row(tmp_path, capsys):
 
 
 def test_long_dialogues_lose_their_beginning_not_their_response(tmp_path, capsys):
-    """What training does with the slice in a short context: the prompt's end and both whole responses stay."""
+    """In a short context, training keeps the end of the prompt and both whole responses."""
     prepared(slice_path(), tmp_path)
     records = dataset.read_jsonl(tmp_path / "pairs_test.jsonl", dataset.PAIR)
     tokenizer = Tokenizer.train([text for r in records for text in r.values()], 400)
@@ -319,5 +319,5 @@ def test_long_dialogues_lose_their_beginning_not_their_response(tmp_path, capsys
                 assert tokenizer.decode(response[:-1]) == record[side]
             else:
                 n_cut += 1
-                assert len(prompt) == 1 + 8, "a response is cut only when the prompt has no more to give"
+                assert len(prompt) == 1 + 8, "a response is cut only if the prompt cannot be cut further"
     assert n_cut == counts["response cut"] > 0

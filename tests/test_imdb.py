@@ -1,4 +1,4 @@
-"""The IMDb files: who gets which review, texts and prompts by hand, damaged archives."""
+"""The IMDb files: which review goes into which file, texts and prompts worked by hand, damaged archives."""
 
 import gzip
 import io
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import need
+from tiny import contents
 
 from data.imdb import prepare
 from minidpo.settings import UserError
@@ -21,7 +22,7 @@ FILES = {
 
 
 def make_archive(path, members):
-    """members: {name under aclImdb/: text}"""
+    """Writes an archive; members: {name under aclImdb/: text}."""
     with tarfile.open(path, "w:gz") as tar:
         for name, text in members.items():
             data = text.encode("utf-8")
@@ -32,7 +33,7 @@ def make_archive(path, members):
 
 
 def some_reviews(n=60, n_test=5):
-    """n reviews of each label in train, n_test in test, all different, the longest much over the shortest."""
+    """n training and n_test test reviews of each label, all different, of 3 to 40 words."""
     rng = random.Random(1)
     members = {}
     for part, count in (("train", n), ("test", n_test)):
@@ -51,11 +52,7 @@ def prepared(archive, out):
     }
 
 
-def snapshot(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-# ---- who gets which review ----
+# ---- the split ----
 
 
 def test_splits_share_no_review_and_lose_none(tmp_path):
@@ -89,7 +86,7 @@ def test_archive_order_does_not_matter(tmp_path):
     backwards = dict(reversed(members.items()))
     prepared(make_archive(tmp_path / "a.tar.gz", members), tmp_path / "a")
     prepared(make_archive(tmp_path / "b.tar.gz", backwards), tmp_path / "b")
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_equal_texts_stay_once_and_in_train(tmp_path, capsys):
@@ -106,13 +103,13 @@ def test_equal_texts_stay_once_and_in_train(tmp_path, capsys):
     assert all(f"train/neg/{i}_2" in ids and f"test/neg/{i}_2" not in ids for i in range(5))
 
 
-def test_everything_else_in_the_archive_is_passed_over(tmp_path):
+def test_other_files_in_the_archive_are_ignored(tmp_path):
     members = some_reviews()
     more = {"train/unsup/1_0.txt": "not this one", "imdb.vocab": "the", "train/labeledBow.feat": "9 0:1", "README": "x"}
     more["train/pos/._1_9.txt"] = "a Mac's shadow file"
     prepared(make_archive(tmp_path / "a.tar.gz", members), tmp_path / "a")
     prepared(make_archive(tmp_path / "b.tar.gz", members | more), tmp_path / "b")
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 # ---- text and prompts ----
@@ -135,18 +132,18 @@ def test_trap02_prompt_is_2_to_8_whole_words_and_the_space_is_the_completions(te
     assert counts == {n for n in range(2, 9) if n < len(text.split())}
 
 
-# ---- archives that are no good ----
+# ---- bad archives ----
 
 
 def test_missing_or_damaged_archive_says_so_and_touches_nothing(tmp_path):
     good = make_archive(tmp_path / "good.tar.gz", some_reviews())
     prepared(good, tmp_path / "out")
-    before = snapshot(tmp_path / "out")
+    before = contents(tmp_path / "out")
 
     data = good.read_bytes()
     tar = gzip.decompress(data)
     bad_header = bytearray(data)
-    bad_header[-8] ^= 1  # gzip's checksum, after everything that tarfile reads
+    bad_header[-8] ^= 1  # gzip's checksum, which comes after everything that tarfile reads
     cases = {
         "cut.tar.gz": data[: len(data) // 2],
         "flipped.tar.gz": bytes(bad_header),
@@ -160,7 +157,7 @@ def test_missing_or_damaged_archive_says_so_and_touches_nothing(tmp_path):
     for name in [*cases, "no_neg.tar.gz", "not_there.tar.gz"]:
         with pytest.raises(UserError, match=name):
             prepared(tmp_path / name, tmp_path / "out")
-        assert snapshot(tmp_path / "out") == before, name
+        assert contents(tmp_path / "out") == before, name
 
 
 # ---- the real thing ----

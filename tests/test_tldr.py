@@ -1,4 +1,4 @@
-"""The TL;DR files, from files made here in the published formats: queries by hand, splits, reasons, errors."""
+"""The TL;DR files, from files made here in the published formats: queries worked by hand, splits, counts, errors."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ NAMES = {f"{kind}_{split}.jsonl" for kind in ("pairs", "sft", "prompts") for spl
 
 @pytest.fixture(scope="session")
 def bytewise(tmp_path_factory):
-    """A tokenizer file without merges: a token is a byte, so lengths can be counted by eye."""
+    """A tokenizer file without merges: each byte is a token, so lengths are easy to count."""
     path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
     Tokenizer.train([], 257).save(path)
     return path
@@ -48,7 +48,7 @@ def article_row(name):
 
 
 def write_release(folder, **more):
-    """5 posts a split and 2 comparisons of each of 5 other posts; `more` adds lines: train=[...], batch3=[...]."""
+    """5 posts per split and 2 comparisons of each of 5 other posts; `more` adds lines: train=[...], batch3=[...]."""
     for name in ("tldr_3_filtered", "comparisons"):
         (folder / name).mkdir(parents=True)
     for split in ("train", "valid", "test"):
@@ -92,7 +92,7 @@ def test_long_posts_lose_lines_from_the_end_then_characters(query):
     text = "first line\nsecond\n\nthird"
     whole = len("HEAD " + text + end)
     assert query("HEAD ", text, whole) == "HEAD " + text + end
-    # the last line break goes, and what is behind it; the blank line before it stays until it is its turn
+    # only the last line break goes, with the text after it; the line break before it stays
     assert query("HEAD ", text, whole - 1) == "HEAD first line\nsecond\n" + end
     assert query("HEAD ", text, whole - 7) == "HEAD first line\nsecond" + end
     assert query("HEAD ", text, len("HEAD first line" + end)) == "HEAD first line" + end
@@ -147,7 +147,7 @@ def test_choice_names_the_chosen_one(choice):
         (article_row("x"), "an article, not a post"),
     ],
 )
-def test_rows_of_no_use_say_why(record, reason):
+def test_unusable_rows_say_why(record, reason):
     with pytest.raises(LeftOut, match=reason):
         pair_of(record)
 
@@ -158,7 +158,7 @@ def test_rows_of_no_use_say_why(record, reason):
         ({"choice": 2}, "'choice' is 2"),
         ({"choice": None}, "'choice' is None"),
         ({"choice": True}, "'choice' is True"),
-        ({"split": "test"}, "'split' is 'test'; train, valid1, valid2"),
+        ({"split": "test"}, "'split' is 'test'; it must be one of train, valid1, valid2"),
         ({"split": ["train"]}, "'split' is"),
         ({"summaries": [{"text": "one"}]}, "a list of two"),
         ({"summaries": ["one", "two"]}, "no field 'text'"),
@@ -189,7 +189,7 @@ def test_release_keeps_its_splits(tmp_path, prepared):
         assert all({row["chosen"], row["rejected"]} == {" Good.", " Bad."} for row in pairs)
 
 
-def test_what_is_left_out_is_counted(tmp_path, prepared, capsys):
+def test_rows_left_out_are_counted(tmp_path, prepared, capsys):
     long = post("long", "x" * 600)
     more = {
         "train": [post("x", summary=" "), post("y" * 600), long, post("test 3")],
@@ -202,11 +202,11 @@ def test_what_is_left_out_is_counted(tmp_path, prepared, capsys):
     }
     files = prepared(write_release(tmp_path / "release", **more), "--max-query-tokens", 512)
     said = capsys.readouterr().out
-    assert "train.jsonl: 9 rows, 2 left out (an empty summary: 1, no room for the text behind its title: 1)" in said
+    assert "train.jsonl: 9 rows, 2 left out (an empty summary: 1, no room for the text after its title: 1)" in said
     assert "batch3.json: 19 rows, 2 left out (an article, not a post: 1, two equal summaries: 1)" in said
-    assert "1 different posts were cut, to fit 512 tokens" in said
-    assert "sft_train: 1 rows left out (the same prompt in valid or test)" in said
-    assert "pairs_train: 2 rows left out (the same prompt in valid or test)" in said
+    assert "1 different posts were cut to 512 tokens" in said
+    assert "sft_train: 1 rows left out (the same prompt is in valid or test)" in said
+    assert "pairs_train: 2 rows left out (the same prompt is in valid or test)" in said
     lengths = [len(row["prompt"]) for row in files["prompts_train.jsonl"]]
     assert len(lengths) == 6 and max(lengths) == 512
     prompts = {name: {row["prompt"] for row in rows} for name, rows in files.items()}
@@ -335,6 +335,6 @@ def test_bad_articles_say_where(tmp_path, prepared):
     ):
         with pytest.raises(UserError, match=message):
             prepared(release, "--cnndm", path)
-    with pytest.raises(FileNotFoundError, match="no_such.csv"):  # `run` says so without a traceback
+    with pytest.raises(FileNotFoundError, match="no_such.csv"):  # `run_main` prints it without a traceback
         prepared(release, "--cnndm", tmp_path / "no_such.csv")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The toy: its grammar against an independent recogniser, its rewards by hand, its files byte for byte."""
+"""The toy: its grammar against an independent recogniser, its rewards worked by hand, its files byte for byte."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def draw(n, mood=None, seed=7):
 
 
 def regex(name):
-    """The rule as one regular expression: a second way to recognise, by Python's own engine."""
+    """The rule as one regular expression: an independent recogniser, run by Python's own engine."""
     if name.endswith("~"):
         return "(?:" + "|".join(regex(name[:-1] + grade) for grade in "+0-") + ")"
     rule = re.sub(r"\b([Aa])n?\b(?![^{]*\})", r"\1n?", " ".join(grammar.RULES[name].split()).replace(".", r"\."))
@@ -77,16 +77,16 @@ def test_perturbed_reviews_are_not(reference):
             "article": [{"a": "an", "an": "a"}.get(w, w) for w in words],
         }
         for kind, text in wrong.items():
-            if text != words:  # a review may have no article
+            if text != words:  # unchanged if the review has no article
                 assert not grammar.grammatical(" ".join(text)), (kind, " ".join(text))
-        # A dropped word may leave a review ("three loud moons"); the second recogniser knows when.
+        # Without one word it may still be a review ("three loud moons"); the independent recogniser says so.
         dropped = " ".join(words[:i] + words[i + 1 :])
         assert grammar.grammatical(dropped) == reference(dropped), dropped
         survivors += grammar.grammatical(dropped)
     assert survivors < 0.05 * 400
 
 
-def test_no_review_goes_on_after_its_end():
+def test_no_beginning_of_a_review_is_a_review():
     for prompt, response in draw(30):
         text = prompt + response
         assert not any(grammar.grammatical(text[:i]) for i in range(len(text)))
@@ -108,12 +108,12 @@ def test_recogniser_by_hand():
         good.replace("hats.", "hat."),
         good.replace("goose", "walrus"),
         good.replace("I loved", "It loved"),
-        PROMPT + " is dull and clumsy. I give it two moons.",  # carries on another kind of opening
+        PROMPT + " is dull and clumsy. I give it two moons.",  # continues another kind of opening
     ):
         assert not grammar.grammatical(bad), bad
 
 
-def test_openings_say_nothing_and_are_told_apart():
+def test_openings_show_no_sentiment_and_are_of_one_kind_each():
     assert len(grammar.OPENINGS) >= 2_500
     kinds = ("opening evening", "opening film", "opening row")
     assert sum(len(grammar.every(kind)) for kind in kinds) == len(grammar.OPENINGS)  # no prompt is of two kinds
@@ -209,14 +209,14 @@ def test_a_row_does_not_depend_on_the_number_of_rows(tmp_path):
     assert len(read(folder / "sft_train.jsonl")) == 40
 
 
-def test_ensure_writes_once_and_again_when_out_of_date(tmp_path):
+def test_ensure_writes_once_and_again_if_out_of_date(tmp_path):
     sizes = dict.fromkeys(generate.ROWS, 3)
     folder = generate.ensure(tmp_path, sizes)
     file, mark = folder / "sft_test.jsonl", folder / "fingerprint.txt"
     right = file.read_bytes()
     file.write_bytes(b"mine")
     generate.ensure(tmp_path, sizes)
-    assert file.read_bytes() == b"mine"  # in place and in date: not written again
+    assert file.read_bytes() == b"mine"  # there and up to date: not written again
     mark.write_text("another grammar", encoding="utf-8")
     generate.ensure(tmp_path, sizes)
     assert file.read_bytes() == right

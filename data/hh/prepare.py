@@ -1,26 +1,26 @@
-"""Anthropic's HH dialogues (Bai et al. 2022, arXiv 2204.05862) -> the JSONL files that both training stages read.
+"""Makes the JSONL files for both training stages from Anthropic's HH dialogues (Bai et al. 2022, arXiv 2204.05862).
 
     python -m data.hh.prepare                     downloads the four official subsets first (79 MB)
-    python -m data.hh.prepare --source FOLDER     takes SUBSET/train.jsonl.gz and SUBSET/test.jsonl.gz from there
-    python -m data.hh.prepare --source FILE       takes one such file, or a slice of one, and holds out a fifth of it
+    python -m data.hh.prepare --source FOLDER     reads SUBSET/train.jsonl.gz and SUBSET/test.jsonl.gz from a folder
+    python -m data.hh.prepare --source FILE       reads one such file, or a part of one, and holds out a fifth of it
 
-Many of the texts are offensive: in harmless-base people tried to make a model say harmful things. An official row is
-{"chosen", "rejected"}, two whole dialogues that should differ in the last turn of the assistant alone:
+Many of the texts are offensive: for harmless-base, people tried to make a model say harmful things.
+
+An official row is {"chosen", "rejected"}: two whole dialogues that should differ only in the assistant's last turn.
 
     "\\n\\nHuman: Hi\\n\\nAssistant: Hello!\\n\\nHuman: How are you?\\n\\nAssistant: Fine."
      `---------------------------- prompt -----------------------------´`-----´ response, with its space
 
-That they do is checked row by row: each side is cut before its last response, and what is left must be equal. (Cutting
-one side, and the other at the same place, mixes up the rows that differ earlier, which the official files have.) Rows
-that fail are left out and counted by reason.
+Each dialogue is cut before its own last response, and the two prompts must then be equal. Some official rows fail this
+test; they are left out and counted. (Cutting both sides at the same character would turn them into wrong pairs.)
 
     pairs_train, pairs_test      {"prompt", "chosen", "rejected"}
     sft_train, sft_test          {"prompt", "completion"}: the chosen responses, as in the paper (section 6)
-    prompts_train, prompts_test  {"prompt"}, each once
+    prompts_train, prompts_test  {"prompt"}, each prompt once
 
-Official files keep their official split, but a training row whose prompt also stands in the test files is left out.
-From a single file, dialogues are held out by a hash of their first question, so that no dialogue is on both sides. Rows
-are in the order of a hash: the subsets are mixed, and the same rows give the same bytes, whatever their order.
+Official files keep their official split, but a training row is left out if its prompt is in the test files as well. A
+single file is split by a hash of the dialogue's first question, so that no dialogue is on both sides. All rows are
+ordered by a hash: this mixes the subsets, and the same rows give the same bytes in whatever order they are read.
 """
 
 import dataclasses
@@ -46,14 +46,14 @@ SHA256 = {  # of SUBSET/SPLIT.jsonl.gz, from the repositories' Git LFS entries
 }
 SUBSETS = list(dict.fromkeys(name.split("/")[0] for name in SHA256))
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-HELD_OUT_ONE_IN = 5  # of a single file
+HELD_OUT_ONE_IN = 5  # dialogues of a single file
 SEED = "minidpo hh 1"  # another string gives another order, and another split of a single file
 
 
 @dataclasses.dataclass
 class Settings:
-    source: str = knob("", "folder with the official files, or one .jsonl.gz file; empty: download them")
-    subsets: str = knob(",".join(SUBSETS), "which subsets of a folder or of the download, with commas between them")
+    source: str = knob("", "a folder with the official files, or one .jsonl.gz file; empty: download them")
+    subsets: str = knob(",".join(SUBSETS), "which subsets of the folder or the download, separated by commas")
     single_turn: str = knob(
         "no",
         "keep only dialogues with one question: no, test (in the test files, as the paper evaluates) or all",
@@ -62,12 +62,15 @@ class Settings:
     out: str = knob(str(FOLDER), "folder for the JSONL files")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. One row
+# ---- 1. One row ----
 
 
 def split_dialogue(text):
-    """A dialogue -> (prompt, response), cut behind the last "Assistant:". Raises LeftOut if that is not its end."""
+    """Cuts a dialogue after its last "Assistant:" and returns (prompt, response).
+
+    Raises:
+        LeftOut: the text is not a dialogue, or the human has the last turn.
+    """
     end = text.rfind(ASSISTANT)
     if not text.startswith(HUMAN) or end < 0:
         raise LeftOut("no dialogue")
@@ -78,7 +81,12 @@ def split_dialogue(text):
 
 
 def to_pair(row, where):
-    """An official row -> {"prompt", "chosen", "rejected"}; nothing is stripped. Raises LeftOut, and UserError."""
+    """Converts an official row to {"prompt", "chosen", "rejected"}; no space is stripped.
+
+    Raises:
+        LeftOut: the row is not a usable pair.
+        UserError: a side is not a string.
+    """
     check_text(row, "chosen", where)
     check_text(row, "rejected", where)
     prompt, chosen = split_dialogue(row["chosen"])
@@ -92,12 +100,11 @@ def to_pair(row, where):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Files
+# ---- 2. Files ----
 
 
 def read_file(path):
-    """An official file -> list of pairs. UserError if none is usable."""
+    """Reads the pairs of one official file; UserError if none is usable."""
     pairs = usable(json_lines(path, ("chosen", "rejected")), to_pair, path)
     if not pairs:
         raise UserError(f"{path}: no usable row. Is it one of HH's SUBSET/train.jsonl.gz or test.jsonl.gz?")
@@ -105,7 +112,11 @@ def read_file(path):
 
 
 def find_files(source, subsets):
-    """-> {"train": paths, "test": paths} in the folder `source`, or downloaded if it is "". UserError for a gap."""
+    """Returns {"train": paths, "test": paths} of the subsets, in the folder `source` or downloaded if it is empty.
+
+    Raises:
+        UserError: the folder lacks a file.
+    """
     files = {"train": [], "test": []}
     for subset in subsets:
         for split, paths in files.items():
@@ -117,22 +128,22 @@ def find_files(source, subsets):
             there = [path for end in (".jsonl.gz", ".jsonl") if (path := Path(source) / f"{name}{end}").exists()]
             if not there:
                 raise UserError(
-                    f"{Path(source) / name}.jsonl.gz not found. --subsets NAME,NAME takes fewer subsets; "
-                    "one file alone is taken with --source FILE."
+                    f"{Path(source) / name}.jsonl.gz not found. Name the subsets you have with --subsets NAME,NAME, "
+                    "or give a single file: --source FILE."
                 )
             paths.append(there[0])
     return files
 
 
 def is_held_out(pair):
-    """Of a single file: whether the pair is for testing. Dialogues with the same first question go together."""
+    """Whether a pair of a single file is for testing. Dialogues with the same first question stay together."""
     return hash_number(f"{SEED}/{pair['prompt'].split(ASSISTANT)[0]}") % HELD_OUT_ONE_IN == 0
 
 
 def load(source, subsets):
-    """-> {"train": pairs, "test": pairs}, of the official split or, for a single file, of our own."""
+    """Returns {"train": pairs, "test": pairs}: the official split, or our own for a single file."""
     if source and not Path(source).exists():
-        raise UserError(f"{source} not found. Give a folder or a file, or leave out --source to download HH.")
+        raise UserError(f"{source} not found. Correct the path, or leave out --source to download HH.")
     if source and not Path(source).is_dir():
         pairs = read_file(source)
         return {"train": [p for p in pairs if not is_held_out(p)], "test": [p for p in pairs if is_held_out(p)]}
@@ -140,7 +151,7 @@ def load(source, subsets):
     parts = {split: [pair for path in paths for pair in read_file(path)] for split, paths in files.items()}
     test_prompts = {pair["prompt"] for pair in parts["test"]}
     train = [pair for pair in parts["train"] if pair["prompt"] not in test_prompts]
-    print(f"{len(parts['train']) - len(train):,} training rows left out (the same prompt in the test files)")
+    print(f"{len(parts['train']) - len(train):,} training rows left out (the same prompt is in the test files)")
     return {"train": train, "test": parts["test"]}
 
 
@@ -154,17 +165,20 @@ def main(argv=None):
 
     files = {}
     for split, pairs in parts.items():
-        if settings.single_turn == "all" or settings.single_turn == split:
+        if settings.single_turn in ("all", split):
             single = [pair for pair in pairs if pair["prompt"].count(HUMAN) == 1]
             print(f"{split}: {len(pairs) - len(single):,} rows left out (more than one question)")
             pairs = single
         if not pairs:
-            raise UserError(f"{settings.source or 'HH'}: no row is left for {split}. Nothing was written.")
+            raise UserError(
+                f"{settings.source or 'HH'}: no row is left for {split}, so nothing was written. "
+                "Give a larger file, or another --single-turn."
+            )
         pairs = shuffled(pairs, SEED)
-        both = sum(any(re.search(r"\b(Human|Assistant):", pair[side]) for side in PAIR[1:]) for pair in pairs)
-        print(f"{split}: {both:,} rows have a speaker's name inside a response (kept: the model wrote for both)")
+        named = sum(any(re.search(r"\b(Human|Assistant):", pair[side]) for side in PAIR[1:]) for pair in pairs)
+        print(f"{split}: {named:,} rows have a speaker's name inside a response (kept: the model wrote for both)")
         files[f"pairs_{split}"] = pairs
-        # several pairs may share a prompt, or a prompt and its chosen response: here each stands once
+        # several pairs may share a prompt, or a prompt and its chosen response: these two files hold each once
         chosen = dict.fromkeys((pair["prompt"], pair["chosen"]) for pair in pairs)
         files[f"sft_{split}"] = [{"prompt": prompt, "completion": text} for prompt, text in chosen]
         files[f"prompts_{split}"] = [{"prompt": prompt} for prompt in dict.fromkeys(pair["prompt"] for pair in pairs)]

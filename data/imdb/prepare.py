@@ -1,26 +1,25 @@
-"""Large Movie Review Dataset (Maas et al., ACL 2011) -> the JSONL files that both training stages read.
+"""Makes the JSONL files for both training stages from the Large Movie Review Dataset (Maas et al., ACL 2011).
 
     python -m data.imdb.prepare                    downloads the official archive (84 MB) first
-    python -m data.imdb.prepare --archive FILE     takes an archive that is there, or a slice of it in the same layout
+    python -m data.imdb.prepare --archive FILE     reads an archive you have, or a part of it in the same layout
 
-Who gets which review decides what an evaluation is worth. Of the official training reviews one in 25 of each label is
-held out; no model and no classifier is trained on those. The official test reviews serve for one thing, the final
-accuracy of the classifiers.
+One official training review in 25 of each label is held out. No model and no classifier is trained on these. The
+official test reviews have one use: the final accuracy of the classifiers.
 
-    the other 24 in 25    sft_train.jsonl, prompts_train.jsonl, reviews_train.jsonl
-    the held-out ones     sft_test.jsonl,  prompts_test.jsonl,  reviews_heldout.jsonl (to tune the classifiers on)
-    official test         reviews_test.jsonl
+    official training reviews, 24 in 25    sft_train, prompts_train, reviews_train
+    official training reviews, 1 in 25     sft_test, prompts_test, reviews_heldout (to tune the classifiers)
+    official test reviews                  reviews_test
 
-sft_*: {"prompt", "completion"}, the whole review; prompts_*: {"prompt"}, the same prompts; reviews_*: {"text", "label",
-"rating", "id"}, label 1 for positive (7 to 10 stars) and 0 for negative (1 to 4 stars). A prompt is the review's first
-2 to 8 words. (The paper takes 2 to 8 tokens; no tokenizer exists yet at this point.) The space after it belongs to the
-completion. Everything follows from a hash of the review's name: same archive, same bytes, whatever the archive's order.
+    sft_*        {"prompt", "completion"}: a whole review, cut in two. The prompt is its first 2 to 8 words
+    prompts_*    {"prompt"}: the same prompts
+    reviews_*    {"text", "label", "rating", "id"}: label 1 is positive (7 to 10 stars), 0 negative (1 to 4 stars)
+
+The space after the prompt belongs to the completion. The paper's prompts are 2 to 8 tokens; we count words, because no
+tokenizer exists yet. Every random choice is a hash of the review's file name, so the same archive gives the same bytes.
 """
 
 import dataclasses
 import gzip
-import hashlib
-import json
 import re
 import tarfile
 import zlib
@@ -29,34 +28,40 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.download import download
-from minidpo.files import atomic_write
+from data.preparing import hash_number, write_rows
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 FOLDER = Path(__file__).parent
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 DIGEST = "md5:7c2ac02c03563afcf9b574c7e56c153a"
-MEMBER = re.compile(r"(?:.*/)?((train|test)/(pos|neg)/\d+_(\d+))\.txt")  # not unsup/, not the vocabulary
+MEMBER = re.compile(r"(?:.*/)?((train|test)/(pos|neg)/\d+_(\d+))\.txt")  # the other files are not used
 HELD_OUT_ONE_IN = 25
 SEED = "minidpo imdb 1"  # another string gives another split, order and set of prompts
 
 
 @dataclasses.dataclass
 class Settings:
-    archive: str = knob("", "an aclImdb .tar.gz or a slice of it; empty: download the official one (84 MB)")
+    archive: str = knob("", "an aclImdb .tar.gz, or a part of it; empty: download the official one (84 MB)")
     out: str = knob(str(FOLDER), "folder for the JSONL files")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The archive, read in place
+# ---- 1. The archive ----
 
 
 def clean(text):
-    """`<br />` tags become spaces; then every run of whitespace is one space, none at the ends."""
+    """Replaces `<br />` tags and every run of whitespace by one space; strips both ends."""
     return " ".join(re.sub(r"<br\s*/?>", " ", text).split())
 
 
 def read_archive(path):
-    """-> list of {"text", "label", "rating", "id"}, in the archive's order. Extracts nothing to disk."""
+    """Reads the reviews without unpacking the archive to disk.
+
+    Returns:
+        A list of {"text", "label", "rating", "id"}, in the archive's order.
+
+    Raises:
+        UserError: the archive is missing, damaged, or not the IMDb archive.
+    """
     reviews = []
     try:
         with gzip.open(path) as stream:
@@ -67,32 +72,34 @@ def read_archive(path):
                         text = clean(tar.extractfile(member).read().decode("utf-8"))
                         name, _, label, rating = match.groups()
                         reviews.append({"text": text, "label": int(label == "pos"), "rating": int(rating), "id": name})
-            while stream.read(1 << 20):  # to the end, where gzip's checksum is: tarfile takes a bad header for the end
+            while stream.read(1 << 20):  # tarfile stops early; gzip checks its checksum at the end of the file
                 pass
     except FileNotFoundError:
-        raise UserError(f"{path} not found. Pass the archive's path, or leave out --archive to download it.") from None
+        raise UserError(f"{path} not found. Correct the path, or leave out --archive to download it.") from None
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged or no .tar.gz archive ({error}). Fetch it again.") from error
+        raise UserError(f"{path} is damaged or not a .tar.gz archive ({error}). Download it again.") from error
     for name in ("train/pos", "train/neg", "test/pos", "test/neg"):
-        if sum(review["id"].startswith(name) for review in reviews) < 2:  # of train, one to train on and one held out
+        if sum(review["id"].startswith(name) for review in reviews) < 2:  # train: one to train on, one held out
             raise UserError(f"{path}: fewer than 2 reviews under aclImdb/{name}/. Is it the aclImdb archive?")
     return reviews
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Who gets which review
+# ---- 2. The split ----
 
 
 def _hash(purpose, review):
-    """A whole number, as good as random, the same on every machine, independent from one purpose to the next."""
-    return int.from_bytes(hashlib.sha256(f"{SEED}/{purpose}/{review['id']}".encode()).digest()[:8], "big")
+    """A pseudo-random integer for this review, independent from one purpose to the next."""
+    return hash_number(f"{SEED}/{purpose}/{review['id']}")
 
 
 def split(reviews):
-    """-> {"train", "heldout", "test"}: lists of reviews, all different in text; and how many were left out.
+    """Splits the reviews into {"train", "heldout", "test"}, and counts those left out.
 
-    Of equal texts one stays, in train rather than in test: a review that a classifier saw must not test it.
-    Reviews of under 3 words, which cannot be cut into a prompt and a completion, go too.
+    Of equal texts one is kept, in train rather than in test: no classifier may be tested on a review it was trained
+    on. Reviews of fewer than 3 words are left out, because they cannot be cut into a prompt and a completion.
+
+    Returns:
+        (splits, number left out). Each split is a shuffled list of reviews.
     """
     texts = set()
     parts = {"train/pos": [], "train/neg": [], "test/pos": [], "test/neg": []}
@@ -107,14 +114,17 @@ def split(reviews):
         drawn = sorted(part, key=lambda r: _hash("heldout", r))
         heldout += drawn[:count]
         train += drawn[count:]
-    test = parts["test/pos"] + parts["test/neg"]
-    splits = {"train": train, "heldout": heldout, "test": test}
-    shuffled = {name: sorted(part, key=lambda r: _hash("order", r)) for name, part in splits.items()}
-    return shuffled, len(reviews) - len(texts)
+    splits = {"train": train, "heldout": heldout, "test": parts["test/pos"] + parts["test/neg"]}
+    splits = {name: sorted(part, key=lambda r: _hash("order", r)) for name, part in splits.items()}
+    return splits, len(reviews) - len(texts)
 
 
 def cut_prompt(review):
-    """-> {"prompt", "completion"}: the text cut before the space after 2 to 8 words; at least one word is left over."""
+    """Cuts a review after its first 2 to 8 words; at least one word is left for the completion.
+
+    Returns:
+        {"prompt", "completion"}; the completion begins with the space between the two.
+    """
     text = review["text"]
     words = text.split(" ")
     count = min(2 + _hash("prompt", review) % 7, len(words) - 1)
@@ -127,20 +137,16 @@ def main(argv=None):
     archive = settings.archive or download(URL, FOLDER / "aclImdb_v1.tar.gz", DIGEST, "pass --archive FILE")
     reviews = read_archive(archive)
     splits, left_out = split(reviews)
-    print(f"{archive}: {len(reviews):,} reviews read, {left_out} of them left out (duplicates, or under 3 words)")
+    print(f"{archive}: {len(reviews):,} reviews read, {left_out} of them left out (equal texts, or under 3 words)")
 
     files = {f"reviews_{name}": part for name, part in splits.items()}
     for name, part in (("train", splits["train"]), ("test", splits["heldout"])):
         files[f"sft_{name}"] = [cut_prompt(review) for review in part]
         files[f"prompts_{name}"] = [{"prompt": row["prompt"]} for row in files[f"sft_{name}"]]
-    for name, rows in sorted(files.items()):
-        path = Path(settings.out) / f"{name}.jsonl"
-        atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        positive = f", {sum(row['label'] for row in rows):,} of them positive" if name.startswith("reviews") else ""
-        print(f"{path}: {len(rows):,} rows{positive}")
-    known = {row["prompt"] for row in files["prompts_train"]}
-    shared = sum(row["prompt"] in known for row in files["prompts_test"])
-    print(f"{shared} of the {len(files['prompts_test'])} test prompts also open a training review, word for word")
+    write_rows(settings.out, files)
+    train_prompts = {row["prompt"] for row in files["prompts_train"]}
+    shared = sum(row["prompt"] in train_prompts for row in files["prompts_test"])
+    print(f"{shared} of the {len(files['prompts_test'])} test prompts are also the beginning of a training review")
 
 
 if __name__ == "__main__":

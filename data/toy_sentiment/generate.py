@@ -1,7 +1,7 @@
-"""Writes the toy's JSONL files from the grammar: the same bytes everywhere, in seconds.
+"""Generates the toy's JSONL files from the grammar: the same bytes on every machine, in seconds.
 
-`ensure()` is what the training scripts call: it generates the full set on first use. The command writes other sizes to
-a folder of your own, and --stats prints every figure of the README beside this file.
+The training scripts call `ensure()`, which generates the full files on first use. The command can also write other
+sizes to another folder; with --stats it prints every figure of this folder's README.
 """
 
 import collections
@@ -29,11 +29,11 @@ ROWS = {
     "prompts_train": 2_000,
     "prompts_test": 500,
 }
-SHIPPED = 300  # rows of each file that are in git, for people to read
+SHIPPED = 300  # the first rows of each file are in git, for people to read
 
 
 def split_openings():
-    """The grammar's openings in a fixed random order, cut in two: {"train": 2,000 prompts, "test": 500 others}."""
+    """Returns the grammar's openings, shuffled and split: {"train": 2,000 prompts, "test": 500 others}."""
     rng = random.Random(0)
     prompts = [prompt for _, prompt in sorted((rng.random(), prompt) for prompt in grammar.OPENINGS)]
     n = ROWS["prompts_test"]
@@ -41,16 +41,16 @@ def split_openings():
 
 
 def reviews(prompts, rng):
-    """SFT rows without end."""
+    """Yields SFT rows for ever."""
     while True:
         prompt = grammar.pick(prompts, rng)
         yield {"prompt": prompt, "completion": grammar.complete(prompt, rng)}
 
 
 def pairs(prompts, rng):
-    """Preference rows without end: two reviews of one opening, labelled by Bradley-Terry (DPO paper, eq. 1):
+    """Yields preference rows for ever: two reviews of one opening, labelled by Bradley-Terry (DPO paper, Eq. 1).
 
-    a is chosen with probability sigmoid(r*(a) - r*(b)), so a tie in r* is a fair coin. Two equal texts are no pair.
+    Review a is chosen with probability sigmoid(r*(a) - r*(b)): 1/2 if the rewards are equal. Equal texts are skipped.
     """
     while True:
         prompt = grammar.pick(prompts, rng)
@@ -63,10 +63,10 @@ def pairs(prompts, rng):
 
 
 def rows(name, n):
-    """The first `n` rows of the file `name`, a key of ROWS. Row i depends neither on `n` nor on the other files."""
+    """Returns the first `n` rows of the file `name`, a key of ROWS. Row i does not depend on `n` or on other files."""
     kind, split = name.split("_")
     prompts = split_openings()[split]
-    rng = random.Random(1 + list(ROWS).index(name))  # every file its own seed
+    rng = random.Random(1 + list(ROWS).index(name))  # each file has its own seed
     if kind == "prompts":
         stream = ({"prompt": prompt} for prompt in prompts)
     else:
@@ -75,18 +75,18 @@ def rows(name, n):
 
 
 def jsonl(name, n):
-    """The first `n` rows of the file `name` as the text of a JSONL file."""
+    """Returns the first `n` rows of the file `name` as the text of a JSONL file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(name, n))
 
 
 def ensure(folder=None, sizes=ROWS):
-    """Path of a folder with all the files; writes them unless they are there, made by this very code in these sizes."""
+    """Makes sure that `folder` holds the files in these sizes, made by the current code, and returns its path."""
     folder = Path(folder or FULL)
     mark = folder / "fingerprint.txt"
     complete = all((folder / f"{name}.jsonl").exists() for name in sizes)
     if complete and mark.exists() and mark.read_text(encoding="utf-8") == fingerprint(sizes):
         return folder
-    mark.unlink(missing_ok=True)  # back only when every file is written
+    mark.unlink(missing_ok=True)  # written again only after every file
     for name, n in sizes.items():
         atomic_write(folder / f"{name}.jsonl", jsonl(name, n))
     atomic_write(mark, fingerprint(sizes))
@@ -94,13 +94,13 @@ def ensure(folder=None, sizes=ROWS):
 
 
 def fingerprint(sizes):
-    """Hash of this file, the grammar and the numbers of rows: where it differs, the files are out of date."""
+    """A hash of this file, the grammar and the numbers of rows. If it differs, the files are out of date."""
     source = b"".join((HERE / name).read_bytes() for name in ("grammar.py", "generate.py"))
     return hashlib.sha256(source + json.dumps(sizes).encode()).hexdigest() + "\n"
 
 
 def stats():
-    """Every figure and sample of README.md, as text."""
+    """Returns every figure and sample of README.md, as text."""
     sft = [(row["prompt"], row["completion"]) for row in rows("sft_train", ROWS["sft_train"])]
     rewards = [grammar.reward(response) for _, response in sft]
     lengths = [len(re.findall(r"\w+|[^\w\s]", response)) for _, response in sft]
@@ -134,11 +134,11 @@ def stats():
 
 @dataclasses.dataclass
 class Settings:
-    out: str = knob("", "folder to write to; empty: data/toy_sentiment/full, which takes the default sizes only")
-    sft: int = knob(ROWS["sft_train"], "rows of sft_train.jsonl")
-    pairs: int = knob(ROWS["pairs_train"], "rows of pairs_train.jsonl; the first rows are the same for every number")
-    stats: bool = knob(False, "write nothing, print the figures and samples of the README")
-    shipped: bool = knob(False, f"write the first {SHIPPED} rows of each file, the ones in git, beside this script")
+    out: str = knob("", "folder to write to; empty: data/toy_sentiment/full, in the default sizes only")
+    sft: int = knob(ROWS["sft_train"], "rows of sft_train.jsonl", least=1)
+    pairs: int = knob(ROWS["pairs_train"], "rows of pairs_train.jsonl; more rows keep the first ones", least=1)
+    stats: bool = knob(False, "only print the figures and samples of the README")
+    shipped: bool = knob(False, f"only write the files in git: the first {SHIPPED} rows of each")
 
 
 def main():
@@ -151,16 +151,13 @@ def main():
             atomic_write(HERE / f"{name}.jsonl", jsonl(name, min(n, SHIPPED)))
         print(f"wrote the first {SHIPPED} rows of each file to {HERE}")
         return
-    for name in ("sft", "pairs"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name} {getattr(settings, name)}: a file needs at least one row.")
     sizes = {**ROWS, "sft_train": settings.sft, "pairs_train": settings.pairs}
     folder = Path(settings.out or FULL)
     if folder.resolve() == FULL and sizes != ROWS:
-        raise UserError(f"{FULL} is what `--data toy` reads, in the default sizes. Give other sizes their own --out.")
-    theirs = [folder / f"{name}.jsonl" for name in sizes if (folder / f"{name}.jsonl").exists()]
-    if theirs and folder.resolve() != FULL and not (folder / "fingerprint.txt").exists():
-        raise UserError(f"{theirs[0]} is there and was not written by this command. Choose another --out.")
+        raise UserError(f"{FULL} holds the default sizes, for `--data toy`. Give other sizes their own --out.")
+    present = [folder / f"{name}.jsonl" for name in sizes if (folder / f"{name}.jsonl").exists()]
+    if present and folder.resolve() != FULL and not (folder / "fingerprint.txt").exists():
+        raise UserError(f"{present[0]} exists and was not written by this command. Choose another --out.")
     ensure(folder, sizes)
     for name, n in sizes.items():
         print(f"{folder / name}.jsonl  {n:,} rows")

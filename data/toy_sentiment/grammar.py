@@ -1,19 +1,20 @@
-"""The grammar of the toy's movie reviews: one table that writes them, recognises them and counts their reward.
+"""The grammar of the toy's movie reviews: one table writes the reviews, recognises them and counts their reward.
 
-Read RULES first; the code below it is short. Each rule lists alternatives separated by `|`, all equally likely:
+Read RULES first. Each rule lists alternatives, separated by `|` and equally likely:
 
     {hero}   is replaced by one alternative of the rule "hero"
-    {adj~}   is replaced by one of "adj+", "adj0" or "adj-"; the review's mood says how likely each of the three is
+    {adj~}   is replaced by one alternative of "adj+", "adj0" or "adj-"; the review's mood gives their probabilities
 
-No rule reaches itself, so the language is finite. "a" is written before any word and becomes "an" where it must.
-The sentiment words are the words of the rules whose names end in + and -, and these words occur nowhere else.
+No rule refers to itself, directly or through others, so the language is finite. The rules write "a" before every word;
+the code turns it into "an" before a vowel. The sentiment words are the words of the rules whose names end in + or -;
+they occur nowhere else.
 """
 
 import itertools
 import re
 
 RULES = {
-    # A review is an opening (the prompt), a sentence that carries it on, and more; a verdict always comes last.
+    # A review is an opening (the prompt), words that complete its sentence, and more; the verdict is always last.
     "review": """{opening evening} {response evening} | {opening film} {response film}
         | {opening row} {response row}""",
     "response evening": "and {evening}. {body}",
@@ -21,7 +22,7 @@ RULES = {
     "response row": "{row}. {body}",
     "body": """{verdict} | {story} {verdict} | {cast} {verdict} | {craft} {verdict} | {seats} {verdict}
         | {story} {cast} {verdict} | {craft} {seats} {verdict}""",
-    # Openings: no word here may give the sentiment away.
+    # Openings: no word here says anything about the sentiment.
     "opening evening": "I {watched} {this film} {one day} {with company}",
     "watched": "watched | saw | caught | rented",
     "this film": "this film | this movie | this one",
@@ -43,7 +44,7 @@ RULES = {
         | the picnic | the duel | the long dance | the cooking contest""",
     "someone": """my sister | my uncle | my dentist | my old teacher | the usher | the front row | a man with a tuba
         | a dog in row two | both nuns | an old pirate | the tall boy | a passing goat | a woman in red""",
-    # The sentence that carries the opening on.
+    # The words that complete the opening's sentence.
     "evening": """it was {adj~} and {tone~} | it was {quite} {adj~} and lasted {two hours}
         | found it {quite} {adj~} | {loved~} {the ending} most of all | came home {happy~} and {proud~}
         | we all {laughed~} at {the ending} | thought it was a {tone~} {triumph~}
@@ -57,7 +58,7 @@ RULES = {
         | {laughed~}, and then I {laughed~} too | said that it was {adj~} and {tone~}
         | looked {happy~} and asked for more {popcorn} | stood up, {laughed~} and sat down again
         | called it a {tone~} {triumph~} | began to read a book about {the moon}""",
-    # The middle: at most one sentence each about the story, the cast, the craft and the seats around us.
+    # The middle: none to two sentences about the story, the cast, the craft and the audience.
     "story": """It follows {hero} who {quest}. | The plot is {adj~}: {hero} {quest}.
         | The {adj~} story is about {hero} who {quest}. | Nobody explains why {hero} {quest}.
         | In the {adj~} first half, {hero} {quest}. | The first half is {adj~}, the second half {tone~}.
@@ -99,7 +100,7 @@ RULES = {
     "trombones": "trombones | umbrellas | geese | spoons | moons",
     "hats": "hats | costumes | puppets | trains | wigs",
     "seven": "two | three | seven | eleven",
-    # The graded words: + earns 1, - costs 1, 0 is plain.
+    # The graded words: + adds 1 to the reward, - subtracts 1, 0 changes nothing.
     "adj+": "great | wonderful | lovely | brilliant | superb | gorgeous | delightful | splendid",
     "adj0": "long | strange | quiet | loud | short | blue | odd | unusual",
     "adj-": "dull | awful | boring | dreadful | terrible | horrible | lousy | ugly",
@@ -129,7 +130,7 @@ RULES = {
     "fresh-": "stale | soggy | burnt",
 }
 
-# A review first draws its mood, each equally likely. The mood gives the probabilities of +, 0 and - in a graded slot.
+# Each review first draws a mood, all equally likely. The mood gives the probabilities of +, 0 and - in a graded slot.
 MOODS = {
     "very positive": (0.70, 0.25, 0.05),
     "positive": (0.45, 0.40, 0.15),
@@ -151,23 +152,26 @@ NEGATIVE = _graded_words("-")
 
 
 def reward(response):
-    """r*(x, y): the number of positive minus the number of negative sentiment words in the response, an int."""
+    """Returns r*(x, y), an int: the number of positive minus the number of negative words in the response."""
     words = _WORD.findall(response.lower())
     return sum(word in POSITIVE for word in words) - sum(word in NEGATIVE for word in words)
 
 
 def _a(text):
-    """Every "an" as "a": inside this file texts are kept so."""
+    """Replaces every "an" by "a", the form used inside this file."""
     return re.sub(r"\b([Aa])n\b", r"\1", text)
 
 
 def _a_or_an(text):
-    """Every "a" before a vowel as "an". The rules have no word like "hour" or "unicorn", where the letter misleads."""
+    """Replaces every "a" before a vowel by "an". (No rule has a word like "hour" or "unicorn".)"""
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
 def _table(rules):
-    """{name: alternatives}, each a list of text and names in turn: "The {hats} look" -> ["The ", "hats", " look"]."""
+    """Returns {name: alternatives}. An alternative is a list: text, name, text, ...
+
+    "The {hats} look" becomes ["The ", "hats", " look"].
+    """
     table = {}
     for name, rule in rules.items():
         table[name] = [re.split(r"[{}]", " ".join(option.split())) for option in _a(rule).split("|")]
@@ -183,12 +187,12 @@ TABLE = _table(RULES)
 
 
 def pick(options, rng):
-    """One of `options`, equally likely. rng.random() is all that is ever used: every version of Python agrees on it."""
+    """Draws one of `options`, equally likely. Only rng.random() is used: it is the same in every version of Python."""
     return options[int(rng.random() * len(options))]
 
 
 def expand(name, mood, rng):
-    """The rule `name` as text, drawn at random; `mood` is a key of MOODS."""
+    """Draws a text of the rule `name`; `mood` is a key of MOODS."""
     if name.endswith("~"):
         plus, plain, _ = MOODS[mood]
         coin = rng.random()
@@ -199,7 +203,7 @@ def expand(name, mood, rng):
 
 
 def every(name):
-    """All texts of the rule `name`, in the order of the rules. Fine for an opening; of reviews there are too many."""
+    """Returns all texts of the rule `name`, in the order of the rules. Use it for openings: reviews are too many."""
     return [
         "".join(parts)
         for option in TABLE[name]
@@ -207,14 +211,14 @@ def every(name):
     ]
 
 
-# {prompt: the rule that carries it on}, for every opening there is.
+# Every opening: {prompt: the rule for its response}.
 OPENINGS = {
     _a_or_an(text): "response " + kind for kind in ("evening", "film", "row") for text in every("opening " + kind)
 }
 
 
 def complete(prompt, rng, mood=None):
-    """A response to `prompt`, a key of OPENINGS, in the mood given or one drawn at random. It begins with a space."""
+    """Draws a response to `prompt`, a key of OPENINGS. It begins with a space. Without `mood`, one is drawn as well."""
     mood = mood or pick(list(MOODS), rng)
     return " " + _a_or_an(expand(OPENINGS[prompt], mood, rng))
 
@@ -223,13 +227,13 @@ def complete(prompt, rng, mood=None):
 
 
 def grammatical(text):
-    """Whether `text`, a prompt and its response joined, is a review of the grammar, to the letter. Moods may mix."""
+    """Whether `text`, a prompt with its response, is exactly a review of the grammar, in any mixture of moods."""
     bare = _a(text)
     return _a_or_an(bare) == text and len(bare) in _ends("review", bare, 0, {})
 
 
 def _ends(name, text, start, seen):
-    """The places where a text of the rule `name` that begins at `start` may end: a set, remembered in `seen`."""
+    """Returns the set of positions where a text of the rule `name` that begins at `start` can end. Cached in `seen`."""
     if (name, start) not in seen:
         found = set()
         for option in TABLE[name]:
