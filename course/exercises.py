@@ -11,7 +11,7 @@ implicit reward of a response y to a prompt x is beta log(pi(y|x) / pi_ref(y|x))
 reward of the chosen response minus that of the rejected one. DPO's loss for a pair is -log sigmoid(margin). eot is the
 end-of-text token.
 
-The shapes: B pairs, N samples, T tokens, V words in the vocabulary. (B,) means a torch.Tensor of that shape. Ids are
+The shapes: B pairs, N samples, T tokens, a vocabulary of V tokens. (B,) means a torch.Tensor of that shape. Ids are
 int64, masks are bool, and all numbers are finite. Log-probabilities and KL are in nats (natural logarithms).
 
 The rules:
@@ -169,7 +169,7 @@ def accuracy(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def kl_estimates(policy_logits, reference_logits, targets, mask):
-    """Two estimates of KL(policy || reference) from each of N samples -> (plain (N,), exact (N,)), in nats per response.
+    """Two estimates of KL(policy || reference) for each of N samples -> (plain (N,), exact (N,)), nats per response.
 
     The samples were drawn from the policy. The logits are (N, T, V), targets and mask are (N, T). Each estimate is a
     sum over the response positions, and at each position

@@ -64,9 +64,7 @@ def accuracy(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 def kl_estimates(policy_logits, reference_logits, targets, mask):
     estimates = []
-    for row, (ids, m) in enumerate(
-        zip(targets, mask, strict=True)
-    ):  # one at a time, because sequence_kl sorts by length
+    for row, (ids, m) in enumerate(zip(targets, mask, strict=True)):  # one at a time: sequence_kl sorts them
         sample = ids[m].tolist()
         prompt = [0] * (1 + int(m.int().argmax()))
         policy, reference = (

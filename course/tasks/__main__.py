@@ -33,7 +33,8 @@ def budget(args):
     reference, other, _ = checkpoint.load(args.reference)
     if tokenizer.fingerprint != other.fingerprint:
         raise UserError(
-            f"{args.policy} and {args.reference} have different tokenizers, so there is no KL between them. Give the SFT run that the policy started from."
+            f"{args.policy} and {args.reference} have different tokenizers, so there is no KL between them. "
+            "Give the SFT run that the policy started from as --reference."
         )
     prompts = [record["prompt"] for record in dataset.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
     settings = evaluate.Settings("", "", "toy", "toy", samples_per_prompt=4, max_new_tokens=96)
