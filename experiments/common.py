@@ -1,0 +1,169 @@
+"""What several experiments do: load models, read prompts, sample, average, and write tables and pictures."""
+
+import csv
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import data
+from minidpo import checkpoint
+from minidpo.dataset import read_jsonl
+from minidpo.files import atomic, atomic_write
+from minidpo.sampling import generate
+from minidpo.settings import UserError
+
+# ---- 1. Models ----
+
+
+def load_models(*names, device="cpu"):
+    """Loads models that share one tokenizer, in evaluation mode -> (list of models, tokenizer).
+
+    A name is what `checkpoint.load` takes: a run folder, a GPT-2 folder or a GPT-2 name.
+
+    Raises:
+        UserError: a model is missing, or two tokenizers differ.
+    """
+    loaded = [checkpoint.load(name)[:2] for name in names]
+    tokenizer = same_tokenizer(names, [tokenizer for _, tokenizer in loaded])
+    return [model.to(device).eval() for model, _ in loaded], tokenizer
+
+
+def same_tokenizer(names, tokenizers):
+    """Returns the one tokenizer that all models `names` have. Raises UserError if two differ."""
+    for name, tokenizer in zip(names, tokenizers, strict=True):
+        if tokenizer.fingerprint != tokenizers[0].fingerprint:
+            raise UserError(
+                f"{names[0]} and {name} have different tokenizers, so their token ids mean different texts. "
+                "Give models that were trained from the same start."
+            )
+    return tokenizers[0]
+
+
+# ---- 2. Prompts ----
+
+
+def read_prompts(name, file="prompts_test", limit=0):
+    """Returns the first `limit` prompts (0: all) of a dataset's file, or of the JSONL file `name`, as texts."""
+    return [record["prompt"] for record in read_jsonl(data.find(name, file), ("prompt",))][: limit or None]
+
+
+def prompt_ids(tokenizer, prompts, room=None):
+    """Returns the ids of each prompt text behind a leading eot, as `generate` takes them.
+
+    With `room`, a prompt is cut on its left to its last `room` tokens, the eot not counted.
+    """
+    return [[tokenizer.eot, *tokenizer.encode(prompt)[-room if room else None :]] for prompt in prompts]
+
+
+# ---- 3. Samples ----
+
+
+class Samples(NamedTuple):
+    """N sampled responses, one entry per response in each list; the samples of one prompt are neighbours."""
+
+    prompts: list  # texts
+    prompt_ids: list  # lists of ids, each with its leading eot
+    ids: list  # of the responses, as they were drawn
+    texts: list  # of the responses
+    ended: list  # whether the response ended in eot; False: it was cut at the longest length
+
+
+def sample(
+    model, tokenizer, prompts, max_new_tokens, seed, per_prompt=1, room=None, temperature=1.0,
+    batch_size=256, progress=None,
+):  # fmt: skip
+    """Samples `per_prompt` responses to each of `prompts` (texts) -> Samples.
+
+    The same seed, prompts and batch size give the same responses. `seed` is a number, or a torch.Generator on the
+    model's device to continue from. `room` is that of `prompt_ids`; the other arguments are those of `generate`.
+    """
+    encoded = prompt_ids(tokenizer, prompts, room)
+    prompts, encoded = ([x for x in xs for _ in range(per_prompt)] for xs in (prompts, encoded))
+    if not isinstance(seed, torch.Generator):
+        seed = torch.Generator(model.wte.weight.device).manual_seed(seed)
+    knobs = dict(temperature=temperature, generator=seed, batch_size=batch_size, progress=progress)
+    ids = generate(model, encoded, max_new_tokens, tokenizer.eot, **knobs)
+    ended = [response[-1:] == [tokenizer.eot] for response in ids]
+    return Samples(prompts, encoded, ids, [tokenizer.decode(response) for response in ids], ended)
+
+
+# ---- 4. Means and tables ----
+
+
+def mean_se(values):
+    """Returns the mean of independent values (N,) and its standard error. Raises UserError for fewer than two."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if len(values) < 2:
+        raise UserError("one prompt has no standard error. Give at least two.")
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def prompt_mean_se(values, per_prompt):
+    """As `mean_se`, for values where each `per_prompt` neighbours share a prompt: only prompts are independent."""
+    return mean_se(torch.as_tensor(values, dtype=torch.float64).view(-1, per_prompt).mean(-1))
+
+
+def write_csv(path, rows, digits=None):
+    """Writes rows, NamedTuples of one class and at least one of them, as a CSV file with the fields' names as header.
+
+    Floats get `digits` significant digits; with None, as many as it takes to read the same number back. NaN is an
+    empty cell.
+    """
+
+    def cell(value):
+        if not isinstance(value, float):
+            return value
+        return "" if value != value else f"{value:.{digits}g}" if digits else str(value)
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0]._fields)
+    writer.writerows(map(cell, row) for row in rows)
+    atomic_write(path, text.getvalue())
+
+
+def read_csv(path, row_class, make):
+    """Reads a file of `write_csv` -> list of row_class, a NamedTuple whose fields are str, int or float.
+
+    `make` is the command that makes such a file, for the messages.
+
+    Raises:
+        UserError: the file is missing, has other columns, or holds something else where a number belongs.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{path} not found. Make it first: {make}")
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *lines = list(csv.reader(file)) or [[]]
+    if tuple(header) != row_class._fields:
+        raise UserError(f"{path}, line 1: the columns must be {','.join(row_class._fields)}. Make it again: {make}")
+    kinds, rows = row_class.__annotations__.values(), []
+    for number, cells in enumerate(lines, 2):
+        try:
+            if len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells under {len(header)} columns")
+            pairs = zip(kinds, cells, strict=True)
+            rows.append(row_class(*(float(cell or "nan") if kind is float else kind(cell) for kind, cell in pairs)))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}. Make it again: {make}") from error
+    return rows
+
+
+# ---- 5. Pictures ----
+
+
+def figure(path, figsize, layout="constrained"):
+    """Returns a matplotlib Figure for the picture `path`, or None, with a printed line, if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f'no {path}: matplotlib is not installed (pip install "minidpo[plot]")')
+        return None
+    return Figure(figsize=figsize, layout=layout)
+
+
+def save_figure(path, figure, dpi=110):
+    """Writes a Figure as a PNG file."""
+    with atomic(path) as file:
+        figure.savefig(file, dpi=dpi, format="png")
