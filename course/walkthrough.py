@@ -43,7 +43,7 @@ import train_dpo
 import train_sft
 from course import show
 from data.toy_sentiment import grammar
-from experiments import evaluate, explain
+from experiments import common, evaluate, explain
 from experiments.frontier import limit
 from experiments.frontier import sweep as frontier
 from minidpo import checkpoint, dataset
@@ -231,7 +231,7 @@ show.picture(DPO / "curves.png")
 
 # %%
 policy, *_ = checkpoint.load(DPO)
-prompts = [record["prompt"] for record in dataset.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
+prompts = common.read_prompts("toy", limit=PROMPTS)
 judged = evaluate.Settings(str(DPO), str(SFT), "toy", "toy", max_new_tokens=96)
 
 
@@ -239,7 +239,7 @@ def reward(prompts, texts):
     return [grammar.reward(text) for text in texts]
 
 
-figures, shown, texts = evaluate.evaluate(policy, sft, tokenizer, prompts[:PROMPTS], reward, judged)
+figures, shown, texts = evaluate.evaluate(policy, sft, tokenizer, prompts, reward, judged)
 show.markdown(samples_table({"prompt": shown[:6], **{name: texts[name][:6] for name in ("reference", "policy")}}))
 
 # %% [markdown]

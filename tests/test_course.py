@@ -167,13 +167,9 @@ def test_displacement(tmp_path, capsys):
 def test_budget(monkeypatch, capsys):
     """Compares invented figures with the goals; experiments.evaluate, which measures them, has its own tests."""
     import data
-    from experiments import evaluate
-    from minidpo import checkpoint
+    from experiments import common, evaluate
 
-    class Tokenizer:
-        fingerprint = "same"
-
-    monkeypatch.setattr(checkpoint, "load", lambda folder: (None, Tokenizer(), None))
+    monkeypatch.setattr(common, "load_models", lambda *folders: ([None, None], None))
     monkeypatch.setattr(data, "find", lambda name, file: mistakes.ROOT / "data" / "toy_sentiment" / f"{file}.jsonl")
     for reward, kl, code in ((2.0, 1.0, 0), (1.7, 1.0, 1), (3.0, 1.2, 1)):
         figures = {"reward_mean": reward + 0.5, "reference": {"reward_mean": 0.5}, "kl_exact": kl}

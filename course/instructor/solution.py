@@ -58,8 +58,9 @@ def smoothed_loss(margins, label_smoothing):
 
 def accuracy(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
     logps = policy_chosen, policy_rejected
-    losses = train_dpo.dpo_loss(*logps, reference_chosen, reference_rejected, beta=1.0)
-    return train_dpo.means(train_dpo.summed(*losses, *logps), len(policy_chosen))["rewards/accuracies"]
+    losses_and_rewards = train_dpo.dpo_loss(*logps, reference_chosen, reference_rejected, beta=1.0)
+    sums = train_dpo.metric_sums(*losses_and_rewards, *logps)
+    return train_dpo.means(sums, len(policy_chosen))["rewards/accuracies"]
 
 
 def kl_estimates(policy_logits, reference_logits, targets, mask):

@@ -14,31 +14,23 @@ import json
 import sys
 from pathlib import Path
 
-from minidpo.run import read_metrics, running_mean
+from minidpo.report import read_metrics, running_mean
 from minidpo.settings import UserError, run_main
 
 CURVES = Path(__file__).parent / "curves.csv"
-SMOOTH = 10  # steps in a running mean
+SMOOTH = 10  # steps on each side in a running mean
 STEPS = 79  # length of the runs in curves.csv
 
 
 def budget(args):
     """Measure how far the mean reward is above the reference's, and the KL."""
-    import data
-    from experiments import evaluate
+    from experiments import common, evaluate
     from experiments.rewards import load_reward
-    from minidpo import checkpoint, dataset
 
-    policy, tokenizer, _ = checkpoint.load(args.policy)
-    reference, other, _ = checkpoint.load(args.reference)
-    if tokenizer.fingerprint != other.fingerprint:
-        raise UserError(
-            f"{args.policy} and {args.reference} have different tokenizers, so there is no KL between them. "
-            "Give the SFT run that the policy started from as --reference."
-        )
-    prompts = [record["prompt"] for record in dataset.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
+    (policy, reference), tokenizer = common.load_models(args.policy, args.reference)
+    prompts = common.read_prompts("toy", limit=500)
     settings = evaluate.Settings("", "", "toy", "toy", samples_per_prompt=4, max_new_tokens=96)
-    figures, *_ = evaluate.evaluate(policy, reference, tokenizer, prompts[:500], load_reward("toy"), settings)
+    figures, *_ = evaluate.evaluate(policy, reference, tokenizer, prompts, load_reward("toy"), settings)
     return [
         ("reward above the reference's", figures["reward_mean"] - figures["reference"]["reward_mean"], ">=", 1.8),
         ("kl_exact, nats per response", figures["kl_exact"], "<=", 1.1),
