@@ -37,7 +37,7 @@ NO_PROCESSES |= {"pty.spawn", "socket.connect", "socket.bind", "os.startfile"}
 
 
 def serve(path, connection):
-    """Import the file, report whether that worked, then answer requests until the grader ends or kills this process."""
+    """Imports the file, reports whether that worked, then answers requests until the grader ends or kills it."""
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread of tqdm, which would look like a thread of the student's
     sys.path.insert(0, str(Path(path).resolve().parent))  # so that the file can import its neighbours
@@ -75,7 +75,7 @@ def send(connection, reply):
 
 
 def answer(function, request, path):
-    """Call the function with each case; return {"answers": [...]}, or {"failed": why} at the first case that fails."""
+    """Calls the function with each case; returns {"answers": [...]}, or {"failed": why} at the first failure."""
     if function is None:
         return {"failed": "not defined", "missing": True}
     if not callable(function):
@@ -117,7 +117,7 @@ def takes(function, arguments):
 
 
 def describe(error, path):
-    """Describe an exception in one line, with the line number in the student's file."""
+    """Describes an exception in one line, with the line number in the student's file."""
     trace = traceback.walk_tb(error.__traceback__)
     lines = [line for frame, line in trace if frame.f_code.co_filename == str(path)]
     if isinstance(error, SyntaxError):
@@ -148,7 +148,7 @@ def changed(argument, given):
 
 
 def encode(value, inputs=()):
-    """Encode a returned value for JSON. "gradient" says whether a gradient flows from it to all of `inputs`."""
+    """Encodes a returned value for JSON. "gradient" says whether a gradient flows from it to all of `inputs`."""
     if isinstance(value, torch.Tensor):
         tensor = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         if value.numel() <= LARGEST:
@@ -174,7 +174,7 @@ def reaches(value, inputs):
 
 
 def silence():
-    """Discard stdout and stderr, including what C code writes."""
+    """Discards stdout and stderr, including what C code writes."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -182,7 +182,7 @@ def silence():
 
 
 def limit_memory():
-    """Allow MEMORY bytes more than now, on Linux, where the system can enforce it."""
+    """Allows MEMORY bytes more than now, on Linux, where the system can enforce it."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         import resource
@@ -192,7 +192,7 @@ def limit_memory():
 
 
 def watch(path):
-    """Install the audit hook; return the list to which it appends what it refuses."""
+    """Installs the audit hook; returns the list to which it appends what it refuses."""
     refused, own, me = [], os.path.realpath(path), str(os.getpid())
     # some libraries read the source of the functions on the stack; with these entries they do not open the files
     for file in COURSE.rglob("*.py"):
@@ -247,7 +247,7 @@ class Globals:
         }
 
     def changes(self):
-        """Describe what has changed since the snapshot, one text per change."""
+        """Describes what has changed since the snapshot, one text per change."""
         found = []
         for module, before in zip(self.WATCHED, self.names, strict=True):
             for name, value in vars(module).items():

@@ -1,4 +1,4 @@
-"""Grade solutions of exercises.py: ten random cases for each of the twelve functions, one point per case.
+"""Grades solutions of exercises.py: ten random cases for each of the twelve functions, one point per case.
 
     python -m course.grade my_dpo.py
     python -m course.grade submissions/*.py --json grades.json
@@ -40,14 +40,14 @@ UNREADABLE = "the reply of its process cannot be read"
 
 
 def draw_cases(seed):
-    """Return {name of the exercise: its cases}. One seed gives the same cases for every file."""
+    """Returns {name of the exercise: its cases}. One seed gives the same cases for every file."""
     from course.oracles import CASES, EXERCISES  # imported here, so that the student's process does not import them
 
     return {e.name: [e.case(random.Random(f"{seed} {e.name} {i}"), i) for i in range(CASES)] for e in EXERCISES}
 
 
 def grade(path, cases, time_limit, tick=lambda: None):
-    """Grade one file; return a dict with the field names of Gradescope's results.json.
+    """Grades one file; returns a dict with the field names of Gradescope's results.json.
 
     Args:
         path: the student's file.
@@ -103,7 +103,7 @@ class Student:
         self.process, self.imports = None, []
 
     def start(self):
-        """Start a process unless one is running; return why the file cannot be used, or None."""
+        """Starts a process unless one is running; returns why the file cannot be used, or None."""
         if self.process:
             return None
         self.connection, theirs = _PROCESSES.Pipe()
@@ -124,7 +124,7 @@ class Student:
         return None
 
     def ask(self, request):
-        """Send a request and return the reply; kill the process unless it may continue with the next function."""
+        """Sends a request and returns the reply; kills the process unless it may continue with the next function."""
         reply = self._receive(self.time_limit, request)
         self.imports = reply.get("imports", [])
         if "answers" not in reply and not reply.get("missing"):
@@ -147,7 +147,7 @@ class Student:
         return reply if isinstance(reply, dict) else {"failed": UNREADABLE, "died": True}
 
     def stop(self, wait=2):
-        """Give the process `wait` seconds to end, then kill it."""
+        """Gives the process `wait` seconds to end, then kills it."""
         if self.process:
             self.connection.close()
             self.process.join(wait)
@@ -192,9 +192,10 @@ def alike(answer, other, dtype):
 
 
 def diagnosis(exercise, cases, answers, expected, dtypes):
-    """Name the known mistake that gives exactly these answers in every case.
+    """Names the known mistake that gives exactly these answers in every case.
 
-    If no mistake matches the whole answers, each returned value is compared by itself.
+    If no mistake matches the whole answers, each returned value is compared by itself. A value that no mistake matches
+    is shown in its first wrong case.
     """
     made = [(words, [mistake(*case) for case in cases]) for words, mistake in exercise.mistakes]
 
@@ -203,10 +204,10 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
         pairs = enumerate(zip(answers, others, dtypes, strict=True), start=1)
         return [number for number, (a, o, dtype) in pairs if not alike(a[part], o[part], dtype)]
 
-    def looks_like(part):
-        return next((f"looks like: {words}" for words, others in made if not differ(others, part)), "")
+    def likely_mistake(part):
+        return next((f"likely mistake: {words}" for words, others in made if not differ(others, part)), "")
 
-    whole = looks_like(slice(None))
+    whole = likely_mistake(slice(None))
     if whole:
         return whole
     said = []
@@ -215,7 +216,7 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
         wrong = differ(expected, part)
         if wrong:
             answer, right = answers[wrong[0] - 1][i], expected[wrong[0] - 1][i]
-            words = looks_like(part) or f"case {wrong[0]}: got {short(answer)}, expected {short(right)}"
+            words = likely_mistake(part) or f"case {wrong[0]}: got {short(answer)}, expected {short(right)}"
             said.append(f"{name}: {words}" if len(exercise.returns) > 1 else words)
     return "; ".join(said)
 
@@ -279,9 +280,9 @@ def malformed(exercise, answer, expected, dtype):
 
 
 def kind_of(item):
-    """Describe an encoded item in words."""
+    """Describes an encoded item in words."""
     if isinstance(item, list):
-        return f"a list or tuple of {len(item)}"
+        return f"a list or tuple of length {len(item)}"
     if "dtype" in item:
         return f"a torch.Tensor of shape {tuple(item['shape'])}"
     if "other" in item:

@@ -1,4 +1,4 @@
-"""Generate walkthrough.ipynb from walkthrough.py: the source is for editing, the notebook for reading.
+"""Generates walkthrough.ipynb from walkthrough.py: the source is for editing, the notebook for reading.
 
     python -m course.notebook
 
@@ -31,7 +31,7 @@ NOTEBOOK = Path(__file__).with_name("walkthrough.ipynb")
 
 
 def cells(source):
-    """Split the source into a list of (kind, text), kind "markdown" or "code"."""
+    """Splits the source into a list of (kind, text), kind "markdown" or "code"."""
     parts = re.split(r"^# %%(.*)\n", source, flags=re.MULTILINE)[1:]  # [0] is the text before the first cell
     found = []
     for mark, text in zip(parts[::2], parts[1::2], strict=True):
@@ -43,7 +43,7 @@ def cells(source):
 
 
 def execute(cells, **given):
-    """Run the code cells; return one list of outputs per cell, in the format of nbformat 4.
+    """Runs the code cells; returns one list of outputs per cell, in the format of nbformat 4.
 
     `given` overwrites variables of the notebook after each cell. The tests use it to set smaller sizes.
     """
@@ -83,12 +83,12 @@ def run_cell(text, namespace):
 
 
 def without_root(text):
-    """Make the paths in a text relative to the root of the repository."""
+    """Makes the paths in a text relative to the root of the repository."""
     return text.replace(f"{ROOT}{os.sep}", "")
 
 
 def notebook(cells, outputs):
-    """Return the notebook as a dict in nbformat 4.5."""
+    """Returns the notebook as a dict in nbformat 4.5."""
     written, count = [], 0
     for (kind, text), shown in zip(cells, outputs, strict=True):
         name = hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()[:12]  # an id that changes only with its cell

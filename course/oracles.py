@@ -46,7 +46,7 @@ def floats(values, number):
 
 
 def nested(function, values):
-    """Apply `function` to every number in nested lists."""
+    """Applies `function` to every number in nested lists."""
     return [nested(function, v) for v in values] if isinstance(values, list) else function(values)
 
 
@@ -261,7 +261,7 @@ def sum_logps_case(draw, number):
 
 
 def _of_rows(function):
-    """Apply function(logps of the response, of the whole row, of the rest) to each row."""
+    """Applies function(logps of the response, of the whole row, of the rest) to each row."""
 
     def summed(logps, mask):
         rows = [(logp, m) for logp, m in zip(logps, mask, strict=True)]
@@ -294,7 +294,7 @@ SUM_MISTAKES = [
 
 
 def pairwise(function):
-    """Turn a function of two numbers into a function of two lists (B,). Further arguments are passed on."""
+    """Turns a function of two numbers into a function of two lists (B,). Further arguments are passed on."""
     return lambda left, right, *more: [function(a, b, *more) for a, b in zip(left, right, strict=True)]
 
 
@@ -428,7 +428,7 @@ def smoothed_loss_case(draw, number):
 
 
 def each(function):
-    """Turn a function of one number into a function of a list (B,). Further arguments are passed on."""
+    """Turns a function of one number into a function of a list (B,). Further arguments are passed on."""
     return lambda values, *more: ([function(x, *more) for x in values],)
 
 
@@ -528,7 +528,7 @@ def kl_estimates_case(draw, number):
 
 
 def estimates(plain, exact, masked=True, mean=False, normalised=True):
-    """Make the oracle, or a mistake, from the terms that are summed over the positions.
+    """Makes the oracle, or a mistake, from the terms that are summed over the positions.
 
     Args:
         plain: function of log pi and log pi_ref of the token that was drawn.
@@ -564,7 +564,7 @@ def _full(log_p, log_q):
 
 
 def _over(function):
-    """Sum function(log pi, log pi_ref) over the vocabulary."""
+    """Sums function(log pi, log pi_ref) over the vocabulary."""
     return lambda log_p, log_q: sum(function(p, q) for p, q in zip(log_p, log_q, strict=True))
 
 
@@ -632,7 +632,7 @@ def pick_beta_case(draw, number):
 
 
 def _means(frontier, keep=lambda run: True):
-    """Return {beta: (mean KL, mean reward)} over the runs for which `keep` is true."""
+    """Returns {beta: (mean KL, mean reward)} over the runs for which `keep` is true."""
     means = {}
     for beta in sorted({run["beta"] for run in frontier if keep(run)}):
         runs = [run for run in frontier if run["beta"] == beta and keep(run)]

@@ -1,4 +1,4 @@
-"""Helpers of the notebook: show HTML, Markdown, pictures and coloured tokens, and run a command of the project."""
+"""Helpers of the notebook: to show HTML, Markdown, pictures and coloured tokens, and to run a command."""
 
 import base64
 import html
@@ -26,7 +26,7 @@ def markdown(text):
 
 
 def picture(path):
-    """Show a PNG file, reduced to 128 colours: the notebook stores it in a third of the bytes."""
+    """Shows a PNG file, reduced to 128 colours: the notebook stores it in a third of the bytes."""
     from PIL import Image  # comes with matplotlib
 
     small = io.BytesIO()
@@ -39,7 +39,7 @@ COLOURS = {"scored": "#9fdfb0", "prompt": "#d5d5d5", "padding": "#f6e6c9"}
 
 
 def tokens(rows, tokenizer):
-    """Show the targets of `rows` (ids, targets, mask) in colour, one line per row.
+    """Shows the targets of `rows` (ids, targets, mask) in colour, one line per row.
 
     Green tokens are scored, grey ones belong to the prompt, sand-coloured ones are padding.
     """
@@ -60,7 +60,7 @@ def tokens(rows, tokenizer):
 
 
 def call(main, flags):
-    """Run a command of the project in this process: call(train_dpo.main, "--data toy ...")."""
+    """Runs a command of the project in this process: call(train_dpo.main, "--data toy ...")."""
     print(f"$ python {main.__module__}.py {flags}")
     with mock.patch.object(sys, "argv", [f"{main.__module__}.py", *shlex.split(flags)]):
         main()

@@ -28,7 +28,7 @@ SEED = random.SystemRandom().randrange(10**6)  # a new one each time, as in the 
 
 
 def write(tmp_path, code, without=()):
-    """Write a submission: the solution, then `code`, which may replace functions; those in `without` are deleted."""
+    """Writes a submission: the solution, then `code`, which may replace functions; those in `without` are deleted."""
     deleted = "".join(f"\ndel {name}" for name in without)
     path = tmp_path / "mine.py"
     path.write_text(f"{SOURCE}{deleted}\n\n{textwrap.dedent(code)}\n", encoding="utf-8")
@@ -44,14 +44,14 @@ def words(result, name):
 
 
 def only_loses(result, *names):
-    """Check that the functions `names` have no points and all others have full marks."""
+    """Checks that the functions `names` have no points and all others have full marks."""
     full = {test["name"]: test["max_score"] for test in result["tests"]}
     assert list(full) == NAMES and set(full.values()) in ({CASES}, {FEW})
     assert scores(result) == {name: 0 if name in names else full[name] for name in NAMES}, result
 
 
 def points(functions, seed=SEED, only=None):
-    """Grade a dict of functions in this process; return {name: (points, message)}."""
+    """Grades a dict of functions in this process; returns {name: (points, message)}."""
     results = {}
     for name, cases in draw_cases(seed).items():
         if only in (None, name):
@@ -115,7 +115,7 @@ MESSAGES = {  # name of a mistake in the gallery: the exercise that loses points
     "left-padding": ("build_batch", "padded on the left"),
     "ties-lost": ("accuracy", "ties count as losses"),
     "accuracy-without-the-reference": ("accuracy", "the reference is missing"),
-    "kl-per-token": ("kl_estimates", "plain: looks like: averaged over the tokens"),
+    "kl-per-token": ("kl_estimates", "plain: likely mistake: averaged over the tokens"),
 }
 ELSEWHERE = {  # mistakes in what no exercise asks for: the model, the loop, files, the order within a pair
     "chosen-and-rejected-swapped", "ipo-with-beta-in-the-margin", "rejected-detached", "dropout-missed-in-attention",
@@ -187,7 +187,7 @@ def test_if_one_returned_value_is_wrong_the_message_names_it():
         right(p, q, targets, mask)[0],
         -right(p, q, targets, mask)[1],
     )
-    assert points(functions, only="kl_estimates")["kl_estimates"] == (0, "exact: looks like: the sign is wrong")
+    assert points(functions, only="kl_estimates")["kl_estimates"] == (0, "exact: likely mistake: the sign is wrong")
 
 
 def test_close():
@@ -238,7 +238,7 @@ BAD = [  # (code of a function, part of the grader's message)
     ("def accuracy(*a): return None", "accuracy is None"),
     ("def accuracy(*a): return 'all'", "accuracy is a value of type str; expected a number"),
     ("def accuracy(*a): return 10**400", "accuracy is a value of type int with 1329 bits"),
-    ("def pick_beta(frontier, kl_budget): return [1.0]", "beta is a list or tuple of 1"),
+    ("def pick_beta(frontier, kl_budget): return [1.0]", "beta is a list or tuple of length 1"),
     # changes outside the function
     ("def pick_beta(frontier, kl_budget): return frontier.pop()['beta']", "it changes its argument 1 in place"),
     ("def shift(row): row[0] = 5; return row[:-1], row[1:]", "it changes its argument 1 in place"),

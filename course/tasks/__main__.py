@@ -1,4 +1,4 @@
-"""Measure the goals of the three open tasks (course/tasks/README.md).
+"""Measures the goals of the three open tasks (course/tasks/README.md).
 
     python -m course.tasks budget --policy runs/mine --reference runs/toy/sft
     python -m course.tasks curves --which a --run runs/mine
@@ -23,7 +23,7 @@ STEPS = 79  # length of the runs in curves.csv
 
 
 def budget(args):
-    """Measure how far the mean reward is above the reference's, and the KL."""
+    """Measures how far the mean reward is above the reference's, and the KL."""
     from experiments import common, evaluate
     from experiments.rewards import load_reward
 
@@ -38,7 +38,7 @@ def budget(args):
 
 
 def curves(args):
-    """Measure the distance of a run from run a, b or c; the healthy run has distance 1."""
+    """Measures the distance of a run from run a, b or c; the healthy run has distance 1."""
     metrics = read_metrics(Path(args.run))
     if len(metrics) != STEPS:
         raise UserError(
@@ -52,7 +52,7 @@ def curves(args):
 
 
 def read_curves():
-    """Read curves.csv -> {run: {metric: running means, one per step}}, for the runs a, b, c and healthy."""
+    """Reads curves.csv -> {run: {metric: running means, one per step}}, for the runs a, b, c and healthy."""
     given = {}
     with open(CURVES, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -79,7 +79,7 @@ def apart(one, other, scale):
 
 
 def displacement(args):
-    """Measure how log pi of the held-out chosen responses changes in two runs, and whether the repair is fair."""
+    """Measures how log pi of the held-out chosen responses changes in two runs, and whether the repair is fair."""
     shown, beta = last_evaluation(args.shown)
     repaired, other_beta = last_evaluation(args.repaired)
     if beta != other_beta:
