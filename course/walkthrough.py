@@ -196,8 +196,8 @@ legend = plt.legend()
 # %%
 asked = explain.Settings(policy=str(SFT), reference=str(SFT), data="toy", row=29, device="cpu")
 train = explain.training_settings(asked)
-row, source = explain.read_pair(asked, train, tokenizer, sft.config.block_size)
-found = explain.anatomy(sft, sft, row, train)
+pair, source = explain.read_pair(asked, train, tokenizer, sft.config.block_size)
+found = explain.anatomy(sft, sft, pair, train)
 print("\n".join(explain.terminal(found, asked, train, source, tokenizer, colour=False)))
 
 # %% [markdown]
