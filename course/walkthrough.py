@@ -44,8 +44,7 @@ import train_sft
 from course import show
 from data.toy_sentiment import grammar
 from experiments import common, evaluate, explain
-from experiments.frontier import limit
-from experiments.frontier import sweep as frontier
+from experiments.frontier import figure, limit
 from minidpo import checkpoint, dataset
 from minidpo.report import samples_table
 from minidpo.sampling import complete
@@ -261,12 +260,12 @@ print(f"{'kl_exact':14}{0:10.3f}{figures['kl_exact']:10.3f}")
 # near the line? How much reward does a small beta gain, and how much grammar does it cost?
 
 # %%
-points, curve = frontier.read_csv("docs/frontier/toy.csv"), limit.read("docs/frontier/toy_limit.csv")
-frontier.draw(points, curve, RUNS / "frontier.png")
+points, curve = figure.read_csv("docs/frontier/toy.csv"), limit.read("docs/frontier/toy_limit.csv")
+figure.draw(points, curve, RUNS / "frontier.png")
 show.picture(RUNS / "frontier.png")
 
 # %%
-print(frontier.summary(points, curve))
+print(figure.summary(points, curve))
 
 # %% [markdown]
 # ## What next

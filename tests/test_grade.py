@@ -102,6 +102,7 @@ MESSAGES = {  # name of a mistake in the gallery: the exercise that loses points
     "log-of-sigmoid": ("margin_and_loss", "in two steps is infinite at large margins"),
     "robust-for-conservative": ("smoothed_loss", "this is robust DPO"),
     "mean-over-tokens": ("sum_logps", "the mean over the response's tokens"),
+    "mask-left-out": ("sum_logps", "the mask is not used"),
     "softmax-over-positions": ("gather_logps", "normalised over the positions"),
     "raw-logits": ("gather_logps", "raw logits"),
     "log-softmax-in-bf16": ("gather_logps", "logps has dtype float32; expected float64"),
