@@ -237,12 +237,13 @@ class Globals:
         self.state = self.now()
 
     def now(self):
+        _, numbers, *rest = np.random.get_state()
         return {
             "changes torch's default dtype": torch.get_default_dtype(),
             "leaves gradients switched off or on": torch.is_grad_enabled(),
             "draws or seeds torch's random numbers": torch.get_rng_state().tolist(),
             "draws or seeds Python's random numbers": random.getstate(),
-            "draws or seeds numpy's random numbers": str(np.random.get_state()),
+            "draws or seeds numpy's random numbers": (numbers.tolist(), rest),
             "leaves threads running": threading.active_count(),
         }
 
