@@ -1,11 +1,12 @@
-"""The process in which a student's file runs: told what to call, it answers in JSON. It knows no oracle.
+"""The process in which a student's file runs. It receives requests in JSON and answers in JSON.
 
-The grader (grade.py) starts it with `serve`, sends a request for each function and kills it when it takes too long.
-What comes back is JSON, so that nothing a student returns is executed. What is printed goes nowhere.
+The grader (grade.py) starts it with `serve`, sends one request per function, and kills it when it takes too long. The
+oracles are not loaded in this process. Replies are JSON, so that nothing a student returns is executed. Printed output
+is discarded.
 
-An audit hook refuses what no answer needs: the course's own files, other processes, the network. That stops the curious
-and the careless, not an attacker: Python code can do what the user who runs it can. Files from strangers belong in a
-container without a network.
+An audit hook refuses what no answer needs: the course's own files, other processes and the network. This protects
+against accidents and curiosity, not against an attacker: Python code can do everything that the user who runs it can
+do. Grade files from strangers in a container without a network.
 """
 
 import builtins
@@ -29,17 +30,17 @@ from tqdm import tqdm
 from minidpo.tokenizer import Tokenizer
 
 COURSE = Path(__file__).resolve().parent
-LARGEST = 100_000  # numbers in an answer
-MEMORY = 2 * 1024**3  # bytes beyond what torch takes itself
+LARGEST = 100_000  # numbers in one answer
+MEMORY = 2 * 1024**3  # bytes that a file may use in addition to torch
 NO_PROCESSES = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen"}
 NO_PROCESSES |= {"pty.spawn", "socket.connect", "socket.bind", "os.startfile"}
 
 
 def serve(path, connection):
-    """Imports the file, says how that went, then answers requests until it is killed or the grader has ended."""
+    """Imports the file, reports whether that worked, then answers requests until the grader ends or kills it."""
     torch.set_num_threads(1)
-    tqdm.monitor_interval = 0  # its thread would be taken for the student's
-    sys.path.insert(0, str(Path(path).resolve().parent))  # for a second file beside it
+    tqdm.monitor_interval = 0  # no thread of tqdm, which would look like a thread of the student's
+    sys.path.insert(0, str(Path(path).resolve().parent))  # so that the file can import its neighbours
     silence()
     limit_memory()
     refused = watch(path)
@@ -51,9 +52,9 @@ def serve(path, connection):
         sys.modules["submission"] = module
         exec(compile(source, str(path), "exec"), module.__dict__)
         failed = None
-    except BaseException as error:  # whatever a student's file may raise, sys.exit() among it
+    except BaseException as error:  # a student's file may raise anything, even SystemExit
         failed = "the file does not import: " + describe(error, path)
-    harm = [change for change in before.changes() if "random" not in change]  # a seed at the top does none
+    harm = [change for change in before.changes() if "random" not in change]  # seeding at the top is allowed
     if refused or harm:
         failed = "on import the file " + " and ".join(refused + harm)
     send(connection, {"failed": failed, "imports": imported(known)})
@@ -74,22 +75,22 @@ def send(connection, reply):
 
 
 def answer(function, request, path):
-    """Calls the function with each case -> {"answers": [...]}, or {"failed": why} at the first that cannot count."""
+    """Calls the function with each case; returns {"answers": [...]}, or {"failed": why} at the first failure."""
     if function is None:
-        return {"failed": "not there", "missing": True}
+        return {"failed": "not defined", "missing": True}
     if not callable(function):
-        return {"failed": f"is a {type(function).__name__}, not a function"}
+        return {"failed": f"is of type {type(function).__name__}; expected a function"}
     answers = []
     for case in request["cases"]:
         before = Globals()
         arguments = [decode(a, request["gradient"]) for a in case]
         if not takes(function, arguments):
-            return {"failed": f"has the wrong signature: it is called with {len(arguments)} arguments, as in the stub"}
+            return {"failed": f"has the wrong signature; number of arguments in exercises.py: {len(arguments)}"}
         try:
             value = function(*arguments)
         except NotImplementedError:
             return {"failed": "not done yet", "missing": True}
-        except BaseException as error:  # whatever a student's function may raise
+        except BaseException as error:  # a student's function may raise anything, even SystemExit
             return {"failed": describe(error, path)}
         changes = before.changes()
         if changes:
@@ -99,24 +100,24 @@ def answer(function, request, path):
                 return {"failed": f"it changes its argument {number} in place"}
         try:
             answers.append(encode(value, [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]))
-        except RuntimeError as error:  # a gradient that cannot be taken
+        except RuntimeError as error:  # the gradient cannot be computed
             return {"failed": describe(error, path)}
     return {"answers": answers}
 
 
 def takes(function, arguments):
-    """Whether the function can be called with these arguments, one after the other."""
+    """Whether the function accepts these positional arguments."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:
         return False
-    except ValueError:  # something from C, which does not say
+    except ValueError:  # a function written in C may have no signature
         pass
     return True
 
 
 def describe(error, path):
-    """An exception in one line, with the line of the student's file that it came from."""
+    """Describes an exception in one line, with the line number in the student's file."""
     trace = traceback.walk_tb(error.__traceback__)
     lines = [line for frame, line in trace if frame.f_code.co_filename == str(path)]
     if isinstance(error, SyntaxError):
@@ -135,7 +136,7 @@ def decode(argument, gradient):
     if isinstance(argument, dict) and "dtype" in argument:
         tensor = torch.tensor(argument["values"], dtype=getattr(torch, argument["dtype"]))
         return tensor.requires_grad_(gradient and tensor.is_floating_point())
-    return json.loads(json.dumps(argument))  # a copy, to compare with afterwards
+    return json.loads(json.dumps(argument))  # a copy, so that a change in place can be found
 
 
 def changed(argument, given):
@@ -147,14 +148,14 @@ def changed(argument, given):
 
 
 def encode(value, inputs=()):
-    """What a function returned; "gradient" says whether one reaches all of `inputs` from there."""
+    """Encodes a returned value for JSON. "gradient" says whether a gradient flows from it to all of `inputs`."""
     if isinstance(value, torch.Tensor):
         tensor = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         if value.numel() <= LARGEST:
             tensor |= {"values": value.tolist(), "gradient": reaches(value, inputs)}
         return tensor
     if type(value) is int and abs(value) >= 2**63:
-        return {"other": f"int of {value.bit_length()} bits"}
+        return {"other": f"int with {value.bit_length()} bits"}
     if value is None or type(value) in (bool, int, float):
         return {"value": value}
     if isinstance(value, (list, tuple)) and len(value) <= LARGEST:
@@ -169,11 +170,11 @@ def reaches(value, inputs):
     return all(gradient is not None for gradient in gradients)
 
 
-# ---- what a file may do, and what it leaves behind ----
+# ---- what a file may do, and what it may change ----
 
 
 def silence():
-    """stdout and stderr go nowhere, also for what is written below Python."""
+    """Discards stdout and stderr, including what C code writes."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -181,7 +182,7 @@ def silence():
 
 
 def limit_memory():
-    """MEMORY more than now, where the system can say and keep it (Linux)."""
+    """Allows MEMORY bytes more than now, on Linux, where the system can enforce it."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         import resource
@@ -191,14 +192,15 @@ def limit_memory():
 
 
 def watch(path):
-    """Installs the audit hook; returns the list to which it writes what it refused."""
+    """Installs the audit hook; returns the list to which it appends what it refuses."""
     refused, own, me = [], os.path.realpath(path), str(os.getpid())
-    for file in COURSE.rglob("*.py"):  # libraries that look at the stack read the source: let them find none
+    # some libraries read the source of the functions on the stack; with these entries they do not open the files
+    for file in COURSE.rglob("*.py"):
         linecache.cache[str(file)] = (0, None, [], str(file))
 
     def refuse(what):
         refused.append(what)
-        raise PermissionError(f"not in an exercise: your code {what}")
+        raise PermissionError(f"not allowed in an exercise: your code {what}")
 
     def hook(event, arguments):
         if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
@@ -207,7 +209,7 @@ def watch(path):
             if COURSE in Path(file).parents and file != own:
                 refuse(f"opens the grader's files ({Path(file).name})")
             if other and other[1] != me:
-                refuse("looks into another process")
+                refuse("reads another process")
         elif event == "import" and arguments[0].partition(".")[0] == "course":
             refuse(f"imports the grader ({arguments[0]})")
         elif event == "os.kill" and arguments[0] != os.getpid():
@@ -220,13 +222,13 @@ def watch(path):
 
 
 def imported(known):
-    """What the student's file brought in of the project: train_dpo, minidpo, ..."""
+    """The project's own modules that the student's file has imported: train_dpo, minidpo, ..."""
     ours = {path.stem for path in COURSE.parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     return sorted({name.partition(".")[0] for name in set(sys.modules) - known} & ours)
 
 
 class Globals:
-    """What all functions share, as it is now."""
+    """A snapshot of the state that all functions share; `changes` compares it with the present."""
 
     WATCHED = (builtins, math, random, torch, torch.Tensor, torch.nn.functional)
 
@@ -235,24 +237,26 @@ class Globals:
         self.state = self.now()
 
     def now(self):
+        _, numbers, *rest = np.random.get_state()
         return {
             "changes torch's default dtype": torch.get_default_dtype(),
             "leaves gradients switched off or on": torch.is_grad_enabled(),
-            "moves torch's random numbers": torch.get_rng_state().tolist(),
-            "moves Python's random numbers": random.getstate(),
-            "moves numpy's random numbers": str(np.random.get_state()),
+            "draws or seeds torch's random numbers": torch.get_rng_state().tolist(),
+            "draws or seeds Python's random numbers": random.getstate(),
+            "draws or seeds numpy's random numbers": (numbers.tolist(), rest),
             "leaves threads running": threading.active_count(),
         }
 
     def changes(self):
-        """What has changed since, in words."""
+        """Describes what has changed since the snapshot, one text per change."""
         found = []
         for module, before in zip(self.WATCHED, self.names, strict=True):
             for name, value in vars(module).items():
-                # a module may load parts of itself late, a class has no reason to; Storage follows the default dtype
+                # A new name in a module is allowed (modules may load parts of themselves late), in a class it is not.
+                # Storage follows the default dtype.
                 if before.get(name, None if module is torch.Tensor else value) is not value and name != "Storage":
                     found.append(f"replaces {module.__name__}.{name}")
-        if found:  # among it may be what `now` is made with
+        if found:  # `now` may use one of the replaced functions
             return found
         now = self.now()
         return [words for words, value in self.state.items() if value != now[words]]

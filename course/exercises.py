@@ -1,20 +1,28 @@
-"""Twelve small functions that make up DPO, in the order one needs them. To be filled in and graded:
+"""Twelve small functions that make up DPO, in the order in which you need them.
+
+Write them and have them graded, from the root of the repository:
 
     cp course/exercises.py my_dpo.py
-    python -m doctest my_dpo.py            # tries the example of each function; silence means that all agree
-    python -m course.grade my_dpo.py       # ten random cases a function, ten points
+    python -m doctest my_dpo.py            # runs the example of each function; prints nothing if all are right
+    python -m course.grade my_dpo.py       # ten random cases for each function, one point per case
 
-All from the root of the repository. DPO's loss for a pair is -log sigmoid(margin); the margin is the implicit reward of
-the chosen response minus that of the rejected one; the implicit reward of a response y to a prompt x is
-beta log(pi(y|x) / pi_ref(y|x)), pi the policy, pi_ref the reference (Rafailov et al. 2023, arXiv 2305.18290, Eq. 5, 7).
-eot is the end-of-text token.
+The words (Rafailov et al. 2023, arXiv 2305.18290, Equations 5 and 7): pi is the policy and pi_ref the reference. The
+implicit reward of a response y to a prompt x is beta log(pi(y|x) / pi_ref(y|x)). The margin of a pair is the implicit
+reward of the chosen response minus that of the rejected one. DPO's loss for a pair is -log sigmoid(margin). eot is the
+end-of-text token.
 
-B pairs, N samples, T tokens, V vocabulary; log-probabilities and KL in nats (natural logarithms). (B,) is a
-torch.Tensor of that shape; ids are int64, masks bool, all numbers finite. A float tensor that is returned has the dtype
-of those given (float32 or float64). Training needs the gradients through gather_logps, sum_logps, margin_and_loss and
-smoothed_loss: no .item() or .detach() there. Leave the arguments as they are. Each function is graded alone and needs
-none of the others. PyTorch does most of them in one to three lines; loops are fine too. To import the project's own
-functions in an answer would give it away, and is reported.
+The shapes: B pairs, N samples, T tokens, a vocabulary of V tokens. (B,) means a torch.Tensor of that shape. Ids are
+int64, masks are bool, and all numbers are finite. Log-probabilities and KL are in nats (natural logarithms).
+
+The rules:
+* A float tensor that you return has the dtype of the ones you were given (float32 or float64).
+* Training needs the gradients through gather_logps, sum_logps, margin_and_loss and smoothed_loss: do not use .item()
+  or .detach() there.
+* Do not change the arguments.
+* Each function is graded alone and needs none of the others.
+* Do not import the project's own functions. They are the answers, and the grader reports it.
+
+With PyTorch most of the functions take one to three lines. Loops are fine too.
 """
 
 import torch  # noqa: F401
@@ -24,10 +32,12 @@ import torch.nn.functional as F  # noqa: F401
 def tokenise_pair(tokenizer, prompt, chosen, rejected):
     """Three texts -> (prompt_ids, chosen_ids, rejected_ids), lists of ids that DPO can score.
 
-    Each text is encoded by itself: a token must not reach from the prompt into the response. `tokenizer.eot` starts the
-    prompt and ends each response, so that the model learns where to begin and when to stop.
+    Encode each text by itself: no token may contain both the end of the prompt and the start of the response.
+    `tokenizer.eot` starts the prompt and ends each response, so that the model learns where a text begins and when to
+    stop.
 
-    Here "ab" is a token of its own (256), and eot is 257. In "a" + "b" as one text it would swallow the response:
+    In this example "ab" is one token (256), and eot is 257. If "a" + "b" were encoded as one text, that token would
+    take the whole response:
 
     >>> from minidpo.tokenizer import Tokenizer
     >>> tokenizer = Tokenizer([bytes([i]) for i in range(256)] + [b"ab"])
@@ -40,7 +50,7 @@ def tokenise_pair(tokenizer, prompt, chosen, rejected):
 
 
 def shift(row):
-    """One row of ids (T + 1,) -> (ids (T,), targets (T,)): reading ids[: t + 1], the model is to predict targets[t].
+    """One row of ids (T + 1,) -> (ids (T,), targets (T,)): from ids[: t + 1] the model predicts targets[t].
 
     >>> shift(torch.tensor([9, 5, 7, 8, 9]))
     (tensor([9, 5, 7, 8]), tensor([5, 7, 8, 9]))
@@ -51,10 +61,10 @@ def shift(row):
 def build_batch(prompts, responses):
     """Two lists of B lists of ids -> (ids (B, T), targets (B, T), mask (B, T)), ids and targets int64, mask bool.
 
-    Row i is prompts[i] + responses[i], shifted as above, so T is the longest of these less 1. The mask is true where
-    the TARGET is a token of the response, its last one included. Shorter rows are filled on the right with 0 in ids and
-    targets and False in the mask. An id says nothing about its place: eot (9 here) may occur inside a response, and 0
-    may be an ordinary token. No prompt and no response is empty.
+    Row i is prompts[i] + responses[i], shifted as in `shift`. T is the length of the longest such row minus 1. The mask
+    is True where the TARGET is a token of the response, including the last one. Pad shorter rows on the right, with 0
+    in ids and targets and False in the mask. Do not make the mask from the ids: eot (9 here) may occur inside a
+    response, and 0 may be an ordinary token. No prompt and no response is empty.
 
     >>> ids, targets, mask = build_batch([[9, 5], [9]], [[7, 8, 9], [6, 9]])
     >>> ids
@@ -73,8 +83,8 @@ def build_batch(prompts, responses):
 def gather_logps(logits, targets):
     """logits (B, T, V), targets (B, T) -> (B, T): the log-probability of each target.
 
-    Logits are log-probabilities up to a constant in each position. Below, position 0 gives odds 1 : 3 and position 1
-    gives 4 : 1, so the targets have probabilities 3/4 and 4/5:
+    At each position, logits are log-probabilities plus a constant. In the example, position 0 has odds 1 : 3 and
+    position 1 has odds 4 : 1, so the targets have probabilities 3/4 and 4/5:
 
     >>> logits = torch.tensor([[[1.0, 3.0], [4.0, 1.0]]]).log() + 2
     >>> gather_logps(logits, torch.tensor([[1, 0]])).exp()
@@ -84,7 +94,7 @@ def gather_logps(logits, targets):
 
 
 def sum_logps(logps, mask):
-    """logps (B, T), mask (B, T) -> (B,): log pi(y|x), the chain rule over the tokens of each response.
+    """logps (B, T), mask (B, T) -> (B,): log pi(y|x), by the chain rule over the tokens of each response.
 
     >>> sum_logps(torch.tensor([[-9.0, -1.0, -2.0, -3.0]]), torch.tensor([[False, True, True, False]]))
     tensor([-3.])
@@ -93,9 +103,9 @@ def sum_logps(logps, mask):
 
 
 def implicit_reward(policy_logps, reference_logps, beta):
-    """log pi(y|x) (B,), log pi_ref(y|x) (B,), beta > 0 -> (B,): the paper's beta log(pi / pi_ref).
+    """log pi(y|x) (B,), log pi_ref(y|x) (B,), beta > 0 -> (B,): beta log(pi / pi_ref).
 
-    A response that the policy makes 2 nats likelier than the reference does, at beta 0.5:
+    The log-probability of the response is 2 nats higher under the policy than under the reference, and beta is 0.5:
 
     >>> implicit_reward(torch.tensor([-10.0]), torch.tensor([-12.0]), 0.5)
     tensor([1.])
@@ -104,10 +114,10 @@ def implicit_reward(policy_logps, reference_logps, beta):
 
 
 def margin_and_loss(chosen_rewards, rejected_rewards):
-    """Implicit rewards (B,), (B,) -> (margins (B,), losses (B,)), pair by pair, not averaged.
+    """Implicit rewards (B,), (B,) -> (margins (B,), losses (B,)), one value per pair, not averaged.
 
-    In the first pair the margin is 0 and the loss -log sigmoid(0) = ln 2. Margins of -1000 happen, as in the second,
-    and the loss is 1000 there, not infinite.
+    In the first pair the margin is 0, so the loss is -log sigmoid(0) = ln 2. In the second pair the margin is -1000.
+    There the loss must be 1000, not infinite.
 
     >>> margin_and_loss(torch.tensor([1.0, -600.0]), torch.tensor([1.0, 400.0]))
     (tensor([    0., -1000.]), tensor([6.9315e-01, 1.0000e+03]))
@@ -118,8 +128,9 @@ def margin_and_loss(chosen_rewards, rejected_rewards):
 def gradient_weight(chosen_rewards, rejected_rewards, beta):
     """Implicit rewards (B,), (B,), beta -> (d loss / d log pi(chosen) (B,), d loss / d log pi(rejected) (B,)).
 
-    Differentiate the loss above by hand, no autograd; the rewards have beta in them already. The loss falls when the
-    chosen response becomes likelier, so the first is negative. Margins of 0 and ln 3, beta 0.5:
+    Differentiate the loss above by hand, without autograd. The rewards already contain beta. The loss falls when the
+    chosen response becomes likelier, so the first derivative is negative. The margins here are 0 and ln 3, and beta is
+    0.5:
 
     >>> gradient_weight(torch.tensor([3.0, 3.0]).log(), torch.tensor([3.0, 1.0]).log(), 0.5)
     (tensor([-0.2500, -0.1250]), tensor([0.2500, 0.1250]))
@@ -128,11 +139,11 @@ def gradient_weight(chosen_rewards, rejected_rewards, beta):
 
 
 def smoothed_loss(margins, label_smoothing):
-    """margins (B,), label_smoothing e -> (B,): the loss if each label is believed to be flipped with probability e.
+    """margins (B,), label_smoothing e -> (B,): the loss if each label is wrong with probability e.
 
-    Conservative DPO: the loss of the label as given and that of the flipped label, weighted by 1 - e and e. The flipped
-    label's margin is the negative. Both are finite at margins of -1000 and 1000, too. For a margin of 2 they are 0.1269
-    and 2.1269; 0.9 and 0.1 of them:
+    This is conservative DPO: the loss of the label as given, times 1 - e, plus the loss of the flipped label, times e.
+    The margin of the flipped label is minus the margin. Both losses are finite even at margins of -1000 and 1000. For a
+    margin of 2 they are 0.1269 and 2.1269, and 0.9 * 0.1269 + 0.1 * 2.1269 is:
 
     >>> smoothed_loss(torch.tensor([2.0]), 0.1)
     tensor([0.3269])
@@ -141,12 +152,14 @@ def smoothed_loss(margins, label_smoothing):
 
 
 def accuracy(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
-    """Four times log-probabilities (B,) -> a number from 0 to 1 (a float, or a tensor of shape ()).
+    """Four tensors of log-probabilities (B,) -> a number from 0 to 1 (a float, or a tensor of shape ()).
 
-    The share of pairs whose chosen response has the higher implicit reward. Equal rewards (==) count one half: before
-    the first step all are equal, and a policy that knows nothing should score 1/2. (No beta: it does not matter here.)
+    This is the share of pairs whose chosen response has the higher implicit reward. A pair with equal rewards (==)
+    counts one half: before the first step all rewards are equal, and a policy that has learnt nothing should score 1/2.
+    Beta is not an argument, because it does not change which reward is higher.
 
-    Below, the log-ratios of the chosen are 1, 0, 0, those of the rejected 0, 0, 2: a win, a tie, a loss.
+    In the example, log(pi / pi_ref) of the chosen responses is 1, 0, 0 and that of the rejected ones is 0, 0, 2: a win,
+    a tie, a loss.
 
     >>> chosen, rejected = torch.tensor([-10.0, -7.0, -8.0]), torch.tensor([-4.0, -7.0, -3.0])
     >>> float(accuracy(chosen, rejected, torch.tensor([-11.0, -7.0, -8.0]), torch.tensor([-4.0, -7.0, -5.0])))
@@ -156,14 +169,15 @@ def accuracy(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def kl_estimates(policy_logits, reference_logits, targets, mask):
-    """Both estimates of KL(policy || reference) from each of N samples -> (plain (N,), exact (N,)), nats per response.
+    """Two estimates of KL(policy || reference) for each of N samples -> (plain (N,), exact (N,)), nats per response.
 
-    The samples were drawn from the policy; logits (N, T, V), targets (N, T), mask (N, T). At each response position:
-    plain takes log pi - log pi_ref of the token that was drawn, exact takes the whole KL over the vocabulary,
-    sum over v of pi(v) (log pi(v) - log pi_ref(v)). Both sum over the response.
+    The samples were drawn from the policy. The logits are (N, T, V), targets and mask are (N, T). Each estimate is a
+    sum over the response positions, and at each position
+    * plain takes log pi - log pi_ref of the token that was drawn;
+    * exact takes the KL over the whole vocabulary, sum over v of pi(v) (log pi(v) - log pi_ref(v)).
 
-    One position, policy 3/4 : 1/4, reference 1/2 : 1/2, token 0 drawn: plain is ln 1.5 = 0.4055, exact is
-    3/4 ln 1.5 + 1/4 ln 0.5 = 0.1308.
+    The example has one position, policy (3/4, 1/4), reference (1/2, 1/2), and token 0 was drawn. Plain is
+    ln 1.5 = 0.4055, and exact is 3/4 ln 1.5 + 1/4 ln 0.5 = 0.1308.
 
     >>> policy, reference = torch.tensor([[[3.0, 1.0]]]).log(), torch.tensor([[[5.0, 5.0]]]).log()
     >>> kl_estimates(policy, reference, torch.tensor([[0]]), torch.tensor([[True]]))
@@ -175,10 +189,11 @@ def kl_estimates(policy_logits, reference_logits, targets, mask):
 def pick_beta(frontier, kl_budget):
     """Runs, a list of dicts with "beta", "seed", "kl" and "reward" -> the best beta (float) within the budget, or None.
 
-    A beta has several runs. Average their KL and reward first: a single good run is luck. Of the betas whose mean KL is
-    at most kl_budget, the one with the highest mean reward (there are no ties); None if there is no such beta.
+    Each beta may have several runs. Average their KL and their reward first, because a single good run may be luck.
+    Among the betas whose mean KL is at most kl_budget, return the one with the highest mean reward (there are no ties).
+    Return None if there is no such beta.
 
-    Beta 1 has mean KL 2 and mean reward 5, beta 2 has 1 and 4, beta 4 has 0.5 and 3:
+    Below, beta 1 has mean KL 2 and mean reward 5, beta 2 has 1 and 4, beta 4 has 0.5 and 3:
 
     >>> runs = [(1.0, 0, 1.0, 9.0), (1.0, 1, 3.0, 1.0), (2.0, 0, 1.0, 4.5), (2.0, 1, 1.0, 3.5), (4.0, 0, 0.5, 3.0)]
     >>> frontier = [dict(beta=beta, seed=seed, kl=kl, reward=reward) for beta, seed, kl, reward in runs]

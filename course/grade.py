@@ -1,15 +1,15 @@
-"""Grades solutions of exercises.py: ten random cases for each of the twelve functions, a point for each case.
+"""Grades solutions of exercises.py: ten random cases for each of the twelve functions, one point per case.
 
     python -m course.grade my_dpo.py
     python -m course.grade submissions/*.py --json grades.json
 
-A wrong answer is compared with the known mistakes of oracles.py, and the one it looks like is named. An answer that
-cannot count in one case (an error, another shape or dtype, None, NaN, too slow, something changed that is not its own)
-gets no points for that function; the others are graded as if nothing had happened.
+A wrong answer is compared with the known mistakes in oracles.py. If it matches one, the report names the mistake. A
+function gets no points at all if one of its cases ends in an error, None, NaN, the wrong shape or dtype, takes too long
+or changes something outside the function. The other functions are graded as usual.
 
-The student's file runs in a process of its own (child.py), which is given the cases and not the oracles. It is killed
-when it takes too long, and a new one goes on with the next function. The exit code is 0 if all files were graded,
-whatever their points, and 2 if the command cannot be carried out.
+The student's file runs in a separate process (child.py) that receives the cases but not the oracles. If a function
+takes too long, the process is killed and a new one continues with the next function. The exit code is 0 if all files
+were graded, whatever their scores, and 2 if the command cannot be carried out.
 """
 
 import argparse
@@ -27,27 +27,34 @@ from tqdm import tqdm
 from minidpo.files import atomic_write
 from minidpo.settings import UserError, run_main
 
-# Importing torch takes seconds. Where the system can fork, each process is forked from one that has done it.
+# Importing torch takes seconds. Where the system can fork, each process is forked from one that has imported it.
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _PROCESSES = multiprocessing.get_context(_METHOD)
 if _METHOD == "forkserver":
     _PROCESSES.set_forkserver_preload(["torch", "numpy", "tiktoken", "regex", "tqdm"])
-STARTING = 120  # seconds for torch to be imported
-REPLY = 50 * 1024**2  # bytes, at most
-UNREADABLE = "what came back cannot be read"
+START_LIMIT = 120  # seconds for a process to import torch
+REPLY_LIMIT = 50 * 1024**2  # bytes in one reply
+UNREADABLE = "the reply of its process cannot be read"
 
-# ---- 1. A file -> its points ----
+# ---- 1. Grade a file ----
 
 
 def draw_cases(seed):
-    """{name of the exercise: its cases}, the same for every file that is graded with this seed."""
-    from course.oracles import CASES, EXERCISES  # here, so that the student's process does not import them
+    """Returns {name of the exercise: its cases}. One seed gives the same cases for every file."""
+    from course.oracles import CASES, EXERCISES  # imported here, so that the student's process does not import them
 
     return {e.name: [e.case(random.Random(f"{seed} {e.name} {i}"), i) for i in range(CASES)] for e in EXERCISES}
 
 
 def grade(path, cases, time_limit, tick=lambda: None):
-    """One file -> a dict with the field names of Gradescope's results.json. `tick` is called for each function."""
+    """Grades one file; returns a dict with the field names of Gradescope's results.json.
+
+    Args:
+        path: the student's file.
+        cases: {name of the exercise: list of cases}, as `draw_cases` returns.
+        time_limit: seconds for importing the file, and again for each function.
+        tick: called without arguments after each function.
+    """
     from course.oracles import EXERCISES
 
     started = time.perf_counter()
@@ -61,7 +68,7 @@ def grade(path, cases, time_limit, tick=lambda: None):
             try:
                 score, output = judge(exercise, cases[exercise.name], reply)
             except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-                output = UNREADABLE  # the file wrote into the pipe itself
+                output = UNREADABLE  # the file itself wrote to the pipe
         tests.append({"name": exercise.name, "score": score, "max_score": len(cases[exercise.name]), "output": output})
         tick()
     student.stop()
@@ -77,7 +84,7 @@ def grade(path, cases, time_limit, tick=lambda: None):
 
 
 def request(exercise, cases):
-    """What the child is sent."""
+    """The message to the child: the cases of one exercise, as values that JSON can hold."""
 
     def as_json(argument):
         if hasattr(argument, "eot"):
@@ -89,22 +96,25 @@ def request(exercise, cases):
 
 
 class Student:
-    """The process with the student's file. `start` begins one unless one is running, `ask` asks it, `stop` ends it."""
+    """The process that runs the student's file."""
 
     def __init__(self, path, time_limit):
         self.path, self.time_limit = path, time_limit
         self.process, self.imports = None, []
 
     def start(self):
-        """Why the file cannot be used, or None."""
+        """Starts a process unless one is running; returns why the file cannot be used, or None."""
         if self.process:
             return None
         self.connection, theirs = _PROCESSES.Pipe()
         self.process = _PROCESSES.Process(target=_serve, args=(str(self.path), theirs), daemon=True)
         self.process.start()
         theirs.close()
-        if "ready" not in self._receive(STARTING):  # torch is imported; the student's file comes next
-            raise UserError(f"no process of the grader was ready within {STARTING} seconds. Is the machine overloaded?")
+        if "ready" not in self._receive(START_LIMIT):  # torch is imported; the student's file is imported next
+            raise UserError(
+                f"The grader could not start a process within {START_LIMIT} seconds. "
+                "Try again when the machine is less busy."
+            )
         reply = self._receive(self.time_limit)
         if reply.get("failed"):
             self.stop(wait=0)
@@ -114,20 +124,21 @@ class Student:
         return None
 
     def ask(self, request):
+        """Sends a request and returns the reply; kills the process unless it may continue with the next function."""
         reply = self._receive(self.time_limit, request)
         self.imports = reply.get("imports", [])
         if "answers" not in reply and not reply.get("missing"):
-            self.stop(wait=0)  # what it left behind is gone with it
+            self.stop(wait=0)  # so that nothing it left behind reaches the next function
         return reply
 
     def _receive(self, seconds, request=None):
         try:
             if request:
                 self.connection.send_bytes(json.dumps(request).encode())
-            # in steps, so that the time for which a machine slept, or all was stopped, does not count
+            # in steps of 0.1 seconds, so that time does not count while the machine sleeps or the grader is stopped
             if not any(self.connection.poll(0.1) for _ in range(math.ceil(seconds / 0.1))):
                 return {"failed": f"no answer within {seconds:g} seconds", "died": True}
-            reply = json.loads(self.connection.recv_bytes(REPLY))
+            reply = json.loads(self.connection.recv_bytes(REPLY_LIMIT))
         except (EOFError, OSError):
             self.process.join(1)
             return {"failed": f"its process ended (exit code {self.process.exitcode})", "died": True}
@@ -136,7 +147,7 @@ class Student:
         return reply if isinstance(reply, dict) else {"failed": UNREADABLE, "died": True}
 
     def stop(self, wait=2):
-        """Lets the process end by itself for so many seconds, then kills it."""
+        """Gives the process `wait` seconds to end, then kills it."""
         if self.process:
             self.connection.close()
             self.process.join(wait)
@@ -152,17 +163,17 @@ def _serve(path, connection):
     child.serve(path, connection)
 
 
-# ---- 2. Answers -> points and words ----
+# ---- 2. Judge the answers ----
 
 
 def judge(exercise, cases, reply):
-    """The child's reply -> (points, words)."""
+    """The child's reply -> (points, message for the student)."""
     if "answers" not in reply:
         return 0, reply["failed"]
     plain = [[a.values if hasattr(a, "values") else a for a in case] for case in cases]
     dtypes = [next((a.dtype for a in case if getattr(a, "dtype", "").startswith("float")), None) for case in cases]
     if all(kind.startswith("number") for kind in exercise.returns.values()):
-        dtypes = [None] * len(cases)  # a share in float32 is as good
+        dtypes = [None] * len(cases)  # a plain number may be a float, or a tensor of either dtype
     expected = [exercise.oracle(*case) for case in plain]
     answers = []
     for number, (answer, right, dtype) in enumerate(zip(reply["answers"], expected, dtypes, strict=True), start=1):
@@ -176,23 +187,27 @@ def judge(exercise, cases, reply):
 
 
 def alike(answer, other, dtype):
-    """Whether two answers to one case, tuples of what is returned, agree."""
+    """Whether two answers to one case agree; each is a sequence of the returned values."""
     return all(close(a, o, dtype) for a, o in zip(answer, other, strict=True))
 
 
 def diagnosis(exercise, cases, answers, expected, dtypes):
-    """The known mistake that gives just these answers in every case; if none does, the same for each part of them."""
+    """Names the known mistake that gives exactly these answers in every case.
+
+    If no mistake matches the whole answers, each returned value is compared by itself. A value that no mistake matches
+    is shown in its first wrong case.
+    """
     made = [(words, [mistake(*case) for case in cases]) for words, mistake in exercise.mistakes]
 
     def differ(others, part):
-        """The cases, from 1, in which that slice of the answer is not the other's."""
+        """The numbers of the cases, from 1, in which the slice `part` of the answers differs from `others`."""
         pairs = enumerate(zip(answers, others, dtypes, strict=True), start=1)
         return [number for number, (a, o, dtype) in pairs if not alike(a[part], o[part], dtype)]
 
-    def looks_like(part):
-        return next((f"looks like: {words}" for words, others in made if not differ(others, part)), "")
+    def likely_mistake(part):
+        return next((f"likely mistake: {words}" for words, others in made if not differ(others, part)), "")
 
-    whole = looks_like(slice(None))
+    whole = likely_mistake(slice(None))
     if whole:
         return whole
     said = []
@@ -201,13 +216,13 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
         wrong = differ(expected, part)
         if wrong:
             answer, right = answers[wrong[0] - 1][i], expected[wrong[0] - 1][i]
-            words = looks_like(part) or f"in case {wrong[0]} {short(answer)} where {short(right)} belongs"
+            words = likely_mistake(part) or f"case {wrong[0]}: got {short(answer)}, expected {short(right)}"
             said.append(f"{name}: {words}" if len(exercise.returns) > 1 else words)
     return "; ".join(said)
 
 
 def short(value):
-    """A value in at most 80 characters."""
+    """A value as text of at most 80 characters."""
     if isinstance(value, list):
         text = "[" + ", ".join(short(v) for v in value) + "]"
     else:
@@ -216,57 +231,65 @@ def short(value):
 
 
 def value_of(item):
-    """The numbers of an encoded item."""
+    """The plain numbers of an encoded item."""
     if isinstance(item, list):
         return [v["value"] for v in item]
     return item["values"] if "values" in item else item["value"]
 
 
 def malformed(exercise, answer, expected, dtype):
-    """Why an answer cannot count, or "". answer: the encoded items; expected: the oracle's."""
+    """Why an answer cannot count, or "".
+
+    Args:
+        answer: the encoded items that the student's function returned.
+        expected: the oracle's values.
+        dtype: of the float arguments, which float tensors in the answer must have.
+    """
     names = list(exercise.returns)
     if not isinstance(answer, list) or (len(answer) != len(names)):
-        what = f"{len(answer)} things" if isinstance(answer, list) else kind_of(answer)
-        return f"returns {what} where {len(names)} belong: {', '.join(names)}"
+        what = f"{len(answer)} values" if isinstance(answer, list) else kind_of(answer)
+        return f"returns {what}; expected {len(names)} values: {', '.join(names)}"
     for (name, kind), item, right in zip(exercise.returns.items(), answer, expected, strict=True):
         if kind == "ids":
             others = [v for v in item if type(v) is not dict or type(v.get("value")) is not int]
             if not isinstance(item, list) or others:
-                what = f"a list with {kind_of(others[0])}" if isinstance(item, list) else kind_of(item)
-                return f"{name} is {what} where a list of ids (int) belongs"
+                what = f"a list that contains {kind_of(others[0])}" if isinstance(item, list) else kind_of(item)
+                return f"{name} is {what}; expected a list of ids (int)"
             continue
         if kind.startswith("number"):
             if isinstance(item, dict) and item.get("shape") == [] and "values" in item:
                 item["value"] = item.pop("values")
             number = item.get("value", "no") if isinstance(item, dict) else "no"
             if number == "no" or number is None and kind == "number":
-                return f"{name} is {kind_of(item)} where a number belongs"
+                return f"{name} is {kind_of(item)}; expected a number"
             if type(number) is float and math.isnan(number):
                 return f"{name} is NaN"
             continue
         if not isinstance(item, dict) or "dtype" not in item:
-            return f"{name} is {kind_of(item)} where a torch.Tensor belongs"
+            return f"{name} is {kind_of(item)}; expected a torch.Tensor"
         wanted = dtype if kind == "float" else kind
         if item["dtype"] != wanted:
-            return f"{name} has dtype {item['dtype']} where {wanted} belongs"
+            return f"{name} has dtype {item['dtype']}; expected {wanted}"
         if item["shape"] != shape(right):
-            return f"{name} has shape {tuple(item['shape'])} where {tuple(shape(right))} belongs"
+            return f"{name} has shape {tuple(item['shape'])}; expected {tuple(shape(right))}"
         if kind == "float" and any(math.isnan(v) for v in flat(item["values"])):
-            return f"{name} holds NaN"
+            return f"{name} contains NaN"
         if name in exercise.gradient and not item["gradient"]:
-            return f"{name} has lost a gradient (.item(), .detach(), torch.tensor(...) or no_grad): no training"
+            return f"{name} has lost a gradient, so it cannot train (.item(), .detach(), torch.tensor(...) or no_grad?)"
     return ""
 
 
 def kind_of(item):
-    """An encoded item in words."""
+    """Describes an encoded item in words."""
     if isinstance(item, list):
-        return f"a list or tuple of {len(item)}"
+        return f"a list or tuple of length {len(item)}"
     if "dtype" in item:
         return f"a torch.Tensor of shape {tuple(item['shape'])}"
     if "other" in item:
-        return f"a {item['other']}"
-    return "None (is the return missing?)" if item["value"] is None else f"a {type(item['value']).__name__}"
+        return f"a value of type {item['other']}"
+    if item["value"] is None:
+        return "None (is the return statement missing?)"
+    return f"a value of type {type(item['value']).__name__}"
 
 
 def shape(values):
@@ -278,7 +301,7 @@ def flat(values):
 
 
 def close(answer, expected, dtype):
-    """Whether all numbers agree, to what the dtype holds."""
+    """Whether all numbers agree, within a tolerance that depends on the dtype."""
     if answer is None or expected is None:
         return answer is expected
     tolerance = 1e-8 if dtype == "float64" else 1e-4
@@ -291,7 +314,7 @@ def close(answer, expected, dtype):
 
 
 def report(result):
-    """One file, function by function."""
+    """The result of one file as text, one line per function."""
     lines = [f"{result['file']}: {result['score']} of {result['max_score']} points"]
     lines += [f"  {result['output']}"] * bool(result["output"])
     for test in result["tests"]:
@@ -300,7 +323,7 @@ def report(result):
 
 
 def table(results):
-    """All files, a line each, and the mean; the columns are the functions in their order."""
+    """The results of all files as a table: one line per file, one column per function, and the means."""
     names = [test["name"] for test in results[0]["tests"]]
     width = max(len(result["file"]) for result in results)
     lines = [f"{i}: {name}" for i, name in enumerate(names, start=1)]
@@ -318,17 +341,17 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m course.grade"
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a solution; with several, a table comes last")
-    parser.add_argument("--json", help="write the result to this file: an object, or a list of them for several FILEs")
-    parser.add_argument("--time-limit", type=float, default=3.0, help="seconds for each function (default 3)")
-    parser.add_argument("--seed", type=int, help="of the random cases (default: a new one each time)")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a solution; several give a table at the end")
+    parser.add_argument("--json", help="write the results to this file: an object for one FILE, a list for several")
+    parser.add_argument("--time-limit", type=float, default=3.0, help="seconds per function (default 3)")
+    parser.add_argument("--seed", type=int, help="seed of the random cases (default: a new seed each time)")
     args = parser.parse_args()
     for file in args.files:
         if not Path(file).is_file():
-            hint = f" It is a folder: give {file}/*.py" if Path(file).is_dir() else ""
+            hint = f" It is a folder; write {file}/*.py" if Path(file).is_dir() else ""
             raise UserError(f"{file} is not a file.{hint}")
     if not 0 < args.time_limit < math.inf:
-        raise UserError(f"--time-limit {args.time_limit}: must be above 0, in seconds.")
+        raise UserError(f"--time-limit {args.time_limit} must be a number of seconds above 0.")
     seed = secrets.randbelow(10**6) if args.seed is None else args.seed
     cases = draw_cases(seed)
     results = []
@@ -337,12 +360,12 @@ def main():
         for file in args.files:
             results.append({"seed": seed, **grade(file, cases, args.time_limit, bar.update)})
             bar.write(report(results[-1]))
-            if args.json:  # after each file, so that an interruption loses one at most
+            if args.json:  # written after each file, so that an interruption loses at most one result
                 whole = results if len(args.files) > 1 else results[0]
                 atomic_write(args.json, json.dumps(whole, indent=2) + "\n")
     if len(results) > 1:
         print("\n" + table(results))
-    print(f"the same cases again: --seed {seed}")
+    print(f"to repeat these cases: --seed {seed}")
 
 
 if __name__ == "__main__":

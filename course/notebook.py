@@ -1,12 +1,14 @@
-"""Makes walkthrough.ipynb from walkthrough.py: the source is for diffs, the notebook for reading and running.
+"""Generates walkthrough.ipynb from walkthrough.py: the source is for editing, the notebook for reading.
 
     python -m course.notebook
 
-In the source, a line `# %%` begins a cell of code and `# %% [markdown]` one of text; what stands before the first is
-for people who edit it. The cells run here, in order, in one namespace, and the notebook holds what they print, the
-value of a last expression, and pyplot's figures, as Jupyter would; progress bars (stderr) are left out. An error in a
-cell stops the command, and nothing is written. No Jupyter is needed, and the same machine makes
-the same file, but for the memory that the training finds free.
+In the source, a line `# %%` starts a code cell and a line `# %% [markdown]` starts a text cell. The text before the
+first cell is not part of the notebook.
+
+The cells run here, in order, in one namespace. As in Jupyter, the notebook contains what they print, the value of a
+last expression, and pyplot's figures; progress bars (stderr) are left out. If a cell raises an error, the command stops
+and nothing is written. Jupyter is not needed. Two runs on one machine give the same file, except for the amount of free
+memory that training prints.
 """
 
 import argparse
@@ -29,8 +31,8 @@ NOTEBOOK = Path(__file__).with_name("walkthrough.ipynb")
 
 
 def cells(source):
-    """The source -> list of (kind, text), kind "markdown" or "code"."""
-    parts = re.split(r"^# %%(.*)\n", source, flags=re.MULTILINE)[1:]  # behind what comes before the first cell
+    """Splits the source into a list of (kind, text), kind "markdown" or "code"."""
+    parts = re.split(r"^# %%(.*)\n", source, flags=re.MULTILINE)[1:]  # [0] is the text before the first cell
     found = []
     for mark, text in zip(parts[::2], parts[1::2], strict=True):
         if mark.strip() == "[markdown]":
@@ -41,9 +43,9 @@ def cells(source):
 
 
 def execute(cells, **given):
-    """Runs the cells of code -> a list of outputs for each cell, as nbformat 4 has them.
+    """Runs the code cells; returns one list of outputs per cell, in the format of nbformat 4.
 
-    `given` sets names of the notebook to other values than its cells do: smaller sizes, for the tests.
+    `given` overwrites variables of the notebook after each cell. The tests use it to set smaller sizes.
     """
     import matplotlib
 
@@ -81,15 +83,15 @@ def run_cell(text, namespace):
 
 
 def without_root(text):
-    """Paths below the repository, as seen from its root."""
+    """Makes the paths in a text relative to the root of the repository."""
     return text.replace(f"{ROOT}{os.sep}", "")
 
 
 def notebook(cells, outputs):
-    """Cells and their outputs -> nbformat 4.5, a dict."""
+    """Returns the notebook as a dict in nbformat 4.5."""
     written, count = [], 0
     for (kind, text), shown in zip(cells, outputs, strict=True):
-        name = hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()[:12]  # stays while the cell does
+        name = hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()[:12]  # an id that changes only with its cell
         cell = {"cell_type": kind, "id": name, "metadata": {}, "source": text.splitlines(keepends=True)}
         if kind == "code":
             count += 1

@@ -1,12 +1,12 @@
-"""What is right and what are known ways to be wrong, for each exercise: random cases, an oracle, the mistakes.
+"""Random cases, an oracle and the known mistakes for each exercise.
 
-Everything here is a plain loop over Python floats (float64), on purpose: no tensor, no broadcasting and no call of the
-project's own functions, so that an oracle does not share a mistake with what it judges. Only the tokenizer is the
-project's. A list stands for a tensor, nested lists for one of more dimensions.
+Everything here is a plain loop over Python floats (float64), on purpose. There are no tensors, no broadcasting and no
+calls of the project's own functions, so that an oracle does not share a mistake with the answer that it judges. Only
+the tokenizer is the project's. A list stands for a tensor of one dimension, nested lists for one of several.
 
-Read an exercise as: `..._case` draws arguments, the function of the exercise's name answers them, and its MISTAKES are
-the same function with one thing wrong, each under the words that the student will read. The grader compares an answer
-with the oracle first and then, if it is wrong, with each mistake.
+For each exercise, `NAME_case` draws the arguments and the function NAME is the oracle, which returns the right answer.
+Its MISTAKES are variants of the oracle with one thing wrong, each with the message that the student will read. The
+grader compares an answer with the oracle, and if they differ, with each mistake.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from minidpo.tokenizer import Tokenizer
 
-CASES = 10  # of each exercise; a point for each
+CASES = 10  # per exercise, one point each
 
 
 class Tensor(NamedTuple):
-    """An argument that the student gets as a torch.Tensor."""
+    """An argument that the student's function receives as a torch.Tensor."""
 
     dtype: str  # float32, float64, int64 or bool
     values: list
@@ -31,26 +31,27 @@ class Tensor(NamedTuple):
 class Exercise:
     name: str
     case: Callable  # (random.Random, number of the case) -> list of arguments
-    oracle: Callable  # the arguments, Tensors as lists -> a tuple of what is to be returned
-    returns: dict  # {what is returned: "ids" (a list), "int64", "bool", "float" (a tensor), "number" ...}, in order
-    mistakes: list  # of (words, function like the oracle)
-    gradient: tuple = ()  # what of it must carry one
+    oracle: Callable  # the arguments, with lists for Tensors -> a tuple of the values to return
+    returns: dict  # {name of a returned value: its kind}, in order; the kinds are
+    # "ids" (a list of int), "int64", "bool" or "float" (a tensor), "number" and "number or None"
+    mistakes: list  # of (message, function with the oracle's signature)
+    gradient: tuple = ()  # names of the returned values that must have a gradient
 
 
 def floats(values, number):
-    """A float Tensor: float64 in even cases; float32 in odd ones, the values rounded to what fits."""
+    """A float Tensor: float64 in even cases, float32 with rounded values in odd cases."""
     if number % 2 == 0:
         return Tensor("float64", values)
     return Tensor("float32", nested(lambda x: struct.unpack("f", struct.pack("f", x))[0], values))
 
 
 def nested(function, values):
-    """`function` of every number in nested lists."""
+    """Applies `function` to every number in nested lists."""
     return [nested(function, v) for v in values] if isinstance(values, list) else function(values)
 
 
 def normal(draw, shape, scale=1.0, mean=0.0):
-    """Nested lists of the shape, drawn from a normal distribution."""
+    """Nested lists of the given shape, drawn from a normal distribution."""
     if not shape:
         return draw.gauss(mean, scale)
     return [normal(draw, shape[1:], scale, mean) for _ in range(shape[0])]
@@ -81,7 +82,7 @@ def tokenise_pair_case(draw, number):
     def text(first, least):
         return first + "".join(draw.choice("aab b") for _ in range(draw.randint(least, 6)))
 
-    # odd cases: "...a" + "b...", where "ab" would swallow the border. Case 0: an empty prompt
+    # In odd cases the text is "...a" + "b...", so that the token "ab" could cross the boundary. Case 0 has no prompt.
     prompt = "" if number == 0 else text("", 1).strip() + "a"
     chosen = text("b" if number % 2 else " ", 4) + "y"
     rejected = text("b" if number % 2 else " ", 4) + "x"
@@ -100,16 +101,17 @@ def _merged(tokenizer, prompt, chosen, rejected):
 
 
 TOKENISE_MISTAKES = [
-    ("prompt and response are encoded as one text, and a token crosses the border", _merged),
+    ("prompt and response are encoded as one text, so that a token crosses the boundary", _merged),
     ("no eot before the prompt", lambda t, p, w, l: (t.encode(p), *tokenise_pair(t, p, w, l)[1:])),
     (
-        "no eot behind the response, so the model never learns to stop",
+        "no eot after the response, so the model never learns to stop",
         lambda t, p, w, l: ([t.eot, *t.encode(p)], t.encode(w), t.encode(l)),
     ),
-    ("no eot behind the response, so the model never learns to stop", lambda t, *texts: [t.encode(x) for x in texts]),
-    ("an eot before the response too", lambda t, *texts: [[t.eot, *t.encode(x), *[t.eot][i:]]
+    ("no eot after the response, so the model never learns to stop", lambda t, *texts: [t.encode(x) for x in texts]),
+    ("an extra eot before the response", lambda t, *texts: [[t.eot, *t.encode(x), *[t.eot][i:]]
         for i, x in zip((1, 0, 0), texts, strict=True)]),
-    ("an eot behind the prompt", lambda t, p, w, l: ([t.eot, *t.encode(p), t.eot], *tokenise_pair(t, p, w, l)[1:])),
+    ("an extra eot after the prompt",
+        lambda t, p, w, l: ([t.eot, *t.encode(p), t.eot], *tokenise_pair(t, p, w, l)[1:])),
     ("chosen and rejected are swapped", lambda t, p, w, l: tokenise_pair(t, p, l, w)),
 ]  # fmt: skip
 
@@ -126,18 +128,18 @@ def shift(row):
 
 
 SHIFT_MISTAKES = [
-    ("not shifted: each position is to predict itself", lambda row: (row[:-1], row[:-1])),
-    ("shifted the wrong way: each position is to predict the token before it", lambda row: (row[1:], row[:-1])),
+    ("not shifted: each position predicts its own token", lambda row: (row[:-1], row[:-1])),
+    ("shifted the wrong way: each position predicts the token before it", lambda row: (row[1:], row[:-1])),
 ]
 
 
 # ---- build_batch ----
 
-EOT = 9  # of the cases
+EOT = 9  # in the cases below
 
 
 def build_batch_case(draw, number):
-    def ids(least):  # eot and 0 among them
+    def ids(least):  # eot and 0 may occur
         return [draw.randrange(EOT + 1) for _ in range(draw.randint(least, 5))]
 
     B = draw.randint(2, 4) if number else 1
@@ -145,15 +147,21 @@ def build_batch_case(draw, number):
 
 
 def build_batch(prompts, responses, scored=None, target=1, left=False):
-    """Options for the mistakes: scored(n_prompt, n, T, targets) -> the mask's true places; target: 0 is not shifted."""
+    """The oracle; the other arguments make the mistakes.
+
+    Args:
+        scored: (prompt length, row length - 1, T, targets) -> the positions where the mask is True.
+        target: 1 shifts the targets, 0 does not.
+        left: pads on the left.
+    """
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     T = max(len(row) for row in rows) - 1
     all_ids, all_targets, all_masks = [], [], []
     for prompt, row in zip(prompts, rows, strict=True):
         n = len(row) - 1
         ids, targets = row[:n], row[target : n + target]
-        places = scored(len(prompt), n, T, row[1:]) if scored else range(len(prompt) - 1, n)
-        mask = [t in places for t in range(T)]
+        positions = scored(len(prompt), n, T, row[1:]) if scored else range(len(prompt) - 1, n)
+        mask = [t in positions for t in range(T)]
         fill = [0] * (T - n)
         if left:
             mask = [False] * (T - n) + mask[:n]
@@ -163,32 +171,35 @@ def build_batch(prompts, responses, scored=None, target=1, left=False):
     return all_ids, all_targets, all_masks
 
 
-def _scored(places):
-    return lambda prompts, responses: build_batch(prompts, responses, scored=places)
+def _scored(positions):
+    return lambda prompts, responses: build_batch(prompts, responses, scored=positions)
 
 
 BUILD_MISTAKES = [
     (
-        "the targets are shifted and the mask is not: the first response token is never scored",
+        "the targets are shifted but the mask is not: the first response token is never scored",
         _scored(lambda p, n, T, targets: range(p, n)),
     ),
-    ("the mask is not shifted: it ends beyond the row", _scored(lambda p, n, T, targets: range(p, n + 1))),
+    ("the mask is not shifted: it ends one position after the row", _scored(lambda p, n, T, targets: range(p, n + 1))),
     ("the final token of the response is left out", _scored(lambda p, n, T, targets: range(p - 1, n - 1))),
     ("the prompt is scored", _scored(lambda p, n, T, targets: range(n))),
-    ("the prompt's last token is scored: one place too early", _scored(lambda p, n, T, targets: range(p - 2, n))),
+    (
+        "the mask starts one position too early, at the prompt's last token",
+        _scored(lambda p, n, T, targets: range(p - 2, n)),
+    ),
     ("the padding is scored", _scored(lambda p, n, T, targets: range(p - 1, T))),
     ("prompt and padding are scored", _scored(lambda p, n, T, targets: range(T))),
-    ("prompt and response are exchanged", _scored(lambda p, n, T, targets: range(p - 1))),
+    ("the mask is on the prompt instead of the response", _scored(lambda p, n, T, targets: range(p - 1))),
     (
-        "the mask is made by id: every eot is taken for padding",
+        "the mask is made from the ids: every eot is treated as padding",
         _scored(lambda p, n, T, targets: [t for t in range(p - 1, n) if targets[t] != EOT]),
     ),
     (
-        "the mask is made by id: every 0 is taken for padding",
+        "the mask is made from the ids: every 0 is treated as padding",
         _scored(lambda p, n, T, targets: [t for t in range(p - 1, n) if targets[t] != 0]),
     ),
     (
-        "the targets are not shifted: each position is to predict itself",
+        "the targets are not shifted: each position predicts its own token",
         lambda prompts, responses: build_batch(prompts, responses, target=0),
     ),
     ("padded on the left", lambda prompts, responses: build_batch(prompts, responses, left=True)),
@@ -209,8 +220,8 @@ def gather_logps(logits, targets):
 
 
 def _over_positions(logits, targets):
-    turned = [[log_softmax(column) for column in zip(*row, strict=True)] for row in logits]  # (B, V, T)
-    return ([[log[i][t] for t, i in enumerate(row)] for log, row in zip(turned, targets, strict=True)],)
+    columns = [[log_softmax(column) for column in zip(*row, strict=True)] for row in logits]  # (B, V, T)
+    return ([[log[i][t] for t, i in enumerate(row)] for log, row in zip(columns, targets, strict=True)],)
 
 
 GATHER_MISTAKES = [
@@ -218,13 +229,13 @@ GATHER_MISTAKES = [
         "the log-softmax is missing: these are raw logits",
         lambda logits, targets: ([[x[i] for x, i in zip(*r, strict=True)] for r in zip(logits, targets, strict=True)],),
     ),
-    ("normalised over the positions (dim 1) instead of the vocabulary (the last)", _over_positions),
+    ("normalised over the positions (dim 1) instead of the vocabulary (dim -1)", _over_positions),
     (
         "probabilities: the logarithm is missing",
         lambda logits, targets: (nested(math.exp, gather_logps(logits, targets)[0]),),
     ),
     (
-        "the sign is turned: this is the cross-entropy, -log p",
+        "the sign is wrong: this is the cross-entropy, -log p",
         lambda logits, targets: (nested(lambda x: -x, gather_logps(logits, targets)[0]),),
     ),
 ]
@@ -234,7 +245,7 @@ GATHER_MISTAKES = [
 
 
 def random_mask(draw, B, T):
-    """(B, T): in each row, response places between prompt and padding; two at least in the first row."""
+    """(B, T): in each row, response positions between prompt and padding; at least two in the first row."""
     mask = []
     for b in range(B):
         start = draw.randrange(T - 1)
@@ -250,7 +261,7 @@ def sum_logps_case(draw, number):
 
 
 def _of_rows(function):
-    """function(logps of the response, of the row, of the rest) of each row."""
+    """Applies function(logps of the response, of the whole row, of the rest) to each row."""
 
     def summed(logps, mask):
         rows = [(logp, m) for logp, m in zip(logps, mask, strict=True)]
@@ -264,18 +275,18 @@ sum_logps = _of_rows(lambda response, row, rest: sum(response))
 
 SUM_MISTAKES = [
     (
-        "the mean over the response's tokens where the sum belongs: it divides beta by the length",
+        "the mean over the response's tokens instead of the sum: this divides beta by the length",
         _of_rows(lambda response, row, rest: sum(response) / len(response)),
     ),
-    ("divided by the length of the row", _of_rows(lambda response, row, rest: sum(response) / len(row))),
+    ("the sum is divided by the length of the row", _of_rows(lambda response, row, rest: sum(response) / len(row))),
     ("the mask is not used: prompt and padding are summed too", _of_rows(lambda response, row, rest: sum(row))),
     (
-        "the mask is turned: prompt and padding are summed, the response is not",
+        "the mask is inverted: prompt and padding are summed, the response is not",
         _of_rows(lambda r, row, rest: sum(rest)),
     ),
     ("the response's first token is left out", _of_rows(lambda response, row, rest: sum(response[1:]))),
     ("the response's last token is left out", _of_rows(lambda response, row, rest: sum(response[:-1]))),
-    ("the sign is turned", _of_rows(lambda response, row, rest: -sum(response))),
+    ("the sign is wrong", _of_rows(lambda response, row, rest: -sum(response))),
 ]
 
 
@@ -283,17 +294,17 @@ SUM_MISTAKES = [
 
 
 def pairwise(function):
-    """A function of two numbers -> one of two lists (B,), and of what comes behind them."""
+    """Turns a function of two numbers into a function of two lists (B,). Further arguments are passed on."""
     return lambda left, right, *more: [function(a, b, *more) for a, b in zip(left, right, strict=True)]
 
 
 def one(function):
-    """As `pairwise`, for what returns one tensor."""
+    """Like `pairwise`, for an exercise that returns one tensor."""
     return lambda *arguments: (pairwise(function)(*arguments),)
 
 
 def two(first, second):
-    """As `pairwise`, for what returns two tensors."""
+    """Like `pairwise`, for an exercise that returns two tensors."""
     return lambda *arguments: (pairwise(first)(*arguments), pairwise(second)(*arguments))
 
 
@@ -313,9 +324,9 @@ REWARD_MISTAKES = [
     ("divided by beta instead of multiplied", one(lambda policy, reference, beta: (policy - reference) / beta)),
     ("the reference is missing", one(lambda policy, reference, beta: beta * policy)),
     ("the reference is added instead of subtracted", one(lambda policy, reference, beta: beta * (policy + reference))),
-    ("the sign is turned: reference minus policy", one(lambda policy, reference, beta: beta * (reference - policy))),
-    ("beta multiplies the policy only", one(lambda policy, reference, beta: beta * policy - reference)),
-    ("beta multiplies the reference only", one(lambda policy, reference, beta: policy - beta * reference)),
+    ("the sign is wrong: reference minus policy", one(lambda policy, reference, beta: beta * (reference - policy))),
+    ("beta multiplies only the policy", one(lambda policy, reference, beta: beta * policy - reference)),
+    ("beta multiplies only the reference", one(lambda policy, reference, beta: policy - beta * reference)),
     (
         "the ratio of the log-probabilities instead of the log of the ratio",
         one(lambda policy, reference, beta: beta * policy / reference),
@@ -328,7 +339,7 @@ REWARD_MISTAKES = [
 
 
 def rewards_case(draw, number):
-    """(chosen, rejected); cases 0 and 1 hold margins of -1000 and 1000."""
+    """(chosen, rejected); cases 0 and 1 contain margins of -1000 and 1000."""
     chosen, rejected = normal(draw, (3,), 2.0), normal(draw, (3,), 2.0)
     if number < 2:
         chosen, rejected = chosen + [-600.0, 400.0], rejected + [400.0, -600.0]
@@ -345,22 +356,22 @@ margin_and_loss = two(minus, lambda chosen, rejected: minus_log_sigmoid(chosen -
 
 LOSS_MISTAKES = [
     (
-        "the two rewards are added: the sign between the log-ratios is lost",
+        "the two rewards are added instead of subtracted",
         two(lambda c, r: c + r, lambda c, r: minus_log_sigmoid(c + r)),
     ),
     (
-        "the sides are swapped: rejected minus chosen",
+        "chosen and rejected are swapped: rejected minus chosen",
         two(lambda c, r: r - c, lambda c, r: minus_log_sigmoid(r - c)),
     ),
-    ("the log-sigmoid is missing: minus the margin", two(minus, lambda c, r: r - c)),
-    ("the log-sigmoid is missing: the margin itself", two(minus, minus)),
+    ("the log-sigmoid is missing: this is minus the margin", two(minus, lambda c, r: r - c)),
+    ("the log-sigmoid is missing: this is the margin", two(minus, minus)),
     (
-        "log of sigmoid in two steps (or of 1 + exp): infinite at large margins; F.logsigmoid is not",
+        "log(sigmoid(x)) or log(1 + exp(x)) in two steps is infinite at large margins; F.logsigmoid is not",
         two(minus, _log_of_sigmoid),
     ),
-    ("the minus before log sigmoid is missing", two(minus, lambda c, r: -minus_log_sigmoid(c - r))),
-    ("the logarithm is missing: minus the sigmoid", two(minus, lambda c, r: -sigmoid(c - r))),
-    ("the logarithm is missing: the sigmoid", two(minus, lambda c, r: sigmoid(c - r))),
+    ("the minus sign before log sigmoid is missing", two(minus, lambda c, r: -minus_log_sigmoid(c - r))),
+    ("the logarithm is missing: this is minus the sigmoid", two(minus, lambda c, r: -sigmoid(c - r))),
+    ("the logarithm is missing: this is the sigmoid", two(minus, lambda c, r: sigmoid(c - r))),
     ("the rejected reward is missing", two(lambda c, r: c, lambda c, r: minus_log_sigmoid(c))),
 ]
 
@@ -370,7 +381,7 @@ def gradient_weight_case(draw, number):
 
 
 def opposite(weight):
-    """The derivatives by log pi(chosen) and log pi(rejected), where one is minus the other."""
+    """The derivatives with respect to log pi(chosen) and log pi(rejected); the second is minus the first."""
     return two(weight, lambda *arguments: -weight(*arguments))
 
 
@@ -379,30 +390,30 @@ gradient_weight = opposite(lambda c, r, beta: -beta * sigmoid(r - c))
 GRADIENT_MISTAKES = [
     ("beta is missing", opposite(lambda c, r, beta: -sigmoid(r - c))),
     ("divided by beta instead of multiplied", opposite(lambda c, r, beta: -sigmoid(r - c) / beta)),
-    ("the signs are turned: the gradient of minus the loss", opposite(lambda c, r, beta: beta * sigmoid(r - c))),
+    ("the signs are wrong: this is the gradient of minus the loss", opposite(lambda c, r, beta: beta * sigmoid(r - c))),
     (
-        "sigmoid(margin) for sigmoid(-margin): the pairs that are right already would pull hardest",
+        "sigmoid(margin) instead of sigmoid(-margin): pairs that are already right get the largest weight",
         opposite(lambda c, r, beta: -beta * sigmoid(c - r)),
     ),
     (
-        "sigmoid(margin) for sigmoid(-margin), and the signs are turned",
+        "sigmoid(margin) instead of sigmoid(-margin), and the signs are wrong",
         opposite(lambda c, r, beta: beta * sigmoid(c - r)),
     ),
     (
-        "the derivative of the sigmoid: that of its logarithm is asked for",
+        "this is the derivative of the sigmoid; the loss is its logarithm",
         opposite(lambda c, r, beta: -beta * sigmoid(c - r) * sigmoid(r - c)),
     ),
     ("every pair has the same weight: the sigmoid is missing", opposite(lambda c, r, beta: -beta)),
     (
-        "beta multiplies the margin again: the rewards carry it already",
+        "beta multiplies the margin a second time: the rewards already contain it",
         opposite(lambda c, r, beta: -beta * sigmoid(beta * (r - c))),
     ),
     (
-        "both have the same sign",
+        "both derivatives have the same sign",
         two(lambda c, r, beta: -beta * sigmoid(r - c), lambda c, r, beta: -beta * sigmoid(r - c)),
     ),
     (
-        "the two rewards are added: the sign between the log-ratios is lost",
+        "the two rewards are added instead of subtracted",
         two(lambda c, r, beta: -beta * sigmoid(-c - r), lambda c, r, beta: -beta * sigmoid(-c - r)),
     ),
 ]
@@ -417,7 +428,7 @@ def smoothed_loss_case(draw, number):
 
 
 def each(function):
-    """A function of a number -> one of a list (B,), and of what comes behind it."""
+    """Turns a function of one number into a function of a list (B,). Further arguments are passed on."""
     return lambda values, *more: ([function(x, *more) for x in values],)
 
 
@@ -433,14 +444,17 @@ SMOOTHING_MISTAKES = [
         each(lambda m, e: _weighted(m, 1 - e, -e) / (1 - 2 * e)),
     ),
     ("the flipped label's loss is subtracted instead of added", each(lambda m, e: _weighted(m, 1 - e, -e))),
-    ("divided by 1 - 2e, as robust DPO is", each(lambda m, e: _weighted(m, 1 - e, e) / (1 - 2 * e))),
+    ("divided by 1 - 2e, as in robust DPO", each(lambda m, e: _weighted(m, 1 - e, e) / (1 - 2 * e))),
     ("the weights are swapped: e belongs to the flipped label", each(lambda m, e: _weighted(m, e, 1 - e))),
     ("the label smoothing is not used", each(lambda m, e: _weighted(m, 1, 0))),
     ("the flipped label's loss is missing", each(lambda m, e: _weighted(m, 1 - e, 0))),
     ("1 - e is missing before the loss of the label as given", each(lambda m, e: _weighted(m, 1, e))),
-    ("e is halved, as over the classes of a classifier", each(lambda m, e: _weighted(m, 1 - e / 2, e / 2))),
+    (
+        "e is halved, as if it were spread over two classes",
+        each(lambda m, e: _weighted(m, 1 - e / 2, e / 2)),
+    ),
     ("the margin is smoothed instead of the loss", each(lambda m, e: minus_log_sigmoid((1 - 2 * e) * m))),
-    ("the minus before log sigmoid is missing", each(lambda m, e: -_weighted(m, 1 - e, e))),
+    ("the minus sign before log sigmoid is missing", each(lambda m, e: -_weighted(m, 1 - e, e))),
     ("the log-sigmoid is missing", each(lambda m, e: (1 - 2 * e) * -m)),
 ]
 
@@ -449,13 +463,13 @@ SMOOTHING_MISTAKES = [
 
 
 def accuracy_case(draw, number):
-    """Multiples of 1/2, so that every difference is exact; a third of the pairs are ties, in case 0 all."""
+    """Multiples of 1/2, so that every difference is exact. A third of the pairs are ties, in case 0 all of them."""
     B = draw.randint(4, 8)
     policy_chosen, policy_rejected, reference_chosen = ([draw.randint(-80, -40) / 2 for _ in range(B)] for _ in "abc")
     gaps = [
         0.0 if number == 0 else draw.choice((0.0, draw.randint(1, 60) / 2, draw.randint(-60, -1) / 2)) for _ in "." * B
     ]
-    # chosen log-ratio minus rejected log-ratio is to be the gap
+    # choose the last one so that the chosen log-ratio minus the rejected log-ratio is the gap
     reference_rejected = [
         gap - (pc - rc) + pr
         for gap, pc, pr, rc in zip(gaps, policy_chosen, policy_rejected, reference_chosen, strict=True)
@@ -478,24 +492,27 @@ ACCURACY_MISTAKES = [
     ("ties count as losses", share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr), 0.0))),
     ("ties count as wins", share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr), 1.0))),
     *[
-        ("the reference is missing: the likelier response is not the one with the higher reward", share(wins))
+        ("the reference is missing: the likelier response need not have the higher reward", share(wins))
         for wins in (
             lambda pc, pr, rc, rr: _win(pc - pr),
             lambda pc, pr, rc, rr: _win(pc - pr, 0.0),
             lambda pc, pr, rc, rr: _win(pc - pr, 1.0),
         )
     ],
-    ("the sides are swapped: the share of losses", share(lambda pc, pr, rc, rr: _win((pr - rr) - (pc - rc)))),
     (
-        "the sides are swapped, and ties count as nothing",
+        "the sides are swapped: this is the share of losses",
+        share(lambda pc, pr, rc, rr: _win((pr - rr) - (pc - rc))),
+    ),
+    (
+        "the sides are swapped, and ties count as losses",
         share(lambda pc, pr, rc, rr: _win((pr - rr) - (pc - rc), 0.0)),
     ),
     ("the reference is added instead of subtracted", share(lambda pc, pr, rc, rr: _win((pc + rc) - (pr + rr)))),
     (
-        "the number of wins: it is not divided by the number of pairs",
+        "this is the number of wins: divide it by the number of pairs",
         lambda *columns: (accuracy(*columns)[0] * len(columns[0]),),
     ),
-    ("in per cent", lambda *columns: (accuracy(*columns)[0] * 100,)),
+    ("this is in per cent; a share from 0 to 1 is expected", lambda *columns: (accuracy(*columns)[0] * 100,)),
 ]
 
 
@@ -511,9 +528,14 @@ def kl_estimates_case(draw, number):
 
 
 def estimates(plain, exact, masked=True, mean=False, normalised=True):
-    """A function like the oracle, from what is summed over the places.
+    """Makes the oracle, or a mistake, from the terms that are summed over the positions.
 
-    plain(log pi, log pi_ref of the token that was drawn), exact(log pi, log pi_ref of the vocabulary, two lists).
+    Args:
+        plain: function of log pi and log pi_ref of the token that was drawn.
+        exact: function of log pi and log pi_ref of the whole vocabulary, two lists.
+        masked: whether only response positions count.
+        mean: whether to divide by the number of positions.
+        normalised: whether to apply log_softmax to the logits first.
     """
 
     def of_samples(policy, reference, targets, mask):
@@ -542,17 +564,17 @@ def _full(log_p, log_q):
 
 
 def _over(function):
-    """A sum over the vocabulary."""
+    """Sums function(log pi, log pi_ref) over the vocabulary."""
     return lambda log_p, log_q: sum(function(p, q) for p, q in zip(log_p, log_q, strict=True))
 
 
 kl_estimates = estimates(_drawn, _full)
 
 KL_MISTAKES = [
-    ("averaged over the tokens, where the KL of the whole response is a sum", estimates(_drawn, _full, mean=True)),
+    ("averaged over the tokens: the KL of the whole response is a sum", estimates(_drawn, _full, mean=True)),
     ("the mask is not used: prompt and padding count too", estimates(_drawn, _full, masked=False)),
     (
-        "the two models are exchanged: KL(reference || policy)",
+        "the two models are swapped: this is KL(reference || policy)",
         estimates(lambda p, q: q - p, _over(lambda p, q: math.exp(q) * (q - p))),
     ),
     (
@@ -560,22 +582,22 @@ KL_MISTAKES = [
         estimates(_drawn, _over(lambda p, q: math.exp(p) * (p - q)), normalised=False),
     ),
     (
-        "weighted by the reference's probabilities: the samples are the policy's",
+        "weighted by the reference's probabilities instead of the policy's",
         estimates(_drawn, _over(lambda p, q: math.exp(q) * (p - q))),
     ),
-    ("the sign is turned", estimates(lambda p, q: q - p, lambda p, q: -_full(p, q))),
-    ("not weighted by the policy's probabilities", estimates(_drawn, _over(lambda p, q: p - q))),
+    ("the sign is wrong", estimates(lambda p, q: q - p, lambda p, q: -_full(p, q))),
+    ("the terms are not weighted by the policy's probabilities", estimates(_drawn, _over(lambda p, q: p - q))),
     ("the mean over the vocabulary instead of the sum", estimates(_drawn, lambda p, q: _full(p, q) / len(p))),
     (
-        "the cross-entropy: the policy's own log-probability is missing",
+        "this is the cross-entropy: the policy's own log-probability is missing",
         estimates(_drawn, _over(lambda p, q: -math.exp(p) * q)),
     ),
     (
-        "another estimator, (r - 1) - log r with r = pi_ref / pi; the plain one is asked for",
+        "this is another estimator, (r - 1) - log r with r = pi_ref / pi, not the plain one",
         estimates(lambda p, q: math.expm1(q - p) - (q - p), _full),
     ),
     (
-        "plain and exact are exchanged",
+        "plain and exact are swapped",
         lambda *arguments: kl_estimates(*arguments)[::-1],
     ),
 ]  # fmt: skip
@@ -585,10 +607,12 @@ KL_MISTAKES = [
 
 
 def pick_beta_case(draw, number):
-    """Four betas, their mean KLs falling; the first is over the budget and has the highest reward, and a run within.
+    """Runs of four betas with falling mean KL, and a budget.
 
-    In even cases the second is best, with a run over the budget, in odd ones the third. The next one's mean is lower,
-    but it has the best run of all. The last case has a budget that no beta meets.
+    The first beta has the highest mean reward. Its mean KL is over the budget, but one of its runs is within. The best
+    beta within the budget is the second in even cases, with one run over the budget, and the third in odd cases. The
+    beta after the best has a lower mean reward, but the best single run of all. In the last case no beta is within the
+    budget.
     """
     budget = draw.uniform(1.0, 4.0)
     best = 1 + number % 2
@@ -597,7 +621,7 @@ def pick_beta_case(draw, number):
     for i, beta in enumerate(sorted(draw.sample((0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0), 4))):
         kl, kl_spread = ((1.5, 0.8), (0.9, 0.3), (0.6, 0.1), (0.3, 0.1))[i]
         reward_spread = draw.uniform(5.0, 6.0) if i == best + 1 else draw.uniform(0.1, 0.3)
-        around = draw.choice(((1, -1), (1, -0.5, -0.5)))  # seeds, their mean being 0
+        around = draw.choice(((1, -1), (1, -0.5, -0.5)))  # of the seeds, with mean 0
         for seed, (x, y) in enumerate(zip(around, reversed(around), strict=True)):
             run = dict(
                 beta=beta, seed=seed, kl=budget * (kl + kl_spread * x), reward=3 + rewards[i] + reward_spread * y
@@ -608,7 +632,7 @@ def pick_beta_case(draw, number):
 
 
 def _means(frontier, keep=lambda run: True):
-    """{beta: (mean KL, mean reward)} of the runs to keep."""
+    """Returns {beta: (mean KL, mean reward)} over the runs for which `keep` is true."""
     means = {}
     for beta in sorted({run["beta"] for run in frontier if keep(run)}):
         runs = [run for run in frontier if run["beta"] == beta and keep(run)]
@@ -635,27 +659,27 @@ def _single_reward(frontier, kl_budget):
 
 
 PICK_MISTAKES = [
-    ("the best single run decides, which may be luck: average over the seeds first", _single_run),
-    ("the best single run decides, which may be luck: average over the seeds first", _single_reward),
+    ("chosen by the best single run, which may be luck: average over the seeds first", _single_run),
+    ("chosen by the best single run, which may be luck: average over the seeds first", _single_reward),
     ("the budget is not used", lambda f, budget: _best({b: reward for b, (_, reward) in _means(f).items()})),
     (
-        "the runs over the budget are taken out before the averages are made",
+        "runs over the budget are removed before averaging",
         lambda f, budget: _best({b: reward for b, (_, reward) in _means(f, lambda run: run["kl"] <= budget).items()}),
     ),
     (
-        "the smallest beta within the budget, where the highest reward decides",
+        "this is the smallest beta within the budget, not the one with the highest mean reward",
         lambda f, budget: _best({b: -b for b, (kl, _) in _means(f).items() if kl <= budget}),
     ),
     (
-        "the smallest KL, where the highest reward decides",
+        "this is the beta with the smallest KL, not the one with the highest mean reward",
         lambda f, budget: _best({b: -kl for b, (kl, _) in _means(f).items() if kl <= budget}),
     ),
     (
-        "the lowest reward: the comparison is turned",
+        "this is the beta with the lowest reward: the comparison is reversed",
         lambda f, budget: _best({b: -reward for b, (kl, reward) in _means(f).items() if kl <= budget}),
     ),
     (
-        "a beta is left out if one of its runs is over the budget, where its mean decides",
+        "a beta is left out if one of its runs is over the budget: its mean KL decides",
         lambda f, budget: _best(
             {
                 b: reward

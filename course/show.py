@@ -1,4 +1,4 @@
-"""What the notebook needs to show things: HTML, Markdown and pictures, tokens in colour; and to call a command."""
+"""Helpers of the notebook: to show HTML, Markdown, pictures and coloured tokens, and to run a command."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from unittest import mock
 
 
 class Shown:
-    """A value that a notebook shows as what it is: `kind` is a MIME type, `data` a text (of a picture, in base64)."""
+    """A value that Jupyter displays. `kind` is a MIME type, `data` a string (base64 for a picture)."""
 
     def __init__(self, kind, data):
         self.kind, self.data = kind, data
@@ -26,7 +26,7 @@ def markdown(text):
 
 
 def picture(path):
-    """A PNG file, in at most 128 colours: a third of the bytes, which the notebook keeps."""
+    """Shows a PNG file, reduced to 128 colours: the notebook stores it in a third of the bytes."""
     from PIL import Image  # comes with matplotlib
 
     small = io.BytesIO()
@@ -39,7 +39,10 @@ COLOURS = {"scored": "#9fdfb0", "prompt": "#d5d5d5", "padding": "#f6e6c9"}
 
 
 def tokens(rows, tokenizer):
-    """Rows (ids, targets, mask) -> the targets in colour, a line a row: green if scored, grey in the prompt."""
+    """Shows the targets of `rows` (ids, targets, mask) in colour, one line per row.
+
+    Green tokens are scored, grey ones belong to the prompt, sand-coloured ones are padding.
+    """
     from experiments.explain import visible
 
     legend = "".join(f'<span style="{CELL}{colour}">{name}</span>' for name, colour in COLOURS.items())

@@ -1,20 +1,20 @@
-"""The source of walkthrough.ipynb. After a change here: python -m course.notebook (it runs every cell)."""
+"""The source of walkthrough.ipynb. After a change, run `python -m course.notebook`, which runs every cell."""
 # ruff: noqa: E402, B018
 
 # %% [markdown]
 # # DPO, from a pair of sentences to a trained policy
 #
-# Run the cells from top to bottom. It takes less than five minutes on two cores, and nothing is fetched once the
-# project is installed. The outputs are there already, so it can also just be read.
+# Run the cells from top to bottom. This takes less than five minutes on two cores. Nothing is downloaded once the
+# project is installed. The outputs are stored in the notebook, so you can also read it without running it.
 #
-# The theory stands at the top of `train_dpo.py`; read that first. Every function that does something here is the
-# project's own: `??` behind a name, as in `train_dpo.dpo_loss??`, shows its code.
+# The theory is at the top of `train_dpo.py`; read that first. The functions in this notebook are the project's own.
+# Add `??` to a name to see its code, for example `train_dpo.dpo_loss??`.
 
 # %% [markdown]
 # ## 0. Set up
 #
-# Where the project is installed, the next cell does nothing. On a hosted notebook it fetches and installs it: put the
-# address of the repository in first.
+# If the project is installed, the next cell does nothing. In a hosted notebook it downloads and installs the project.
+# Set `REPOSITORY` to the address of the repository first.
 
 # %%
 import importlib.util
@@ -23,7 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = "https://..."  # only for a hosted notebook: the address that `git clone` takes
+REPOSITORY = "https://..."  # only for a hosted notebook: the address for `git clone`
 
 root = next((folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "train_dpo.py").exists()), None)
 if root is None:
@@ -43,42 +43,41 @@ import train_dpo
 import train_sft
 from course import show
 from data.toy_sentiment import grammar
-from experiments import evaluate, explain
-from experiments.frontier import limit
-from experiments.frontier import sweep as frontier
+from experiments import common, evaluate, explain
+from experiments.frontier import figure, limit
 from minidpo import checkpoint, dataset
 from minidpo.report import samples_table
 from minidpo.sampling import complete
 
 # %% [markdown]
-# How much of everything. Smaller numbers are faster, and less is learnt.
+# The size of the runs. With smaller numbers the notebook is faster, but the models learn less.
 
 # %%
 SFT_EPOCHS = 1.0
 DPO_EPOCHS = 1.0
-PROMPTS = 200  # held-out prompts to judge the policy on
-RUNS = Path("runs/walkthrough")  # what is trained here goes there
+PROMPTS = 200  # held-out prompts on which the policy is judged
+RUNS = Path("runs/walkthrough")  # folder for the runs of this notebook
 
 # %% [markdown]
 # ## 1. The data
 #
-# Invented movie reviews. A pair is a prompt $x$, the response $y_w$ that somebody chose and the one, $y_l$, that they
-# rejected.
+# The data are invented movie reviews. A pair consists of a prompt $x$, the response $y_w$ that somebody chose, and the
+# response $y_l$ that they rejected.
 
 # %%
-pairs = dataset.read_jsonl(data.find("toy", "pairs_train"), dataset.PAIR)
-for pair in pairs[:3]:
-    print("prompt  ", pair["prompt"])
-    print("chosen  ", pair["chosen"])
-    print("rejected", pair["rejected"], "\n")
+records = dataset.read_jsonl(data.find("toy", "pairs_train"), dataset.PAIR)
+for record in records[:3]:
+    print("prompt  ", record["prompt"])
+    print("chosen  ", record["chosen"])
+    print("rejected", record["rejected"], "\n")
 
 # %% [markdown]
-# In real data nobody knows what made people choose. Here we do: the reward $r$ of a review is its number of kind words
-# minus its number of unkind ones, and the choice is drawn from it by Bradley-Terry,
+# In real data nobody knows why people chose as they did. Here we know. The reward $r$ of a review is its number of
+# kind words minus its number of unkind words. The choice is drawn from the Bradley-Terry model,
 # $p(y_1 \succ y_2) = \mathrm{sigmoid}(r(y_1) - r(y_2))$. So the better review does not always win.
 
 # %%
-differences = [grammar.reward(pair["chosen"]) - grammar.reward(pair["rejected"]) for pair in pairs]
+differences = [grammar.reward(record["chosen"]) - grammar.reward(record["rejected"]) for record in records]
 print("rewards differ by   pairs   the better one was chosen   Bradley-Terry says")
 for d in (1, 2, 3, 4):
     won, lost = differences.count(d), differences.count(-d)
@@ -87,9 +86,9 @@ for d in (1, 2, 3, 4):
 # %% [markdown]
 # ## 2. A model to start from
 #
-# DPO moves probability from some responses to others, so the model must be able to write both kinds before. Stage 1
-# is ordinary language modelling on reviews of every mood (a minute; if `make demo` left you `runs/toy/sft`, set `SFT`
-# to that and skip the training).
+# DPO moves probability from some responses to others, so the model must already be able to write both kinds. Stage 1,
+# supervised fine-tuning (SFT), is ordinary language modelling on reviews of every mood. It takes a minute. If you have
+# run `make demo`, you can set `SFT` to `runs/toy/sft` and skip the training.
 
 # %%
 SFT, DPO = RUNS / "sft", RUNS / "dpo"
@@ -104,47 +103,48 @@ for text in complete(sft, tokenizer, [prompt] * 4, max_new_tokens=96, seed=0):
 # %% [markdown]
 # ## 3. Tokens and mask
 #
-# A row is `∎ prompt response ∎`, where `∎` is the end-of-text token. At each place the model reads the row so far and
-# is to predict the next token, the *target*. Only targets in the response count. Below are the targets of two chosen
-# responses and then of the two rejected ones; a space is `␣`. Where does the green begin, and why is the last `∎`
-# green?
+# A row is `∎ prompt response ∎`, where `∎` is the end-of-text token. At each position the model reads the row so far
+# and predicts the next token, the *target*. Only targets in the response count. Below you see the targets of two chosen
+# responses, then those of the two rejected ones; a space is shown as `␣`. Where does the green begin, and why is the
+# last `∎` green?
 
 # %%
-rows, counts = dataset.encode_pairs(pairs, tokenizer, sft.config.block_size)
-batch = dataset.preference_batch(rows[:2])
+pairs, counts = dataset.encode_pairs(records, tokenizer, sft.config.block_size)
+batch = dataset.preference_batch(pairs[:2])
 show.tokens(batch.chosen, tokenizer)
 
 # %%
 show.tokens(batch.rejected, tokenizer)
 
 # %% [markdown]
-# The same as numbers, one place a line, around the border between prompt and response. The first response token is
-# predicted at the last place of the prompt: ids and mask are one apart.
+# The next cell shows the same as numbers, one position per line, around the boundary between prompt and response. The
+# first response token is predicted at the last position of the prompt. So the mask begins one position before the
+# response does in `ids`.
 
 # %%
-border = len(rows[0][0])
-print(" t   reads  is to predict  counts")
-for t in range(border - 3, border + 3):
+boundary = len(pairs[0][0])
+print(" t   reads  predicts  counts")
+for t in range(boundary - 3, boundary + 3):
     i, target, scored = (part[0, t].item() for part in batch.chosen)
-    print(f"{t:2}{i:8}{target:15}   {'yes' if scored else 'no'}")
+    print(f"{t:2}{i:8}{target:10}  {'yes' if scored else 'no'}")
 
 # %% [markdown]
 # ## 4. From logits to a log-probability
 #
-# The model gives a logit for each word of its vocabulary, at each place. Take a vocabulary of 3 and a row of 2 places,
-# with odds 1 : 2 : 7 and 6 : 3 : 1, and say that the targets are word 2 and then word 0. A log-softmax over the
-# vocabulary makes log-probabilities of the logits, and `gather` picks one from each line of the table:
+# At each position, the model outputs one logit for each token of its vocabulary. Take a vocabulary of 3 tokens and a
+# row of 2 positions with odds 1 : 2 : 7 and 6 : 3 : 1. The targets are token 2 and then token 0. A log-softmax over the
+# vocabulary turns logits into log-probabilities, and `gather` takes the one of the target at each position:
 
 # %%
-logits = torch.tensor([[[1.0, 2.0, 7.0], [6.0, 3.0, 1.0]]]).log()  # (1 row, 2 places, 3 words)
+logits = torch.tensor([[[1.0, 2.0, 7.0], [6.0, 3.0, 1.0]]]).log()  # (1 row, 2 positions, 3 tokens)
 targets = torch.tensor([[2, 0]])
-print("the table, as probabilities:\n", logits.log_softmax(dim=-1)[0].exp())
-print("of the targets:", train_dpo.token_logps(logits, targets)[0].exp())
-print("with 100 added to every logit:", train_dpo.token_logps(logits + 100, targets)[0].exp())
+print("all probabilities, one position per line:\n", logits.log_softmax(dim=-1)[0].exp())
+print("probabilities of the targets:", train_dpo.token_logps(logits, targets)[0].exp())
+print("the same, with 100 added to every logit:", train_dpo.token_logps(logits + 100, targets)[0].exp())
 
 # %% [markdown]
 # The log-probability of a whole response is the **sum** over its tokens, by the chain rule:
-# $\log \pi(y|x) = \sum_t \log \pi(y_t | x, y_{<t})$. No mean: that would be another quantity.
+# $\log \pi(y|x) = \sum_t \log \pi(y_t | x, y_{<t})$. It is not the mean, which is another quantity.
 
 # %%
 with torch.no_grad():
@@ -155,8 +155,8 @@ print("log pi(y|x) of the rejected:", rejected, "in", batch.rejected.mask.sum(-1
 # %% [markdown]
 # ## 5. Why the loss starts at ln 2, and why it does not stay there
 #
-# At the start the policy *is* the reference. Both implicit rewards $\beta \log(\pi / \pi_\mathrm{ref})$ are 0, the
-# margin is 0, and the loss is $-\log \mathrm{sigmoid}(0) = \ln 2 = 0.6931$, whatever the pair.
+# At the start the policy *is* the reference. Both implicit rewards $\beta \log(\pi / \pi_\mathrm{ref})$ are 0, so the
+# margin is 0. The loss is $-\log \mathrm{sigmoid}(0) = \ln 2 = 0.6931$ for every pair.
 
 # %%
 beta = 0.7
@@ -164,12 +164,13 @@ policy_logps = [chosen.clone().requires_grad_(), rejected.clone().requires_grad_
 losses, *_ = train_dpo.dpo_loss(*policy_logps, chosen, rejected, beta)
 losses.sum().backward()
 print("losses:", losses.detach())
-print("slope in log pi of the chosen:  ", policy_logps[0].grad)
-print("slope in log pi of the rejected:", policy_logps[1].grad)
+print("d loss / d log pi of the chosen:  ", policy_logps[0].grad)
+print("d loss / d log pi of the rejected:", policy_logps[1].grad)
 
 # %% [markdown]
-# The *value* says nothing, but the *slope* is not zero: it is $-\beta/2$ and $+\beta/2$. A step makes the chosen
-# likelier and the rejected less likely. Where the margin is large already, the curve is flat and the pair hardly pulls.
+# The *value* is the same for any model, but the *derivative* is not zero: it is $-\beta/2$ for the chosen response and
+# $+\beta/2$ for the rejected one. A step makes the chosen response likelier and the rejected one less likely. Where the
+# margin is already large, the curve below is flat, and the pair has almost no effect.
 
 # %%
 margins = torch.linspace(-4, 4, 81)
@@ -186,22 +187,24 @@ legend = plt.legend()
 # %% [markdown]
 # ## 6. One step, every number
 #
-# One pair and one step of the optimiser, from the SFT model. For each token its log-probability before and after:
-# everything in the chosen response is pushed up and everything in the rejected one down, but they share words and
-# weights, so not every token obeys. Below it, the loss with the numbers filled in.
+# This is one step of the optimiser on one pair, from the SFT model. The table shows the log-probability of each token
+# before and after the step. The loss pushes every token of the chosen response up and every token of the rejected one
+# down. But the responses share words and weights, so some tokens move the other way. The loss with its numbers comes
+# after the table.
 
 # %%
 asked = explain.Settings(policy=str(SFT), reference=str(SFT), data="toy", row=29, device="cpu")
 train = explain.training_settings(asked)
-row, source = explain.read_pair(asked, train, tokenizer, sft.config.block_size)
-found = explain.anatomy(sft, sft, row, train)
+pair, source = explain.read_pair(asked, train, tokenizer, sft.config.block_size)
+found = explain.anatomy(sft, sft, pair, train)
 print("\n".join(explain.terminal(found, asked, train, source, tokenizer, colour=False)))
 
 # %% [markdown]
 # ## 7. Train
 #
-# All pairs, once, 64 in a step. First the reference's log-probabilities of all pairs are computed and kept: after
-# that, the reference model itself is no longer needed. Look for the line `before the first update`.
+# DPO trains on every pair once, 64 pairs per step. Before training, it computes the reference's log-probabilities of
+# all pairs and stores them. After that, the reference model is no longer needed. Look for the line
+# `before the first update`.
 
 # %%
 show.call(train_dpo.main, f"--data toy --init {SFT} --out {DPO} --epochs {DPO_EPOCHS} --overwrite")
@@ -209,9 +212,12 @@ show.call(train_dpo.main, f"--data toy --init {SFT} --out {DPO} --epochs {DPO_EP
 # %% [markdown]
 # ## 8. The curves
 #
-# The dots are pairs that were not trained on. Three things to find: where the loss starts; that the *margin* grows
-# while the *chosen reward* hardly rises, or falls; that the accuracy stops well below 1. The last is right: a tenth of
-# the labels name the worse review, and in more pairs the two are equal.
+# The dots are measured on pairs that are not in the training data. Find three things:
+#
+# * where the loss starts;
+# * that the *margin* grows while the *chosen reward* hardly rises, or falls;
+# * that the accuracy stays well below 1. This is correct: in a tenth of the pairs the chosen review is the worse one,
+#   and in another 13 % the two reviews are equally good.
 
 # %%
 show.picture(DPO / "curves.png")
@@ -219,12 +225,12 @@ show.picture(DPO / "curves.png")
 # %% [markdown]
 # ## 9. What it writes
 #
-# Curves on the pairs do not say whether the policy got better. Its samples do: on prompts that no training saw, before
-# (reference) and after (policy).
+# The curves on the pairs do not show whether the policy improved. Its samples do. Here are samples for prompts that are
+# not in the training data, before DPO (reference) and after it (policy).
 
 # %%
 policy, *_ = checkpoint.load(DPO)
-prompts = [record["prompt"] for record in dataset.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
+prompts = common.read_prompts("toy", limit=PROMPTS)
 judged = evaluate.Settings(str(DPO), str(SFT), "toy", "toy", max_new_tokens=96)
 
 
@@ -232,12 +238,12 @@ def reward(prompts, texts):
     return [grammar.reward(text) for text in texts]
 
 
-figures, shown, texts = evaluate.evaluate(policy, sft, tokenizer, prompts[:PROMPTS], reward, judged)
+figures, shown, texts = evaluate.evaluate(policy, sft, tokenizer, prompts, reward, judged)
 show.markdown(samples_table({"prompt": shown[:6], **{name: texts[name][:6] for name in ("reference", "policy")}}))
 
 # %% [markdown]
-# The reward is what we wanted, the KL is what it cost, in nats a response. `grammatical` is the share of samples that
-# the grammar of the reviews could have written.
+# The reward is what we want, and the KL is what it costs, in nats per response. `grammatical` is the share of samples
+# that follow the grammar of the reviews.
 
 # %%
 print(f"{'':14}{'reference':>10}{'policy':>10}")
@@ -248,22 +254,22 @@ print(f"{'kl_exact':14}{0:10.3f}{figures['kl_exact']:10.3f}")
 # %% [markdown]
 # ## 10. Reward against KL
 #
-# One run is one point. Here is the sweep that comes with the project: several methods, several settings each, three
-# seeds, all from one SFT model. The black line is the most reward that any policy can have at that KL, worked out from
-# Equation 4. Large points are where a training ended, small ones are on the way. Which methods come near the line? What
-# does a small beta buy, and what does it cost in grammar?
+# One run gives one point. The figure shows the sweep that comes with the project: several methods with several settings
+# and three seeds each, all from one SFT model. The black line is the highest reward that any policy can have at that
+# KL, computed from Equation 4. Large points show the end of a run, small points show earlier steps. Which methods come
+# near the line? How much reward does a small beta gain, and how much grammar does it cost?
 
 # %%
-points, curve = frontier.read_csv("docs/frontier/toy.csv"), limit.read("docs/frontier/toy_limit.csv")
-frontier.draw(points, curve, RUNS / "frontier.png")
+points, curve = figure.read_csv("docs/frontier/toy.csv"), limit.read("docs/frontier/toy_limit.csv")
+figure.draw(points, curve, RUNS / "frontier.png")
 show.picture(RUNS / "frontier.png")
 
 # %%
-print(frontier.summary(points, curve))
+print(figure.summary(points, curve))
 
 # %% [markdown]
 # ## What next
 #
-# * Change `--beta` in section 7 to 0.1 and run sections 7 to 9 again. Which figure warns you?
-# * Fill in the twelve functions: `course/README.md` says how, and the grader tells what a wrong answer looks like.
-# * The three open tasks: `course/tasks/README.md`.
+# * Add `--beta 0.1` to the command in section 7 and run sections 7 to 9 again. Which number warns you?
+# * Write the twelve functions: `course/README.md` explains how. The grader names the mistake in a wrong answer.
+# * Do the three open tasks: `course/tasks/README.md`.

@@ -1,4 +1,4 @@
-"""The exercises as they are handed out, and the measured ends of the open tasks."""
+"""The exercises as students get them, and the measured goals of the open tasks."""
 
 import doctest
 import importlib.util
@@ -22,7 +22,7 @@ NAMES = [exercise.name for exercise in EXERCISES]
 
 
 def functions(module):
-    """The names of a module's own functions, in their order."""
+    """The names of the functions that a module defines, in order."""
     return [name for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
 
 
@@ -41,7 +41,7 @@ def test_stubs_oracles_and_solution_have_the_same_functions_with_the_same_argume
 
 
 def test_the_examples_are_right():
-    """By the project's own functions; with the stubs, each of them fails."""
+    """Each example passes with the project's own functions and fails with the stub."""
     examples = [test for test in doctest.DocTestFinder().find(exercises) if test.examples and test.name.count(".") == 2]
     assert len(examples) == len(NAMES)
     for stub in examples:
@@ -53,21 +53,20 @@ def test_the_examples_are_right():
             assert (failed == 0) == right, stub.name
 
 
-def test_what_the_pages_say_of_the_numbers():
+def test_the_numbers_on_the_pages():
     text = (COURSE / "README.md").read_text(encoding="utf-8")
     assert "twelve functions" in text and len(NAMES) == 12
     assert "ten random cases" in text and CASES == 10
 
 
-def test_the_course_tells_students_no_answers():
-    """What they are told to read does not name the mistakes of the three runs."""
-    told = [COURSE / "tasks" / "README.md", COURSE / "tasks" / "__main__.py", COURSE / "README.md"]
-    for path in told:
+def test_the_course_does_not_tell_students_the_answers():
+    """The pages that students read do not name the mistakes of the three runs."""
+    for path in (COURSE / "tasks" / "README.md", COURSE / "tasks" / "__main__.py", COURSE / "README.md"):
         text = path.read_text(encoding="utf-8")
-        assert not [mutant.name for mutant in mistakes.GALLERY if mutant.name in text]
+        assert not [mistake.name for mistake in mistakes.GALLERY if mistake.name in text]
 
 
-def test_links_lead_somewhere_and_commands_exist():
+def test_links_and_commands_exist():
     for page in COURSE.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -88,7 +87,7 @@ def write_run(folder, metrics, **settings):
 
 
 def measured(capsys, *argv):
-    """Exit code and printed lines of a measurement."""
+    """The exit code and the printed lines of a measurement."""
     with pytest.raises(SystemExit) as stop:
         call(tasks.main, *argv)
     return stop.value.code, capsys.readouterr().out.splitlines()
@@ -99,7 +98,7 @@ def raw_curves(name):
     return [dict(zip(lines[0][1:], map(float, line[1:]), strict=True)) for line in lines[1:] if line[0] == name]
 
 
-def test_the_given_runs_start_alike_and_show_what_the_answers_say():
+def test_the_given_runs_start_alike_and_show_what_the_answers_describe():
     healthy, a, b, c = (raw_curves(name) for name in ("healthy", "a", "b", "c"))
     for run in (healthy, a, b, c):
         assert [m["step"] for m in run] == list(range(1, tasks.STEPS + 1))
@@ -112,7 +111,7 @@ def test_the_given_runs_start_alike_and_show_what_the_answers_say():
 
 
 @pytest.mark.parametrize("which", ["a", "b", "c"])
-def test_a_run_with_the_right_mistake_is_at_0_and_the_healthy_one_at_1(which, tmp_path, capsys):
+def test_the_run_with_the_right_mistake_is_at_0_and_the_healthy_run_at_1(which, tmp_path, capsys):
     for name, distance in ((which, 0), ("healthy", 1), *((other, None) for other in "abc" if other != which)):
         run = write_run(tmp_path / name, raw_curves(name))
         code, (line,) = measured(capsys, "curves", "--which", which, "--run", run)
@@ -166,21 +165,17 @@ def test_displacement(tmp_path, capsys):
 
 
 def test_budget(monkeypatch, capsys):
-    """The marks on figures made up; the figures themselves are those of experiments.evaluate."""
+    """Compares invented figures with the goals; experiments.evaluate, which measures them, has its own tests."""
     import data
-    from experiments import evaluate
-    from minidpo import checkpoint
+    from experiments import common, evaluate
 
-    class Tokenizer:
-        fingerprint = "same"
-
-    monkeypatch.setattr(checkpoint, "load", lambda folder: (None, Tokenizer(), None))
+    monkeypatch.setattr(common, "load_models", lambda *folders: ([None, None], None))
     monkeypatch.setattr(data, "find", lambda name, file: mistakes.ROOT / "data" / "toy_sentiment" / f"{file}.jsonl")
     for reward, kl, code in ((2.0, 1.0, 0), (1.7, 1.0, 1), (3.0, 1.2, 1)):
         figures = {"reward_mean": reward + 0.5, "reference": {"reward_mean": 0.5}, "kl_exact": kl}
 
         def evaluated(policy, reference, tokenizer, prompts, reward, settings, figures=figures):
-            assert len(prompts) == 300 and settings.samples_per_prompt == 4  # the shipped prompts are 300
+            assert len(prompts) == 300 and settings.samples_per_prompt == 4  # the repository has 300 prompts
             return figures, prompts, {}
 
         monkeypatch.setattr(evaluate, "evaluate", evaluated)

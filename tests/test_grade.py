@@ -1,4 +1,4 @@
-"""The grader: right answers get full marks, wrong ones are named, and bad files cost their own points and no others."""
+"""The grader: right answers get full marks, wrong ones are named, and a bad function costs only its own points."""
 
 import json
 import random
@@ -17,17 +17,18 @@ from course.oracles import CASES, EXERCISES
 from experiments import mistakes
 
 torch.set_num_threads(1)
-tqdm.monitor_interval = 0  # as the student's process has it: no thread
+tqdm.monitor_interval = 0  # no thread, as in the student's process
 SOLUTION = mistakes.ROOT / "course" / "instructor" / "solution.py"
 SOURCE = SOLUTION.read_text(encoding="utf-8")
 NAMES = [exercise.name for exercise in EXERCISES]
 BY_NAME = {exercise.name: exercise for exercise in EXERCISES}
-LONG = 600  # seconds: nothing here takes them
-SEED = random.SystemRandom().randrange(10**6)  # as the grader does; pytest shows it where a test fails
+FEW = 2  # cases per function, where many files are graded
+LONG = 600  # seconds, more than any test here needs
+SEED = random.SystemRandom().randrange(10**6)  # a new one each time, as in the grader; pytest shows it on failure
 
 
 def write(tmp_path, code, without=()):
-    """A submission: the solution with `code` behind it, which may define a function anew, less the functions named."""
+    """Writes a submission: the solution, then `code`, which may replace functions; those in `without` are deleted."""
     deleted = "".join(f"\ndel {name}" for name in without)
     path = tmp_path / "mine.py"
     path.write_text(f"{SOURCE}{deleted}\n\n{textwrap.dedent(code)}\n", encoding="utf-8")
@@ -43,12 +44,14 @@ def words(result, name):
 
 
 def only_loses(result, *names):
-    """All functions but those named have full marks, and those have none."""
-    assert scores(result) == {name: 0 if name in names else CASES for name in NAMES}, result
+    """Checks that the functions `names` have no points and all others have full marks."""
+    full = {test["name"]: test["max_score"] for test in result["tests"]}
+    assert list(full) == NAMES and set(full.values()) in ({CASES}, {FEW})
+    assert scores(result) == {name: 0 if name in names else full[name] for name in NAMES}, result
 
 
 def points(functions, seed=SEED, only=None):
-    """{name: (points, words)} of a dict of functions, in this process."""
+    """Grades a dict of functions in this process; returns {name: (points, message)}."""
     results = {}
     for name, cases in draw_cases(seed).items():
         if only in (None, name):
@@ -59,7 +62,7 @@ def points(functions, seed=SEED, only=None):
 
 
 def solution(**modules):
-    """The functions of the solution, with other modules in the place of the project's."""
+    """The functions of the solution, with `modules` in place of the project's own."""
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name.replace("__", "."), module)
@@ -84,37 +87,38 @@ def test_full_marks_by_the_command(tmp_path, capsys):
     result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     only_loses(result)
     assert result["score"] == result["max_score"] == 120
-    assert result["output"] == "imports experiments, minidpo, train_dpo"
+    assert result["output"] == "imports data, experiments, minidpo, train_dpo"
     assert [set(test) for test in result["tests"]] == [{"name", "score", "max_score", "output"}] * 12
     out = capsys.readouterr().out
     assert f"{SOLUTION}: 120 of 120 points" in out and f"--seed {result['seed']}" in out
 
 
-MUTANTS = {  # name: the exercise that loses marks, and what the grader must say
+MESSAGES = {  # name of a mistake in the gallery: the exercise that loses points, and the grader's message
     "log-ratios-added": ("margin_and_loss", "the two rewards are added"),
     "reference-added": ("implicit_reward", "the reference is added instead of subtracted"),
     "beta-inverted": ("implicit_reward", "divided by beta instead of multiplied"),
     "beta-missing-from-the-rewards": ("implicit_reward", "beta is missing"),
-    "no-log-sigmoid": ("margin_and_loss", "the log-sigmoid is missing: minus the margin"),
-    "log-of-sigmoid": ("margin_and_loss", "infinite at large margins"),
+    "no-log-sigmoid": ("margin_and_loss", "the log-sigmoid is missing: this is minus the margin"),
+    "log-of-sigmoid": ("margin_and_loss", "in two steps is infinite at large margins"),
     "robust-for-conservative": ("smoothed_loss", "this is robust DPO"),
     "mean-over-tokens": ("sum_logps", "the mean over the response's tokens"),
+    "mask-left-out": ("sum_logps", "the mask is not used"),
     "softmax-over-positions": ("gather_logps", "normalised over the positions"),
     "raw-logits": ("gather_logps", "raw logits"),
-    "log-softmax-in-bf16": ("gather_logps", "logps has dtype float32 where float64 belongs"),
-    "merge-across-the-border": ("tokenise_pair", "a token crosses the border"),
-    "no-end-of-response": ("tokenise_pair", "no eot behind the response"),
+    "log-softmax-in-bf16": ("gather_logps", "logps has dtype float32; expected float64"),
+    "merge-across-the-border": ("tokenise_pair", "a token crosses the boundary"),
+    "no-end-of-response": ("tokenise_pair", "no eot after the response"),
     "targets-not-shifted": ("build_batch", "the targets are not shifted"),
-    "mask-off-by-one": ("build_batch", "the targets are shifted and the mask is not"),
-    "mask-by-id": ("build_batch", "every eot is taken for padding"),
+    "mask-off-by-one": ("build_batch", "the targets are shifted but the mask is not"),
+    "mask-by-id": ("build_batch", "every eot is treated as padding"),
     "prompt-scored": ("build_batch", "the prompt is scored"),
     "padding-scored": ("build_batch", "the padding is scored"),
     "left-padding": ("build_batch", "padded on the left"),
     "ties-lost": ("accuracy", "ties count as losses"),
     "accuracy-without-the-reference": ("accuracy", "the reference is missing"),
-    "kl-per-token": ("kl_estimates", "plain: looks like: averaged over the tokens"),
+    "kl-per-token": ("kl_estimates", "plain: likely mistake: averaged over the tokens"),
 }
-ELSEWHERE = {  # mutants of what no exercise asks for: the model, the loop, files; the pairs' order; a second side
+ELSEWHERE = {  # mistakes in what no exercise asks for: the model, the loop, files, the order within a pair
     "chosen-and-rejected-swapped", "ipo-with-beta-in-the-margin", "rejected-detached", "dropout-missed-in-attention",
     "dropout-left-on", "reference-follows-the-policy", "cache-without-the-weights", "optimizer-of-another-copy",
     "exact-gelu", "head-tied-by-its-data", "mean-of-each-micro-batch", "zero-grad-forgotten", "average-of-averages",
@@ -122,22 +126,22 @@ ELSEWHERE = {  # mutants of what no exercise asks for: the model, the loop, file
 }  # fmt: skip
 
 
-def test_every_mutant_is_thought_of():
-    assert set(MUTANTS) | ELSEWHERE == {mutant.name for mutant in mistakes.GALLERY}
+def test_the_gallerys_mistakes_are_all_listed():
+    assert set(MESSAGES) | ELSEWHERE == {mistake.name for mistake in mistakes.GALLERY}
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_loses_marks_and_is_named(name):
-    mutant = next(mutant for mutant in mistakes.GALLERY if mutant.name == name)
-    module = mutant.file.removesuffix(".py").replace("/", "__")
-    exercise, mistake = MUTANTS[name]
-    score, said = points(solution(**{module: mistakes.load(mutant)}), only=exercise)[exercise]
-    assert score < CASES and mistake in said
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_mistake_of_the_gallery_loses_points_and_is_named(name):
+    mistake = next(mistake for mistake in mistakes.GALLERY if mistake.name == name)
+    module = mistake.file.removesuffix(".py").replace("/", "__")
+    exercise, message = MESSAGES[name]
+    score, said = points(solution(**{module: mistakes.load(mistake)}), only=exercise)[exercise]
+    assert score < CASES and message in said
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_each_known_mistake_is_wrong_and_is_told_from_the_others(exercise):
-    """For any seed: it differs from the oracle in a case at least, and is called by its own name."""
+def test_each_known_mistake_loses_points_and_gets_its_own_message(exercise):
+    """For any seed, it differs from the oracle in at least one case, and no other mistake is named."""
     for seed in range(SEED, SEED + 5):
         cases = draw_cases(seed)[exercise.name]
         plain = [[a.values if hasattr(a, "values") else a for a in case] for case in cases]
@@ -148,7 +152,7 @@ def test_each_known_mistake_is_wrong_and_is_told_from_the_others(exercise):
 
 
 def as_reply(exercise, function, plain, dtypes):
-    """What the child would send for a function that works on lists."""
+    """The reply that the child would send for a function that works on lists."""
     answers = []
     for case, dtype in zip(plain, dtypes, strict=True):
         items = []
@@ -164,10 +168,10 @@ def as_reply(exercise, function, plain, dtypes):
     return {"answers": answers}
 
 
-def test_an_unknown_mistake_is_shown_by_its_first_case():
+def test_for_an_unknown_mistake_the_first_case_is_shown():
     functions = solution() | {"implicit_reward": lambda policy, reference, beta: beta * (policy - reference) + 1}
     score, said = points(functions, only="implicit_reward")["implicit_reward"]
-    assert score == 0 and said.startswith("in case 1 [") and " belongs" in said
+    assert score == 0 and said.startswith("case 1: got [") and ", expected [" in said
 
 
 def test_an_accuracy_in_float32_is_right_too():
@@ -177,14 +181,14 @@ def test_an_accuracy_in_float32_is_right_too():
     assert points(functions, only="accuracy")["accuracy"] == (CASES, "")
 
 
-def test_part_of_an_answer_wrong_is_said_of_that_part():
+def test_if_one_returned_value_is_wrong_the_message_names_it():
     functions = solution()
     right = functions["kl_estimates"]
     functions["kl_estimates"] = lambda p, q, targets, mask: (
         right(p, q, targets, mask)[0],
         -right(p, q, targets, mask)[1],
     )
-    assert points(functions, only="kl_estimates")["kl_estimates"] == (0, "exact: looks like: the sign is turned")
+    assert points(functions, only="kl_estimates")["kl_estimates"] == (0, "exact: likely mistake: the sign is wrong")
 
 
 def test_close():
@@ -196,26 +200,35 @@ def test_close():
 
 # ---- answers that cannot count ----
 
-BAD = [  # (a function, as code; what is said of it)
-    ("def shift(row): return None", "returns None (is the return missing?) where 2 belong: ids, targets"),
+BAD = [  # (code of a function, part of the grader's message)
+    (
+        "def shift(row): return None",
+        "returns None (is the return statement missing?); expected 2 values: ids, targets",
+    ),
     ("def shift(row): return row[:-1]", "returns a torch.Tensor of shape"),
     ("def shift(row): return row[:-1], row[1:].tolist()", "targets is a list or tuple of"),
     ("def shift(row): return row[:-1], row", "targets has shape"),
-    ("def shift(row): return row[:-1], row[1:].int()", "targets has dtype int32 where int64 belongs"),
-    ("def shift(row): return row[:-1], row[1:].numpy()", "targets is a ndarray where a torch.Tensor belongs"),
-    ("def shift(): pass", "has the wrong signature: it is called with 1 arguments"),
-    ("shift = 3", "is a int, not a function"),
+    ("def shift(row): return row[:-1], row[1:].int()", "targets has dtype int32; expected int64"),
+    ("def shift(row): return row[:-1], row[1:].numpy()", "targets is a value of type ndarray; expected a torch.Tensor"),
+    ("def shift(): pass", "has the wrong signature; number of arguments in exercises.py: 1"),
+    ("shift = 3", "is of type int; expected a function"),
     ("def shift(row): raise KeyError('x y')", "KeyError: 'x y' (line "),
     ("def shift(row): raise NotImplementedError", "not done yet"),
     ("def shift(row): import sys; sys.exit(0)", "SystemExit: 0 (line "),
     ("def shift(row): raise SystemExit", "SystemExit (line "),
     ("def shift(row): return input(), row", "EOFError"),
     ("def tokenise_pair(t, p, w, l): return torch.tensor([1]), [1], [1]", "prompt_ids is a torch.Tensor of shape (1,)"),
-    ("def tokenise_pair(t, p, w, l): return [1.0], [1], [1]", "prompt_ids is a list with a float where"),
-    ("def tokenise_pair(t, p, w, l): return [10**400], [1], [1]", "prompt_ids is a list with a int of 1329 bits"),
-    ("def implicit_reward(p, r, beta): return (beta * (p - r)).mean()", "rewards has shape () where"),
-    ("def implicit_reward(p, r, beta): return (p - r) * float('nan')", "rewards holds NaN (case 1)"),
-    ("def implicit_reward(p, r, beta): return (p - r).half()", "rewards has dtype float16 where float64 belongs"),
+    (
+        "def tokenise_pair(t, p, w, l): return [1.0], [1], [1]",
+        "prompt_ids is a list that contains a value of type float; expected",
+    ),
+    (
+        "def tokenise_pair(t, p, w, l): return [10**400], [1], [1]",
+        "prompt_ids is a list that contains a value of type int with 1329 bits",
+    ),
+    ("def implicit_reward(p, r, beta): return (beta * (p - r)).mean()", "rewards has shape (); expected"),
+    ("def implicit_reward(p, r, beta): return (p - r) * float('nan')", "rewards contains NaN (case 1)"),
+    ("def implicit_reward(p, r, beta): return (p - r).half()", "rewards has dtype float16; expected float64"),
     ("def implicit_reward(p, r, beta): return torch.zeros(400, 400).to(p)", "rewards has shape (400, 400)"),
     ("def sum_logps(logps, mask): return (logps * mask).detach().sum(-1)", "logps has lost a gradient"),
     (
@@ -224,25 +237,25 @@ BAD = [  # (a function, as code; what is said of it)
     ),
     ("def accuracy(*a): return float('nan')", "accuracy is NaN"),
     ("def accuracy(*a): return None", "accuracy is None"),
-    ("def accuracy(*a): return 'all'", "accuracy is a str where a number belongs"),
-    ("def accuracy(*a): return 10**400", "accuracy is a int of 1329 bits"),
-    ("def pick_beta(frontier, kl_budget): return [1.0]", "beta is a list or tuple of 1"),
-    # what is not its own
+    ("def accuracy(*a): return 'all'", "accuracy is a value of type str; expected a number"),
+    ("def accuracy(*a): return 10**400", "accuracy is a value of type int with 1329 bits"),
+    ("def pick_beta(frontier, kl_budget): return [1.0]", "beta is a list or tuple of length 1"),
+    # changes outside the function
     ("def pick_beta(frontier, kl_budget): return frontier.pop()['beta']", "it changes its argument 1 in place"),
     ("def shift(row): row[0] = 5; return row[:-1], row[1:]", "it changes its argument 1 in place"),
-    ("def shift(row): torch.manual_seed(0); return row[:-1], row[1:]", "it moves torch's random numbers"),
+    ("def shift(row): torch.manual_seed(0); return row[:-1], row[1:]", "it draws or seeds torch's random numbers"),
     ("def shift(row): torch.set_default_dtype(torch.float64); return 1", "it changes torch's default dtype"),
     ("def shift(row): torch.set_grad_enabled(False); return 1", "it leaves gradients switched off or on"),
     ("def shift(row): torch.log = torch.exp; return 1", "it replaces torch.log"),
     ("def shift(row): torch.Tensor.tolist = 1; return 1", "it replaces Tensor.tolist"),
     ("def shift(row): import builtins; builtins.sum = max; return 1", "it replaces builtins.sum"),
-    ("def shift(row): import random; random.random(); return 1", "it moves Python's random numbers"),
-    ("def shift(row): import numpy; numpy.random.seed(0); return 1", "it moves numpy's random numbers"),
+    ("def shift(row): import random; random.random(); return 1", "it draws or seeds Python's random numbers"),
+    ("def shift(row): import numpy; numpy.random.seed(0); return 1", "it draws or seeds numpy's random numbers"),
     (
         "def shift(row): import threading, time; threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
         "it leaves threads running",
     ),
-    # the grader's own
+    # access to the grader, other processes and programs
     ("def shift(row): from course import oracles; return oracles.shift(row)", "it imports the grader (course.oracles)"),
     ("def shift(row): return open('course/oracles.py').read()", "it opens the grader's files (oracles.py)"),
     (
@@ -250,11 +263,11 @@ BAD = [  # (a function, as code; what is said of it)
         "grader's files",
     ),
     ("def shift(row): import inspect, sys; return inspect.getsource(sys.modules['course.child'])", "OSError"),
-    ("def shift(row): import os; return open(f'/proc/{os.getppid()}/mem', 'rb')", "it looks into another process"),
+    ("def shift(row): import os; return open(f'/proc/{os.getppid()}/mem', 'rb')", "it reads another process"),
     ("def shift(row): import os; os.kill(os.getppid(), 9)", "it sends signals to other processes"),
     ("def shift(row): import subprocess; subprocess.run(['ls'])", "it starts or calls other programs"),
     ("def shift(row): import os; return os.fork()", "it starts or calls other programs"),
-    # what ends its process
+    # its process ends
     ("def shift(row): import os; os._exit(0)", "its process ended (exit code 0)"),
     ("def shift(row): import ctypes; ctypes.string_at(0)", "its process ended (exit code -11)"),
     ("def shift(row): import os; os.closerange(3, 99); return row[:-1], row[1:]", ""),
@@ -265,16 +278,17 @@ BAD = [  # (a function, as code; what is said of it)
 
 @pytest.fixture(scope="module")
 def cases():
-    return draw_cases(SEED)
+    """FEW cases per function, in float64 and float32: these tests grade many files."""
+    return {name: drawn[:FEW] for name, drawn in draw_cases(SEED).items()}
 
 
 @pytest.mark.parametrize("code,said", BAD, ids=[code[4:60] for code, _ in BAD])
-def test_what_cannot_count_costs_its_own_points_only(code, said, tmp_path, cases):
+def test_a_bad_function_costs_only_its_own_points(code, said, tmp_path, cases):
     name = code.removeprefix("def ").partition("(")[0].partition(" ")[0]
     if "/proc" in code or "10**10" in code:
         from conftest import need
 
-        need(sys.platform == "linux", "only Linux has /proc and keeps the limit on memory")
+        need(sys.platform == "linux", "only Linux has /proc and enforces the limit on memory")
     result = grade(write(tmp_path, code), cases, time_limit=LONG)
     only_loses(result, name)
     assert said in words(result, name)
@@ -289,9 +303,9 @@ def test_endless_loops_are_stopped(tmp_path, cases):
         while True:
             print("x" * 10_000)
     """
-    result = grade(write(tmp_path, code), cases, time_limit=5)
+    result = grade(write(tmp_path, code), cases, time_limit=2)
     only_loses(result, "shift", "accuracy")
-    assert words(result, "shift") == words(result, "accuracy") == "no answer within 5 seconds"
+    assert words(result, "shift") == words(result, "accuracy") == "no answer within 2 seconds"
 
 
 def test_printing_costs_nothing(tmp_path, cases, capfd):
@@ -313,7 +327,7 @@ def test_missing_and_many_at_once(tmp_path, cases):
     code = "def shift(row):\n    import os; os._exit(1)\ndef accuracy(*x): pass"
     result = grade(write(tmp_path, code, without=("build_batch", "pick_beta")), cases, time_limit=LONG)
     only_loses(result, "shift", "accuracy", "build_batch", "pick_beta")
-    assert words(result, "build_batch") == words(result, "pick_beta") == "not there"
+    assert words(result, "build_batch") == words(result, "pick_beta") == "not defined"
 
 
 @pytest.mark.parametrize(
@@ -325,7 +339,7 @@ def test_missing_and_many_at_once(tmp_path, cases):
             "import not_there_at_all",
             "the file does not import: ModuleNotFoundError: No module named 'not_there_at_all'",
         ),
-        ("while True: pass", "the file does not import: no answer within 5 seconds"),
+        ("while True: pass", "the file does not import: no answer within 1 seconds"),
         ("import os; os._exit(3)", "the file does not import: its process ended (exit code 3)"),
         ("raise SystemExit('bye')", "the file does not import: SystemExit: bye"),
         ("torch.exp = torch.log", "on import the file replaces torch.exp"),
@@ -334,23 +348,23 @@ def test_missing_and_many_at_once(tmp_path, cases):
     ],
 )
 def test_a_file_that_does_not_import(code, said, tmp_path, cases):
-    result = grade(write(tmp_path, code), cases, time_limit=5 if "while" in code else LONG)
+    result = grade(write(tmp_path, code), cases, time_limit=1 if "while" in code else LONG)
     only_loses(result, *NAMES)
     assert result["output"].startswith(said)
 
 
-def test_a_file_that_is_no_python(tmp_path, cases):
+def test_a_file_that_is_not_python(tmp_path, cases):
     path = tmp_path / "x.py"
     path.write_bytes(b"\xff\x00\xfe" * 9)
     result = grade(path, cases, time_limit=LONG)
     assert result["score"] == 0 and result["output"].startswith("the file does not import: ")
 
 
-def test_a_seed_at_the_top_does_no_harm(tmp_path, cases):
+def test_seeding_at_the_top_is_allowed(tmp_path, cases):
     only_loses(grade(write(tmp_path, "torch.manual_seed(0)"), cases, time_limit=LONG))
 
 
-def test_what_writes_into_the_pipe_itself_loses_its_points(tmp_path, cases):
+def test_a_function_that_writes_to_the_pipe_gets_no_points(tmp_path, cases):
     code = """
     def shift(row):
         import gc
@@ -386,8 +400,8 @@ def test_several_files_a_table_and_one_json(tmp_path, capsys):
 
 def test_bad_commands(tmp_path, capsys):
     assert "is not a file" in fails(capsys, command.main, tmp_path / "nobody.py")
-    assert "It is a folder: give" in fails(capsys, command.main, tmp_path)
-    assert "--time-limit 0.0" in fails(capsys, command.main, SOLUTION, "--time-limit", 0)
+    assert "It is a folder; write" in fails(capsys, command.main, tmp_path)
+    assert "--time-limit 0.0 must be" in fails(capsys, command.main, SOLUTION, "--time-limit", 0)
 
 
 def test_the_same_seed_gives_the_same_cases_and_another_does_not():

@@ -1,4 +1,4 @@
-"""The notebook: its source runs, it is what its source makes, and it can be read without being run."""
+"""The notebook: its source runs, the two files agree, and it can be read without running it."""
 
 import importlib.util
 import json
@@ -23,11 +23,11 @@ SHIPPED = notebook.ROOT / "data" / "toy_sentiment"
 
 @pytest.fixture(scope="module", autouse=True)
 def plotting():
-    need(importlib.util.find_spec("matplotlib"), "the notebook draws: it needs matplotlib")
+    need(importlib.util.find_spec("matplotlib"), "the notebook draws pictures and needs matplotlib")
 
 
 def code(beginning):
-    """The cell of code that begins so."""
+    """The code cell with this beginning."""
     (cell,) = [text for kind, text in CELLS if kind == "code" and text.startswith(beginning)]
     return cell
 
@@ -37,18 +37,20 @@ def printed(outputs):
 
 
 def kinds(outputs):
-    """What a cell shows: a list of "text" and MIME types."""
+    """What a cell shows: a list of "text" and lists of MIME types."""
     return ["text" if "text" in output else sorted(output["data"]) for output in outputs]
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The outputs of each cell, from a run of all on the 300 rows that are shipped."""
+    """The outputs of each cell, from a run of all cells on the 300 rows in the repository."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "find", lambda name, file: SHIPPED / f"{file}.jsonl")
         patch.chdir(notebook.ROOT)
         patch.setattr(sys, "path", list(sys.path))
-        patch.setattr(subprocess, "run", lambda *command, **how: pytest.fail(f"{command} where all is installed"))
+        patch.setattr(
+            subprocess, "run", lambda *command, **how: pytest.fail(f"{command}, although everything is installed")
+        )
         runs = tmp_path_factory.mktemp("runs")
         return notebook.execute(CELLS, RUNS=runs, SFT_EPOCHS=0.5, DPO_EPOCHS=0.8, PROMPTS=8)
 
@@ -61,21 +63,21 @@ def shipped():
 # ---- the notebook ----
 
 
-def test_it_runs_and_shows_what_the_text_speaks_of(executed):
+def test_it_runs_and_shows_what_the_text_describes(executed):
     shown = {text: outputs for (kind, text), outputs in zip(CELLS, executed, strict=True) if kind == "code"}
     assert "[0.7000, 0.6000]" in printed(shown[code("logits =")])
     assert printed(shown[code("logits =")]).count("[0.7000, 0.6000]") == 2
     slopes = printed(shown[code("beta = 0.7")])
     assert "losses: tensor([0.6931, 0.6931])" in slopes
     assert "chosen:   tensor([-0.3500, -0.3500])" in slopes and "rejected: tensor([0.3500, 0.3500])" in slopes
-    border = [line.split()[-1] for line in printed(shown[code("border =")]).splitlines()[1:]]
-    assert border == ["no", "no", "yes", "yes", "yes", "yes"]
+    scored = [line.split()[-1] for line in printed(shown[code("boundary =")]).splitlines()[1:]]
+    assert scored == ["no", "no", "yes", "yes", "yes", "yes"]
     assert "-log sigmoid(0.000)" in printed(shown[code("asked =")])
     assert "loss 0.693147 (ln 2 = 0.693147)" in printed(shown[code("show.call(train_dpo.main")])
     assert "kl_exact" in printed(shown[code("print(f\"{'':14}")])
 
 
-def test_it_is_what_its_source_makes(executed, shipped):
+def test_it_agrees_with_its_source(executed, shipped):
     assert shipped == notebook.notebook(CELLS, [cell.get("outputs", []) for cell in shipped["cells"]])
     for (_, text), now, cell in zip(CELLS, executed, shipped["cells"], strict=True):
         assert kinds(cell.get("outputs", [])) == kinds(now), text
@@ -107,7 +109,7 @@ def test_the_commands_in_it_are_those_of_the_project(shipped):
     assert commands == ["train_sft.py", "train_dpo.py"]
 
 
-def test_on_a_hosted_notebook_the_first_cell_fetches_and_installs(tmp_path, monkeypatch):
+def test_in_a_hosted_notebook_the_first_cell_downloads_and_installs(tmp_path, monkeypatch):
     ran = []
 
     def run(command, check):
@@ -126,7 +128,7 @@ def test_on_a_hosted_notebook_the_first_cell_fetches_and_installs(tmp_path, monk
     assert os.getcwd() == root and sys.path[0] == root
 
 
-# ---- how it is made ----
+# ---- how it is generated ----
 
 
 def test_cells():
@@ -138,7 +140,7 @@ def test_cells():
     ]
 
 
-def test_outputs_as_jupyter_has_them():
+def test_outputs_have_jupyters_format():
     outputs = notebook.execute(
         [
             ("code", "x = 1\nprint('a', x)"),
@@ -153,7 +155,7 @@ def test_outputs_as_jupyter_has_them():
     )
     assert outputs[0] == [{"output_type": "stream", "name": "stdout", "text": "a 1\n"}]
     assert outputs[1] == outputs[5] == []
-    assert outputs[2][0]["data"] == {"text/plain": "6"}  # x was given, and holds from the end of its cell on
+    assert outputs[2][0]["data"] == {"text/plain": "6"}  # the given x replaces that of the cell
     assert outputs[3][0]["output_type"] == "display_data" and outputs[3][0]["data"]["image/png"].startswith("iVBOR")
     assert outputs[4][0]["data"] == {"text/plain": "<text/markdown>", "text/markdown": "**b**"}
     assert outputs[6][0]["text"] == "train_dpo.py\n" and outputs[6][1]["data"] == {"text/plain": "'train_dpo.py'"}

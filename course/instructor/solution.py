@@ -1,7 +1,7 @@
-"""The exercises answered by the project's own functions: what the grader must give full marks. Thin calls, no second
+"""The exercises, answered by the project's own functions. The grader must give this file full marks.
 
-implementation. A student's answers are expected to be the formulas themselves; their imports of these modules are
-reported by the grader.
+Each answer only calls the project, so that there is no second implementation. Students should write the formulas
+themselves: the grader reports a file that imports these modules.
 """
 
 from types import SimpleNamespace
@@ -32,9 +32,8 @@ def gather_logps(logits, targets):
 
 
 def sum_logps(logps, mask):
-    logits = torch.stack(
-        [logps, torch.log1p(-logps.exp())], dim=-1
-    )  # two tokens; the first has these log-probabilities
+    # a vocabulary of two tokens: token 0 has these log-probabilities, token 1 has the rest
+    logits = torch.stack([logps, torch.log1p(-logps.exp())], dim=-1)
     rows = dataset.Rows(ids=None, targets=torch.zeros_like(mask, dtype=torch.long), mask=mask)
     return train_dpo.response_logps(lambda ids: logits, dataset.PreferenceBatch(rows, rows))[0]
 
@@ -59,13 +58,14 @@ def smoothed_loss(margins, label_smoothing):
 
 def accuracy(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
     logps = policy_chosen, policy_rejected
-    losses = train_dpo.dpo_loss(*logps, reference_chosen, reference_rejected, beta=1.0)
-    return train_dpo.means(train_dpo.summed(*losses, *logps), len(policy_chosen))["rewards/accuracies"]
+    losses_and_rewards = train_dpo.dpo_loss(*logps, reference_chosen, reference_rejected, beta=1.0)
+    sums = train_dpo.metric_sums(*losses_and_rewards, *logps)
+    return train_dpo.means(sums, len(policy_chosen))["rewards/accuracies"]
 
 
 def kl_estimates(policy_logits, reference_logits, targets, mask):
     estimates = []
-    for row, (ids, m) in enumerate(zip(targets, mask, strict=True)):  # one by one: sequence_kl sorts them by length
+    for row, (ids, m) in enumerate(zip(targets, mask, strict=True)):  # one at a time: sequence_kl sorts them
         sample = ids[m].tolist()
         prompt = [0] * (1 + int(m.int().argmax()))
         policy, reference = (
@@ -77,7 +77,7 @@ def kl_estimates(policy_logits, reference_logits, targets, mask):
 
 
 class Fixed:
-    """As much of a model as `sequence_kl` asks of one; its logits are given."""
+    """A model with fixed logits that has the attributes `sequence_kl` uses."""
 
     def __init__(self, logits):
         self.logits, self.wte = logits, SimpleNamespace(weight=logits)

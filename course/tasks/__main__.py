@@ -1,10 +1,11 @@
-"""Measures the ends of the three open tasks (course/tasks/README.md): figures, marks, and whether they are reached.
+"""Measures the goals of the three open tasks (course/tasks/README.md).
 
     python -m course.tasks budget --policy runs/mine --reference runs/toy/sft
     python -m course.tasks curves --which a --run runs/mine
     python -m course.tasks displacement --shown runs/displaced --repaired runs/repaired
 
-The exit code is 0 if all marks are reached, 1 if not, 2 for a command that cannot be carried out.
+Each line shows a figure, its goal, and whether the goal is reached. The exit code is 0 if all goals are reached, 1 if
+not, and 2 if the command cannot be carried out.
 """
 
 import argparse
@@ -13,39 +14,36 @@ import json
 import sys
 from pathlib import Path
 
-from minidpo.run import read_metrics, running_mean
+from minidpo.report import read_metrics, running_mean
 from minidpo.settings import UserError, run_main
 
 CURVES = Path(__file__).parent / "curves.csv"
-SMOOTH = 10  # steps
-STEPS = 79  # of the runs in curves.csv
+SMOOTH = 10  # steps on each side in a running mean
+STEPS = 79  # length of the runs in curves.csv
 
 
 def budget(args):
-    """Mean reward above the reference's, at a KL within the budget."""
-    import data
-    from experiments import evaluate
+    """Measures how far the mean reward is above the reference's, and the KL."""
+    from experiments import common, evaluate
     from experiments.rewards import load_reward
-    from minidpo import checkpoint, dataset
 
-    policy, tokenizer, _ = checkpoint.load(args.policy)
-    reference, other, _ = checkpoint.load(args.reference)
-    if tokenizer.fingerprint != other.fingerprint:
-        raise UserError(f"{args.policy} and {args.reference} have different tokenizers: no KL between them.")
-    prompts = [record["prompt"] for record in dataset.read_jsonl(data.find("toy", "prompts_test"), ("prompt",))]
+    (policy, reference), tokenizer = common.load_models(args.policy, args.reference)
+    prompts = common.read_prompts("toy", limit=500)
     settings = evaluate.Settings("", "", "toy", "toy", samples_per_prompt=4, max_new_tokens=96)
-    figures, *_ = evaluate.evaluate(policy, reference, tokenizer, prompts[:500], load_reward("toy"), settings)
+    figures, *_ = evaluate.evaluate(policy, reference, tokenizer, prompts, load_reward("toy"), settings)
     return [
         ("reward above the reference's", figures["reward_mean"] - figures["reference"]["reward_mean"], ">=", 1.8),
-        ("kl_exact, nats a response", figures["kl_exact"], "<=", 1.1),
+        ("kl_exact, nats per response", figures["kl_exact"], "<=", 1.1),
     ]
 
 
 def curves(args):
-    """How far a run is from a given one, where the healthy run is at 1."""
+    """Measures the distance of a run from run a, b or c; the healthy run has distance 1."""
     metrics = read_metrics(Path(args.run))
     if len(metrics) != STEPS:
-        raise UserError(f"{args.run} has {len(metrics)} steps and the curves have {STEPS}. Train as the task says.")
+        raise UserError(
+            f"{args.run} has {len(metrics)} steps and the curves have {STEPS}. Use the training command of task 2."
+        )
     given = read_curves()
     healthy, wanted = given["healthy"], given[args.which]
     mine = {name: running_mean([m[name] for m in metrics], SMOOTH) for name in wanted}
@@ -54,7 +52,7 @@ def curves(args):
 
 
 def read_curves():
-    """{run: {metric: its running means, one a step}} of the runs a, b, c and healthy."""
+    """Reads curves.csv -> {run: {metric: running means, one per step}}, for the runs a, b, c and healthy."""
     given = {}
     with open(CURVES, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -66,13 +64,13 @@ def read_curves():
 
 
 def spread(values):
-    """Standard deviation: what a difference in a metric is measured by."""
+    """Standard deviation: the unit in which differences of a metric are measured."""
     mean = sum(values) / len(values)
     return (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
 
 
 def apart(one, other, scale):
-    """Mean difference over the steps, each metric on its own scale, added up."""
+    """Distance of two runs: the mean absolute difference of each metric over the steps, in units of `scale`, summed."""
     total = 0.0
     for name, unit in scale.items():
         differences = [abs(a - b) for a, b in zip(one[name], other[name], strict=True)]
@@ -81,25 +79,28 @@ def apart(one, other, scale):
 
 
 def displacement(args):
-    """What becomes of the held-out chosen responses, in a run that shows it and in one that does not."""
-    (shown, its), (repaired, others) = (last_evaluation(folder) for folder in (args.shown, args.repaired))
-    if its["beta"] != others["beta"]:
-        raise UserError(f"beta is {its['beta']} in {args.shown} and {others['beta']} in {args.repaired}; keep it.")
-    beta, accuracy = its["beta"], "eval/rewards/accuracies"
+    """Measures how log pi of the held-out chosen responses changes in two runs, and whether the repair is fair."""
+    shown, beta = last_evaluation(args.shown)
+    repaired, other_beta = last_evaluation(args.repaired)
+    if beta != other_beta:
+        raise UserError(
+            f"beta is {beta} in {args.shown} and {other_beta} in {args.repaired}. Train both with the same beta."
+        )
+    accuracy = "eval/rewards/accuracies"
     return [
         ("shown: change of log pi(chosen), nats", shown["eval/rewards/chosen"] / beta, "<=", -2.0),
         ("repaired: change of log pi(chosen), nats", repaired["eval/rewards/chosen"] / beta, ">=", -0.5),
-        ("repaired: accuracy above that of shown", repaired[accuracy] - shown[accuracy], ">=", -0.02),
-        ("repaired: steps beyond those of shown", repaired["step"] - shown["step"], ">=", 0),
+        ("repaired: accuracy minus that of shown", repaired[accuracy] - shown[accuracy], ">=", -0.02),
+        ("repaired: steps minus those of shown", repaired["step"] - shown["step"], ">=", 0),
     ]
 
 
 def last_evaluation(folder):
-    """(the last metrics, settings) of a run folder."""
+    """Run folder -> (its last metrics, its beta)."""
     try:
-        settings = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
+        beta = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))["beta"]
         metrics = read_metrics(Path(folder))[-1]
-        return {name: metrics[name] for name in ("step", "eval/rewards/chosen", "eval/rewards/accuracies")}, settings
+        return {name: metrics[name] for name in ("step", "eval/rewards/chosen", "eval/rewards/accuracies")}, beta
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{folder} holds no finished DPO run with held-out pairs ({error}).") from error
 
@@ -114,10 +115,10 @@ def main():
     task.add_argument("--reference", required=True, help="the SFT run that it started from")
     task = tasks.add_parser("curves", help=curves.__doc__)
     task.add_argument("--which", required=True, choices=("a", "b", "c"), help="the given run")
-    task.add_argument("--run", required=True, help="your run, with the mistake that you think was made")
+    task.add_argument("--run", required=True, help="your run, trained with the mistake that you suspect")
     task = tasks.add_parser("displacement", help=displacement.__doc__)
-    task.add_argument("--shown", required=True, help="a run in which the chosen fall")
-    task.add_argument("--repaired", required=True, help="one with the same beta in which they do not")
+    task.add_argument("--shown", required=True, help="a run in which the chosen responses become less likely")
+    task.add_argument("--repaired", required=True, help="a run with the same beta in which they do not")
     args = parser.parse_args()
     reached = []
     for what, value, sign, mark in globals()[args.task](args):
