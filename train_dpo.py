@@ -1,71 +1,74 @@
-"""Direct Preference Optimization, the whole of it, to be read from top to bottom.
+"""Direct Preference Optimization (DPO), all of it, to be read from top to bottom.
 
-    python train_dpo.py --data toy --init runs/sft --out runs/dpo
+    python train_dpo.py --data toy --init runs/toy/sft --out runs/toy/dpo
 
-DPO (Rafailov et al. 2023, arXiv 2305.18290; numbers in brackets are the paper's equations) fits a language model to
-preferences "for prompt x, people chose y_w over y_l" without a reward model and without sampling. Step by step:
+DPO (Rafailov et al. 2023, arXiv 2305.18290) trains a language model on preferences: "for prompt x, people chose
+response y_w over response y_l". It needs no reward model and no sampling. A number in parentheses, such as (3), is an
+equation of the paper; (A.4) is a section of its appendix.
 
-WHAT WE WANT. A policy pi whose responses earn a high reward r(x, y), but that stays near the reference pi_ref, the
-model we start from; beta > 0 is the price of one nat of distance, x comes from the data, y from pi(.|x):
+WHAT WE WANT. A policy pi whose responses earn a high reward r(x, y), but which stays near the reference pi_ref, the
+model we start from. beta > 0 is the price of one nat of KL; x comes from the data and y from pi(.|x):
 
     max_pi  E[ r(x, y) ]  -  beta KL( pi(y|x) || pi_ref(y|x) )                                                  (3)
 
-WHAT SOLVES IT. For one prompt, write the KL out and collect everything under one expectation over y ~ pi:
+WHAT SOLVES IT. For one prompt, write out the KL and collect everything under one expectation over y ~ pi:
 
     E[ r - beta log(pi / pi_ref) ]  =  -beta E[ log( pi(y|x) / ( pi_ref(y|x) exp(r(x, y) / beta) ) ) ]
 
-The denominator is positive, but over all y it sums to Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not to 1. Divide
-it by Z(x) and it is a distribution; call that pi*. The objective is now -beta KL(pi || pi*) + beta log Z(x). Z does not
-depend on pi, and a KL is smallest, 0, where its two sides are equal. So
+The denominator is positive, but its sum over all y is Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not 1. Divide it
+by Z(x), and it is a distribution. Call it pi*. The objective is now -beta KL(pi || pi*) + beta log Z(x). Z does not
+depend on pi, and a KL has its minimum, 0, where its two distributions are equal. So the optimum is
 
     pi*(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)                                                       (4)
 
-WHY NOT STOP HERE. Z(x) is a sum over every possible response: pi* can be written down, but not computed.
+WHY NOT STOP HERE. Z(x) is a sum over every possible response. We can write pi* down, but we cannot compute it.
 
-TURN IT AROUND. Take the logarithm of (4) and solve for the reward. Read backwards, it says of any pi for which reward
-it is the optimum:
+SOLVE FOR THE REWARD. Take the logarithm of (4). The result holds for any policy pi: it names the reward for which this
+pi is the optimum.
 
     r(x, y)  =  beta log( pi(y|x) / pi_ref(y|x) )  +  beta log Z(x)                                             (5)
 
-WHAT PEOPLE'S CHOICES SAY. Bradley-Terry: the better response wins with a probability that depends on the rewards only
-by their difference, p(y_w over y_l | x) = sigmoid( r(x, y_w) - r(x, y_l) ) (1). Put (5) in: beta log Z(x) is the same
-for both responses to a prompt, and cancels. What is left is made of the policy itself:
+WHAT THE LABELS SAY. The Bradley-Terry model: the probability that y_w is chosen depends only on the difference of the
+rewards, p(y_w over y_l | x) = sigmoid( r(x, y_w) - r(x, y_l) ) (1). Put (5) into it. beta log Z(x) is the same for both
+responses to a prompt, so it cancels, and only the policy and the reference are left:
 
     p(y_w over y_l | x)  =  sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) )    (6)
 
-THE LOSS is the negative log-likelihood of the choices, as for any classifier:
+THE LOSS is the negative log-likelihood of the labels, as for any classifier:
 
     L(pi)  =  -E[ log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) ) ]        (7)
 
-THE IMPLICIT REWARD is what stands there twice: beta log pi(y|x)/pi_ref(y|x), the reward (5) up to a term of x alone. So
+THE IMPLICIT REWARD is the term that occurs twice in (7), beta log pi(y|x)/pi_ref(y|x). It is the reward (5) without
+the part that depends on x alone. With it the loss is short:
 
     chosen_reward = beta (log pi - log pi_ref)(y_w|x),  rejected_reward the same for y_l,
     margin = chosen_reward - rejected_reward,           loss = -log sigmoid(margin).
 
-ITS GRADIENT (A.4) shows what a step does. The derivative of -log sigmoid(m) is -sigmoid(-m), hence
+ITS GRADIENT (A.4) shows what a step does. The derivative of -log sigmoid(m) is -sigmoid(-m), therefore
 
     grad L  =  -beta E[ sigmoid(rejected_reward - chosen_reward) ( grad log pi(y_w|x) - grad log pi(y_l|x) ) ]
 
-Up with the chosen, down with the rejected, each pair weighted by how wrong the implicit reward still is about it. At
-the start pi = pi_ref: both rewards are 0, every loss is ln 2 = 0.693, every weight is 1/2. So ln 2 is no flat spot.
+A step raises log pi of the chosen response and lowers that of the rejected one. The weight of a pair is large where
+the implicit reward is wrong about it. At the start pi = pi_ref, so both rewards are 0, every loss is ln 2 = 0.693 and
+every weight is 1/2. A loss of ln 2 does not mean that the gradient is 0.
 
-WHERE DID THE KL TERM GO? (3) pays beta for every nat of distance, and (7) has no such term. It became the reference
-inside the logarithms: (4) already took the best trade of reward against distance, and (5) reads off the reward for
-which pi *is* that trade. The leash is the scale of the margin: to move it by 1, the log-ratios must move by 1/beta
-nats, and once the margin is as large as the choices warrant, the pull ends. Larger beta = stays closer to the
-reference. Two things the leash does not do. It holds on the pairs in the data: nothing is sampled, so away from them
-nothing keeps pi near the reference. And if the labels are never wrong, no margin is ever large enough: then epochs and
-learning rate hold the leash, not beta.
+WHERE DID THE KL TERM GO? The objective (3) has a KL term, the loss (7) has none. It became the reference inside the
+logarithms: (4) already is the best trade of reward against KL, and (5) names the reward for which pi is that optimum.
+beta sets the scale of the margin: to move the margin by 1, the log-ratios must move by 1/beta nats. Once the margin is
+as large as the labels justify, the gradient vanishes. So a larger beta keeps pi closer to the reference. This has two
+limits. First, the loss sees only the responses in the pairs: nothing is sampled, so nothing keeps pi near the reference
+on other responses. Second, if the labels are never wrong, no margin is ever large enough. Then the number of epochs and
+the learning rate decide how far pi moves, not beta.
 
-WHY DOES THE CHOSEN REWARD FALL? (7) sees the margin alone, which also grows when both log-probabilities fall, the
-rejected one faster. Chosen and rejected share words, so pushing one down drags the other along, and what both lose goes
-to responses that are in no pair. A falling rewards/chosen with growing rewards/margins is the loss at work, not a bug:
-for a small beta the mean rewards/chosen of the optimum (4) itself is below 0 (counted in docs/displacement.md).
+WHY DOES THE CHOSEN REWARD FALL? (7) depends on the margin alone, and the margin also grows when both log-probabilities
+fall and the rejected one falls faster. Chosen and rejected responses share words, so lowering one lowers the other, and
+the probability that both lose goes to responses that are in no pair. So a falling rewards/chosen with growing
+rewards/margins is not a bug. If both responses were drawn from the reference, the mean rewards/chosen is below 0 even
+at the optimum (4) when beta is small (docs/displacement.md counts it).
 """
 
 import dataclasses
 import math
-import time
 
 import torch
 import torch.nn.functional as F
@@ -73,38 +76,47 @@ from tqdm import tqdm
 
 import data
 from minidpo import checkpoint, dataset
-from minidpo.device import DEVICES, DTYPES, autocast, pick_device, pick_dtype
-from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer
-from minidpo.run import Run
+from minidpo.device import autocast
+from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer, set_learning_rate
+from minidpo.run import Run, RunSettings, place
 from minidpo.sampling import complete
 from minidpo.scale import fast, memory, parallel
-from minidpo.settings import CatchInterrupt, UserError, knob, parse_settings, run_main
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
-# ---- 1. The mathematics. B pairs, T tokens, V vocabulary; log-probabilities (logps) in nats ----
+# ---- 1. The mathematics. B pairs, T tokens, V vocabulary. Log-probabilities (logps) are in nats ----
 
 
 def token_logps(logits, targets):
-    """log pi(target_t | everything before it), at every position.
+    """log pi(target_t | all tokens before it) at every position.
 
-    logits (B, T, V), targets (B, T), valid ids everywhere -> (B, T). In fp32 at least: where a log-probability is
-    -300, bf16 has steps of 2 nats.
+    logits (B, T, V), targets (B, T), valid ids everywhere -> (B, T). Half precision is raised to fp32: near -300, the
+    values of bf16 are 2 nats apart.
     """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
-    logps = F.log_softmax(logits, dim=-1)  # (B, T, V): of every token that could stand there
-    return logps.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T): of the one that does
+    logps = F.log_softmax(logits, dim=-1)  # (B, T, V): of every token that could come next
+    return logps.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T): of the token that does
 
 
 def response_logps(model, batch):
-    """log pi(y|x) of both responses of each pair.
+    """log pi(y|x) of both responses of each pair: a PreferenceBatch -> (chosen (B,), rejected (B,)).
 
-    batch: a PreferenceBatch -> (chosen (B,), rejected (B,)). The SUM over response tokens, the final eot included: by
-    the chain rule log pi(y|x) = sum_t log pi(y_t | x, y_<t). A mean would divide beta by the length, pair by pair.
+    It is the SUM over the response tokens, by the chain rule log pi(y|x) = sum_t log pi(y_t | x, y_<t). A mean would
+    divide beta by the length of each response. A batch holds ids, targets and mask (B, T) of each side. For prompt
+    [e a b] and response [c d e], where e is the end-of-text token (eot), and one position of padding:
+
+        position    0   1   2   3   4   5
+        ids         e   a   b   c   d   0      the input; the last token of the row is only a target
+        targets     a   b   c   d   e   0      the ids shifted by one: position t predicts token t + 1
+        mask        .   .   x   x   x   .      scored: c, d and the final e, each at the position that predicts it
+
+    Padding on the right is harmless: under the causal mask a position sees only itself and earlier positions, so no
+    real token sees padding, and the mask keeps padding out of the sum.
     """
     sums = []
-    for rows in (batch.chosen, batch.rejected):
-        logps = token_logps(model(rows.ids), rows.targets)  # (B, T)
-        sums.append(logps.masked_fill(~rows.mask, 0.0).sum(dim=-1))  # prompt and padding do not count
+    for side in (batch.chosen, batch.rejected):
+        logps = token_logps(model(side.ids), side.targets)  # (B, T)
+        sums.append(logps.masked_fill(~side.mask, 0.0).sum(dim=-1))  # (B,): prompt and padding are not scored
     return sums[0], sums[1]
 
 
@@ -112,32 +124,43 @@ def dpo_loss(
     policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
     beta, label_smoothing=0.0, loss_type="sigmoid", reference_free=False,
 ):  # fmt: skip
-    """Equation (7), pair by pair, and three relatives. All logps (B,), summed over the response, in nats.
+    """Equation (7) for each pair, and three variants.
 
-    Returns (losses (B,), chosen_rewards (B,), rejected_rewards (B,)); the rewards are beta (log pi - log pi_ref),
-    detached. label_smoothing e: the label is believed to be flipped with probability e (conservative DPO, Mitchell
-    2023; not the "robust" one, which divides by 1 - 2e). loss_type "ipo": Azar et al. 2023, Eq. 17, on the same sums.
-    reference_free counts the reference as 0. Raises ValueError for a loss_type that is neither, and ipo with smoothing.
+    Args:
+        four logps: (B,) each, in nats, summed over the response.
+        beta: price of one nat of KL. Larger stays closer to the reference.
+        label_smoothing: e, the assumed probability that a label is flipped (conservative DPO, Mitchell 2023). The loss
+            is then smallest at the margin ln((1 - e) / e).
+        loss_type: "sigmoid" is DPO; "ipo" is Azar et al. 2023, Eq. 17, on the same sums.
+        reference_free: count the reference's logps as 0.
+
+    Returns (losses, chosen_rewards, rejected_rewards), (B,) each. A reward is beta (log pi - log pi_ref), detached.
+    Raises ValueError for another loss_type, and for "ipo" with label_smoothing.
     """
     if reference_free:
         reference_chosen_logps = reference_rejected_logps = 0.0
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)  # (5) without its beta log Z(x) ...
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
-    margins = chosen_rewards - rejected_rewards  # ... which cancels here
+    chosen_log_ratios = policy_chosen_logps - reference_chosen_logps
+    rejected_log_ratios = policy_rejected_logps - reference_rejected_logps
+    h = chosen_log_ratios - rejected_log_ratios  # a difference, in which beta log Z(x) of (5) has cancelled
+    margins = beta * h  # with a larger beta, a smaller h is enough: the policy stays closer to the reference
     if loss_type == "sigmoid":
         losses = -F.logsigmoid(margins)  # (7)
         if label_smoothing:
             losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
     elif loss_type == "ipo" and not label_smoothing:
-        losses = (margins / beta - 1 / (2 * beta)) ** 2  # a finite target for the log-ratios, whatever the labels
+        losses = (h - 1 / (2 * beta)) ** 2  # a finite target for h, even if the labels are never wrong
     else:
         raise ValueError(
             f"no loss {loss_type!r} with label_smoothing {label_smoothing}: sigmoid, or ipo without smoothing"
         )
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, (beta * chosen_log_ratios).detach(), (beta * rejected_log_ratios).detach()
 
 
-# ---- 2. Settings. The defaults are the paper's (section B); each dataset has a set of its own, flags override ----
+# For another pairwise loss, write a function like dpo_loss: four logps (B,) and keywords -> losses, chosen and rejected
+# rewards, each (B,). Give the keywords in Settings.variant, and call main(Settings, your_loss). An example is
+# experiments/frontier/baselines/unlikelihood.py.
+
+# ---- 2. Settings. The defaults are the paper's (section B). Each dataset has a set of its own; flags override it ----
 
 SETS = {
     # "Unless noted otherwise, we use a beta = 0.1, batch size of 64 and the RMSprop optimizer with a learning rate of
@@ -145,51 +168,34 @@ SETS = {
     "paper": {},
     # "For TL;DR summarization, we use beta = 0.5, while rest of the parameters remain the same." (section B)
     "paper-tldr": dict(beta=0.5),
-    # the toy's rewards differ by several units, and exp(r / beta) goes with them: at 0.1 the toy leaves its language
+    # The toy's rewards differ by several units, and exp(r / beta) is steep: at beta 0.1 its text falls apart.
     "toy": dict(beta=0.7, optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True),
     "imdb": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
 }
 
 
 @dataclasses.dataclass
-class Settings:
+class Settings(RunSettings):
+    """What DPO adds to `RunSettings`, which holds batch size, seed, device, checkpoints and the like."""
+
     data: str = knob(dataclasses.MISSING, "toy, imdb, hh, tldr, or a JSONL file with prompt, chosen, rejected")
     init: str = knob(
-        dataclasses.MISSING, "the model to start from, and the reference: a run folder, a GPT-2 folder or name"
+        dataclasses.MISSING, "the model to start from and the reference: a run or GPT-2 folder, or gpt2..."
     )
     out: str = knob(dataclasses.MISSING, "the run folder to write")
     settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
-    beta: float = knob(0.1, "price of a nat of distance from the reference: larger stays closer")
+    beta: float = knob(0.1, "price of one nat of KL: larger stays closer to the reference")
     loss_type: str = knob("sigmoid", "sigmoid (DPO) or ipo", choices=("sigmoid", "ipo"))
-    label_smoothing: float = knob(0.0, "probability that a label is flipped (conservative DPO)")
+    label_smoothing: float = knob(0.0, "assumed probability that a label is flipped (conservative DPO)")
     reference_free: bool = knob(False, "count the reference's log-probabilities as 0")
     optimizer: str = knob("rmsprop", "rmsprop (the paper's), adamw, or sgd with momentum", choices=OPTIMIZERS)
     lr: float = knob(1e-6, "learning rate after the warm-up")
     warmup_steps: int = knob(150, "optimiser steps over which the learning rate rises")
     decay: bool = knob(False, "let the learning rate fall linearly to 0 after the warm-up")
-    grad_clip: float = knob(10.0, "longest gradient, in L2 norm (as in the authors' code; the paper names none)")
-    epochs: float = knob(1.0, "passes over the pairs; 0.5 is half a pass")
-    batch_size: int = knob(64, "pairs per optimiser step", least=1)
-    micro_batch_size: int = knob(0, "pairs per forward pass, to save memory; 0: all of the step")
+    grad_clip: float = knob(10.0, "largest L2 norm of the gradient (as in the authors' code; the paper names none)")
     micro_tokens: int = knob(0, "input tokens per forward pass, padding counted, to save memory; 0: no limit")
-    recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
-    compile: bool = knob(False, "torch.compile the blocks: faster on a GPU, after a minute of compiling")
-    max_length: int = knob(0, "longest row in tokens; 0: the model's context")
-    dropout: float = knob(0.0, "stays 0: policy and reference must agree on the same row")
-    max_steps: int = knob(0, "stop after this many optimiser steps, on the way of --epochs; 0: go all the way")
-    eval_data: str = knob("", "held-out pairs for the curves; empty: the dataset's own, none for a file")
-    eval_every: int = knob(50, "optimiser steps between evaluations on the held-out pairs; 0: at the end only")
-    save_every: int = knob(100, "optimiser steps between checkpoints", least=1)
-    samples: int = knob(8, "held-out prompts completed before and after, for the report")
-    sample_tokens: int = knob(128, "longest of these completions, in tokens", least=1)
-    seed: int = knob(0, "of the order of the pairs and of the sampling")
-    device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
-    dtype: str = knob("auto", "precision of the matrix products", choices=DTYPES)
-    fast: bool = knob(
-        False, "the same numbers in less time and memory: minidpo/scale/fast.py in place of response_logps"
-    )
-    resume: bool = knob(False, "go on with the run in --out, with its settings")
-    overwrite: bool = knob(False, "replace the run in --out")
+    dropout: float = knob(0.0, "must stay 0: policy and reference must agree on the same row")
+    fast: bool = knob(False, "minidpo/scale/fast.py in place of response_logps: less time and memory")
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:
@@ -199,50 +205,63 @@ class Settings:
         if self.loss_type == "ipo" and self.label_smoothing:
             raise UserError("--loss-type ipo has no label smoothing: leave --label-smoothing out.")
         if self.dropout > 0:
-            raise UserError("--dropout must be 0 here: with it, policy and reference differ on the same row by chance.")
+            raise UserError("--dropout must be 0 here: with dropout, policy and reference differ on the same row.")
 
     @property
     def variant(self):
-        """The keywords of `dpo_loss`."""
+        """The keywords of the loss."""
         return {name: getattr(self, name) for name in ("beta", "label_smoothing", "loss_type", "reference_free")}
 
-    def cut(self, batches, rows):
-        """The batches in micro-batches."""
-        return dataset.micro_batches(batches, rows, self.micro_batch_size, self.micro_tokens)
+    def cut(self, batches, pairs):
+        """The batches (lists of indices of `pairs`) in micro-batches, each small enough for one forward pass."""
+        return dataset.micro_batches(batches, pairs, self.micro_batch_size, self.micro_tokens)
 
 
-# ---- 3. The pieces of the loop ----
+# ---- 3. The pieces of the loop. pairs: a list of (prompt_ids, chosen_ids, rejected_ids); reference: logps (N, 2) ----
 
 
-def logps_of(model, rows, indices, settings):
-    """`response_logps` of the pairs `indices` of `rows`, on the device and in the precision that were asked for."""
-    batch = dataset.preference_batch([rows[i] for i in indices], settings.device)
-    function = fast.response_logps if settings.fast else response_logps
+def logps_of(model, pairs, indices, settings):
+    """log pi of the pairs `indices` -> (chosen (B,), rejected (B,)), on the device and in the precision asked for."""
+    batch = dataset.preference_batch([pairs[i] for i in indices], settings.device)
     with autocast(settings.device, settings.dtype):
-        return parallel.call(function, model, batch)
+        return (fast.response_logps if settings.fast else response_logps)(model, batch)
 
 
 @torch.no_grad()
-def reference_logps(model, rows, settings):
-    """log pi_ref of all pairs -> (N, 2), chosen and rejected, on the CPU. Once: the reference never changes."""
-    logps = torch.zeros(len(rows), 2, dtype=model.wte.weight.dtype)
-    order = dataset.batches(rows, settings.batch_size, seed=0, epoch=0)
-    for indices in tqdm(parallel.mine(settings.cut(order, rows)), desc="reference", unit="batch"):
-        logps[indices] = torch.stack(logps_of(model, rows, indices, settings), dim=-1).cpu()
-    return parallel.total(logps)
+def all_logps(model, pairs, settings, progress=None):
+    """log pi of all pairs -> (N, 2), chosen and rejected, on the CPU. `progress` is the text of a progress bar."""
+    logps = torch.zeros(len(pairs), 2, dtype=model.wte.weight.dtype)
+    batches = settings.cut(dataset.batches(pairs, settings.batch_size, seed=0, epoch=0), pairs)
+    for indices in tqdm(parallel.share(batches), desc=progress, unit="batch", disable=progress is None):
+        logps[indices] = torch.stack(logps_of(model, pairs, indices, settings), dim=-1).cpu()
+    return parallel.all_sum(logps)
 
 
-def train_step(policy, optimizer, rows, reference, indices, settings):
-    """One optimiser step on the pairs `indices`; returns the metrics before it, by name. reference: (N, 2)."""
-    mine = parallel.mine(indices)  # all of them, unless several processes share the step
+def reference_logps(model, pairs, settings):
+    """log pi_ref of all pairs -> (N, 2). The reference never changes, so this is computed once, before training."""
+    return all_logps(model, pairs, settings, progress="reference")
+
+
+def cached_reference(policy, parts, settings, run):
+    """`reference_logps` of all `parts`, kept in a file that runs with the same weights, data and rounding share."""
+    sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
+    rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes)
+    name = checkpoint.fingerprint(policy, run.data, rounding)
+    path = run.path.parent / "reference_logps" / f"{name}.pt"
+    return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
+
+
+def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_loss):
+    """One optimiser step on the pairs `indices`. Returns the metrics from before the update, by name."""
     sums = torch.zeros(6, device=settings.device)
-    for micro in parallel.exchange_once(policy, settings.cut([mine], rows)):
-        logps = logps_of(policy, rows, micro, settings)
-        losses, *rewards = dpo_loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)
-        (losses.sum() / len(indices)).backward()  # the mean over the step's pairs, however they are cut
-        sums = sums + summed(losses, *rewards, *logps)
+    for micro in settings.cut([parallel.share(indices)], pairs):
+        logps = logps_of(policy, pairs, micro, settings)
+        losses, *rewards = loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)
+        (losses.sum() / len(indices)).backward()  # the mean over the pairs of the step, however they are cut
+        sums = sums + metric_sums(losses, *rewards, *logps)
+    parallel.sum_gradients(policy)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip)
-    metrics = {**means(sums, len(indices)), "grad_norm": grad_norm.item()}
+    metrics = {**means(parallel.all_sum(sums), len(indices)), "grad_norm": grad_norm.item()}
     if not all(math.isfinite(m) for m in metrics.values()):
         raise UserError(f"not a finite number in {metrics}\nin the batch of usable pairs {sorted(indices)}, from 0.")
     optimizer.step()
@@ -250,27 +269,23 @@ def train_step(policy, optimizer, rows, reference, indices, settings):
     return metrics
 
 
-@torch.no_grad()
-def evaluate(policy, rows, reference, settings):
-    """The metrics on all of `rows`, by name."""
-    sums = torch.zeros(6, device=settings.device)
-    order = dataset.batches(rows, settings.batch_size, seed=0, epoch=0)
-    for indices in parallel.mine(settings.cut(order, rows)):
-        logps = logps_of(policy, rows, indices, settings)
-        sums = sums + summed(*dpo_loss(*logps, *reference[indices].to(settings.device).T, **settings.variant), *logps)
-    return {"eval/" + name: value for name, value in means(sums, len(rows)).items()}
+def evaluate(policy, pairs, reference, settings, loss=dpo_loss):
+    """The metrics on all of `pairs`, by name."""
+    logps = all_logps(policy, pairs, settings).T
+    sums = metric_sums(*loss(*logps, *reference.T, **settings.variant), *logps)
+    return {"eval/" + name: value for name, value in means(sums, len(pairs)).items()}
 
 
-def summed(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """Six metrics (B,) -> their sums (6,), still on the device."""
+def metric_sums(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
+    """Six metrics (B,) -> their sums (6,), on the same device."""
     wins = (chosen_rewards > rejected_rewards) + 0.5 * (chosen_rewards == rejected_rewards)  # a tie is half a win
     metrics = (losses, chosen_rewards, rejected_rewards, wins, chosen_logps, rejected_logps)
     return torch.stack([m.detach().sum() for m in metrics])
 
 
 def means(sums, n):
-    """The sums (6,) over n pairs, shared out over the processes if there are several -> means, by name."""
-    loss, chosen_reward, rejected_reward, wins, chosen, rejected = (parallel.total(sums) / n).tolist()
+    """The sums (6,) over n pairs -> their means, by name."""
+    loss, chosen_reward, rejected_reward, wins, chosen, rejected = (sums / n).tolist()
     return {
         "loss": loss,
         "rewards/chosen": chosen_reward,
@@ -282,10 +297,9 @@ def means(sums, n):
     }
 
 
-@torch.no_grad()
-def check_start(policy, rows, reference, indices, settings):
-    """Before the first update policy and reference are the same model: every log-ratio must be 0 up to rounding."""
-    logps = torch.stack(logps_of(policy, rows, indices, settings), dim=-1).cpu()
+def check_start(policy, pairs, reference, indices, settings, loss=dpo_loss):
+    """Raises UserError unless the policy equals the reference on the pairs `indices`, as it must before any update."""
+    logps = all_logps(policy, [pairs[i] for i in indices], settings)
     ratio = (logps - reference[indices]).abs()
     allowed = 1e-3 * logps.abs() if settings.dtype == "bfloat16" else 1e-4 + 1e-6 * logps.abs()
     if (ratio > allowed).any():
@@ -293,111 +307,67 @@ def check_start(policy, rows, reference, indices, settings):
             f"before the first update the policy is {ratio.max():.3g} nats from the reference; it must be 0. Likely "
             "causes: dropout is on, the reference comes from other weights or data, or padding is seen."
         )
-    losses, *_ = dpo_loss(*logps.T, *reference[indices].T, **settings.variant)
+    losses, *_ = loss(*logps.T, *reference[indices].T, **settings.variant)
     ipo = settings.loss_type == "ipo"
     expected = f"1 / (2 beta)^2 = {1 / (2 * settings.beta) ** 2:.6f}" if ipo else f"ln 2 = {math.log(2):.6f}"
     print(f"before the first update: log-ratios within {ratio.max():.1g} nats, loss {losses.mean():.6f} ({expected})")
 
 
+# ---- 4. The run ----
+
+
 @parallel.joined()
-def main():
-    # -- what was asked for
-    settings = parse_settings(Settings, "Stage 2: trains a policy on preferences, by DPO.", sets=SETS)
-    folder = Run(settings)
-    settings.device = pick_device(settings.device)
-
-    # -- the policy starts as the SFT model
-    policy, tokenizer, state = checkpoint.load(settings.out if settings.resume else settings.init)
-    policy.to(settings.device).set_dropout(0.0)
+def main(settings_class=Settings, loss=dpo_loss):
+    # -- settings, policy, pairs
+    settings = parse_settings(settings_class, "Stage 2: trains a policy on preferences, by DPO.", sets=SETS)
+    run = Run(settings, "dpo")
+    policy, tokenizer, saved = run.load()  # the SFT model of --init, or with --resume the policy of this run
+    place(policy, settings)
+    policy.set_dropout(0.0)
     policy.prepare(settings.compile, settings.recompute)
-    settings.dtype = pick_dtype(settings.dtype, settings.device, policy.config.n_embd)
     max_length = min(settings.max_length or policy.config.block_size, policy.config.block_size)
-    rows, held_out = dataset.load_pairs(
-        data.find_split("pairs", settings.data, settings.eval_data), tokenizer, max_length
-    )
-    data_fingerprint = checkpoint.fingerprint(rows, held_out)
-    memory.check(policy, rows, settings)
+    split = data.find_split("pairs", settings.data, settings.eval_data)
+    pairs, held_out = dataset.load_pairs(split, tokenizer, max_length)
+    run.plan(pairs, saved, pairs, held_out)
+    memory.check(policy, pairs, settings)
 
-    # -- the reference is the same model: of it only numbers are kept, and a sample of its completions
+    # -- the reference is the policy before its first update. It is no second model: its log-probabilities are enough
+    prompts = dataset.first_prompts(held_out or pairs, settings.samples)
     if settings.resume:
-        if state.get("data") != data_fingerprint:
-            raise UserError(f"{settings.out} was started with other pairs. Restore them, or start a new run.")
-        first_step, reference, before = state["step"], state["reference"], state["before"]
+        reference, before = saved["reference"], saved["before"]
     else:
-        sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
-        rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes)
-        name = checkpoint.fingerprint(policy, data_fingerprint, rounding)
-        cache = folder.path.parent / "reference_logps" / f"{name}.pt"  # shared by the runs side by side there
-        reference = checkpoint.cached(
-            cache, lambda: torch.cat([reference_logps(policy, part, settings) for part in (rows, held_out)])
-        )
-        first_step = 0
-    reference, held_out_reference = reference.split((len(rows), len(held_out)))
-    prompts = [list(p) for p in dict.fromkeys(tuple(prompt) for prompt, *_ in held_out or rows)][: settings.samples]
+        reference = cached_reference(policy, (pairs, held_out), settings, run)
+        before = complete(policy, tokenizer, prompts, settings.sample_tokens, settings.seed)
+    if run.first_step or settings.reference_free:
+        print("no check that policy and reference agree: " + ("a resumed run" if run.first_step else "no reference"))
+    else:
+        first_batch = dataset.batches(pairs, settings.batch_size, settings.seed, epoch=0)[0]
+        check_start(policy, pairs, reference, first_batch, settings, loss)
+
     optimizer = make_optimizer(policy, settings.optimizer, settings.lr)
     if settings.resume:
-        optimizer.load_state_dict(state["optimizer"])
-    else:
-        before = complete(policy, tokenizer, prompts, settings.sample_tokens, settings.seed)
-    del state  # the size of two models if it holds AdamW's; what is needed of it, others hold
+        optimizer.load_state_dict(saved["optimizer"])
+    del saved  # free the loaded checkpoint: with AdamW it is as large as two models
 
-    # -- the loop: the order of the pairs follows from seed and epoch, so a resumed run finds its place by counting
-    steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
-    total = math.ceil(settings.epochs * steps_per_epoch)
-    last_step = min(total, settings.max_steps or total)
-    if total <= settings.warmup_steps:
-        print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {settings.warmup_steps}, or --batch-size.")
-    if first_step >= last_step and (folder.path / "report.md").exists():
-        raise UserError(f"{settings.out} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
-    order = dataset.batches(rows, settings.batch_size, settings.seed, first_step // steps_per_epoch)
-    if first_step == 0 and not settings.reference_free:
-        check_start(policy, rows, reference, order[0], settings)
-    else:
-        print("no check that policy and reference agree: " + ("a resumed run" if first_step else "no reference"))
-    folder.begin(first_step, tokenizer)
-
-    def save(step):
-        both = torch.cat((reference, held_out_reference))
-        state = dict(step=step, optimizer=optimizer.state_dict(), data=data_fingerprint, before=before, reference=both)
-        folder.save(policy, tokenizer, state)
-
+    # -- the loop
     policy.train()
-    trained = parallel.wrap(policy)
-    with CatchInterrupt() as interrupt, tqdm(total=last_step, initial=first_step, desc="dpo", unit="step") as bar:
-        for step in range(first_step, last_step):
-            started = time.perf_counter()
-            if step % steps_per_epoch == 0:
-                order = dataset.batches(rows, settings.batch_size, settings.seed, step // steps_per_epoch)
-            indices = order[step % steps_per_epoch]
-            lr = learning_rate(step, total, settings.lr, settings.warmup_steps, settings.decay)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            metrics = train_step(trained, optimizer, rows, reference, indices, settings)
+    with run.training(policy, tokenizer, optimizer, before=before, reference=reference) as steps:
+        for step, indices in steps:
+            lr = learning_rate(step, run.total_steps, settings.lr, settings.warmup_steps, settings.decay)
+            set_learning_rate(optimizer, lr)
+            metrics = train_step(policy, optimizer, pairs, reference, indices, settings, loss)
+            metrics |= {"lr": lr, **run.speed(pairs=len(indices), tokens=dataset.count_tokens(pairs, indices))}
+            if held_out and run.evaluates_after(step):
+                metrics |= evaluate(policy, held_out, reference[len(pairs) :], settings, loss)
+            run.log(step, metrics)
+            if step + 1 == 2 * settings.warmup_steps + 50 and abs(metrics["rewards/margins"]) < 1e-3:
+                tqdm.write(f"warning: after {step + 1} steps the margin is still 0. Is the learning rate too small?")
 
-            seconds = time.perf_counter() - started
-            tokens = sum(2 * len(p) + len(w) + len(l) - 2 for p, w, l in (rows[i] for i in indices))
-            metrics |= {"lr": lr, "pairs_per_second": len(indices) / seconds, "tokens_per_second": tokens / seconds}
-            done = step + 1
-            if held_out and (done == last_step or settings.eval_every and done % settings.eval_every == 0):
-                metrics |= evaluate(policy, held_out, held_out_reference, settings)
-            folder.log(done, metrics)
-            bar.update()
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['rewards/accuracies']:.2f}")
-            if done == 2 * settings.warmup_steps + 50 and abs(metrics["rewards/margins"]) < 1e-3:
-                tqdm.write(f"warning: after {done} steps the margin is still at 0. Is the learning rate too small?")
-            stop = parallel.anywhere(interrupt.requested)
-            if done == last_step or done % settings.save_every == 0 or stop:
-                save(done)
-            if stop and done < last_step:
-                raise UserError(f"stopped after step {done} and saved. Go on with the same command and --resume.")
-
-    # -- what came of it
+    # -- the report
     after = complete(policy, tokenizer, prompts, settings.sample_tokens, settings.seed)
     texts = [tokenizer.decode(prompt) for prompt in prompts]
-    notes = (
-        f"DPO on {len(rows):,} pairs of {settings.data} from {settings.init}: {last_step} steps, beta {settings.beta}."
-    )
-    folder.finish({"prompt": texts, "before": before, "after": after}, [notes])
+    note = f"DPO on {len(pairs):,} pairs of {settings.data}: {run.last_step} steps, beta {settings.beta}."
+    run.finish({"prompt": texts, "before": before, "after": after}, [note])
 
 
 if __name__ == "__main__":

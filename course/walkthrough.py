@@ -47,7 +47,7 @@ from experiments import evaluate, explain
 from experiments.frontier import limit
 from experiments.frontier import sweep as frontier
 from minidpo import checkpoint, dataset
-from minidpo.run import samples_table
+from minidpo.report import samples_table
 from minidpo.sampling import complete
 
 # %% [markdown]

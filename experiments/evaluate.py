@@ -24,7 +24,7 @@ from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
-from minidpo.run import samples_table
+from minidpo.report import samples_table
 from minidpo.sampling import generate
 from minidpo.settings import UserError, knob, parse_settings, run_main
 

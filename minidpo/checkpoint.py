@@ -1,19 +1,15 @@
-"""Models on disk: saved whole or not at all, loaded without executing anything, and fingerprinted.
+"""Models on disk: a checkpoint is saved whole or not at all, and loading one executes nothing.
 
-A run folder holds `checkpoint.pt` (shape, weights and training state; tensors and plain values only), `bpe.json` and,
-until the run is finished, `checkpoint.prev.pt`: the checkpoint before, in case the newest turns out damaged.
+A run folder holds `checkpoint.pt` (shape, weights and training state; tensors and plain values only) and `bpe.json`.
+Until the run is finished it also holds `checkpoint.prev.pt`, the checkpoint before, in case the newest is damaged.
 """
 
 import dataclasses
 import hashlib
-import pickle
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from minidpo.files import atomic
 from minidpo.model import GPT, GPTConfig
@@ -26,12 +22,12 @@ FILE, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
 
 
 def save(folder, model, tokenizer, state=None):
-    """Writes folder/checkpoint.pt, atomically, and folder/bpe.json if it is not there yet.
+    """Writes folder/checkpoint.pt, and folder/bpe.json if it is missing.
 
-    The checkpoint that was there becomes checkpoint.prev.pt. `state` is a dict of tensors and plain values: what `load`
-    gives back for the training to go on from.
+    The checkpoint that was there becomes checkpoint.prev.pt. `state` is a dict of tensors and plain values. `load`
+    returns it, so that the training can continue.
     """
-    # torch.compile and DistributedDataParallel put their own name in front of every weight
+    # torch.compile(model) and wrappers for several GPUs put a prefix before every name (trap 19)
     weights = {
         name.replace("_orig_mod.", "").replace("module.", ""): weight.detach().cpu()
         for name, weight in model.state_dict().items()
@@ -46,16 +42,18 @@ def save(folder, model, tokenizer, state=None):
 def load(folder):
     """A run folder, a Hugging Face GPT-2 folder or a name such as "gpt2" -> (model, tokenizer, state).
 
-    The model is on the CPU, in train mode, in the precision it was saved in; `state` is what `save` was given ({} for
-    Hugging Face's). If the newest checkpoint is damaged the one before is taken, and that is said. In memory the file
-    is held once: its tensors become the model's and the state's. Raises UserError if the folder is missing, the file
-    is cut short or damaged and none before it is left, or the tokenizer and the model disagree.
+    The model is on the CPU, in train mode, in the precision it was saved in. `state` is what `save` was given, or {}
+    for a Hugging Face folder. If the newest checkpoint is damaged, the one before is loaded and a warning is printed.
+    Memory holds the file once: its tensors become the model's weights.
+
+    Raises:
+        UserError: the folder is missing, every checkpoint in it is damaged, or tokenizer and model do not match.
     """
     folder = Path(folder)
     if exists(folder):
         saved = _newest_whole(folder)
         try:
-            with torch.device("meta"), Unfilled():  # shapes without memory: what was read becomes the weights
+            with torch.device("meta"):  # shapes without memory: the tensors of the file become the weights
                 model = GPT(GPTConfig(**saved["config"]))
             model.load_state_dict(saved["model"], assign=True)
         except (TypeError, RuntimeError) as error:
@@ -71,22 +69,12 @@ def load(folder):
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "
-            "They do not belong together: restore the bpe.json that was saved with this model."
+            "They do not belong together. Restore the bpe.json that was saved with this model."
         )
     return model, tokenizer, state
 
 
 _TRAIN_FIRST = "Train one first: python train_sft.py --data toy --out runs/sft"
-
-
-class Unfilled(TorchFunctionMode):
-    """Within it the functions of torch.nn.init do nothing, which saves time where weights are about to be replaced."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def exists(folder):
@@ -98,7 +86,7 @@ def _newest_whole(folder):
     keys = ("config", "model", "state")
     try:
         return read(folder / FILE, keys)
-    except UserError as error:  # damaged, or the power went between the two moves of `save`
+    except UserError as error:  # damaged, or the machine stopped between the two renames of `save`
         if not (folder / PREVIOUS).exists():
             raise
         saved = read(folder / PREVIOUS, keys)
@@ -118,34 +106,30 @@ def _pretrained_tokenizer(folder, vocab_size):
     )
 
 
-# what zipfile and torch.load have been seen to raise on a file cut short or with a few bytes changed
-_DAMAGED = (
-    zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError,
-    LookupError, TypeError, AttributeError, AssertionError,
-)  # fmt: skip
-
-
 def read(path, keys):
-    """torch.load that executes nothing; UserError if the file is missing, cut short or lacks one of `keys`."""
+    """torch.load without unpickling. Raises UserError if the file is missing or damaged, or lacks one of `keys`."""
     if not Path(path).exists():
         raise UserError(f"{path} not found.")
     with open(path, "rb") as file:
         try:
-            with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
+            with zipfile.ZipFile(file) as archive:  # torch.load does not check the checksums
                 if wrong := archive.testzip():
                     raise ValueError(f"{wrong} does not match its checksum")
             file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=True)
-        except _DAMAGED as error:
+        except Exception as error:  # a damaged file can make zipfile and torch.load raise almost anything
             reason = str(error).partition("\n")[0]
             raise UserError(f"{path} is cut short or damaged ({reason}). Restore it, or train again.") from error
     if not isinstance(saved, dict) or not set(keys) <= set(saved):
-        raise UserError(f"{path} is not a file of ours: it lacks one of {', '.join(keys)}.")
+        raise UserError(f"{path} is not a file of minidpo: it lacks one of {', '.join(keys)}.")
     return saved
 
 
 def cached(path, compute):
-    """The tensor kept at `path`; on first use `compute()` makes it. The path must name all that it depends on."""
+    """Returns the tensor kept at `path`. If there is none, computes it and keeps it.
+
+    The path must name everything that the tensor depends on.
+    """
     if parallel.anywhere(Path(path).exists()):
         print(f"using {path}")
         return read(path, keys=("tensor",))["tensor"]
@@ -157,13 +141,13 @@ def cached(path, compute):
 
 
 def fingerprint(*things):
-    """Hex digest of `things`: a model counts by its shape and its weights, bit for bit, anything else by its repr."""
+    """Hex digest of `things`. A model counts by its shape and every bit of its weights, anything else by its repr."""
     digest = hashlib.sha256()
     for thing in things:
         if not isinstance(thing, torch.nn.Module):
             digest.update(repr(thing).encode())
             continue
-        if hasattr(thing, "config"):  # without dropout, which the numbers of a trained model do not depend on
+        if hasattr(thing, "config"):  # not its dropout: the numbers of a trained model do not depend on it
             digest.update(repr(dataclasses.replace(thing.config, dropout=0.0)).encode())
         for name, weight in thing.state_dict().items():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

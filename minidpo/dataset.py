@@ -1,9 +1,10 @@
-"""From JSONL to batches: checked records -> token rows -> ids, targets and response mask, made together.
+"""From JSONL files to batches: records -> rows of token ids -> input ids, targets and response mask.
 
-Look at the data before training on it:  python -m minidpo.dataset data/toy_sentiment/pairs_train.jsonl
+Look at a file before training on it:  python -m minidpo.dataset data/toy_sentiment/pairs_train.jsonl
 
-One row is `[eot] prompt response [eot]`. Prompt and response are tokenised apart and their ids joined, so that no merge
-crosses the border; the first eot starts the document and is never scored, the last ends the response and always is.
+One row is `[eot] prompt response [eot]`, where eot is the end-of-text token. Prompt and response are tokenised
+separately and their ids joined, so that no token spans the border. The first eot starts the document and is never
+scored. The last one ends the response and is always scored.
 """
 
 import argparse
@@ -22,25 +23,28 @@ PAIR = ("prompt", "chosen", "rejected")
 SFT = ("prompt", "completion")
 
 
-# ---- 1. files ----
+# ---- 1. Files ----
 
 
 def new_file(path, overwrite):
-    """Path of a file about to be written; UserError if it is there already, before any work is done for it."""
+    """Path of a file that a command will write. UserError if it exists, so that no work is lost later."""
     if Path(path).exists() and not overwrite:
         raise UserError(f"{path} is there already. Add --overwrite to replace it, or give another name.")
     return Path(path)
 
 
 def json_lines(path, fields):
-    """One JSON object a line, of a plain or a gzip file (*.gz) -> pairs (where, object), `where` for error messages.
+    """Yields (where, object) for each line of a JSONL file, plain or gzip (*.gz). `where` is for error messages.
 
-    Blank lines are passed over. Raises UserError, with file and line number, for a line that is not UTF-8, not a JSON
-    object, or lacks one of `fields`, and for gzip data that is damaged or cut.
+    Skips blank lines.
+
+    Raises:
+        UserError: with file and line number. The line is not UTF-8, is not a JSON object or lacks one of `fields`, or
+            the gzip data is damaged.
     """
     where = path
     try:
-        # as bytes: only "\n" ends a line, whatever else the text holds
+        # read as bytes: a line ends at "\n" and at no other character
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}, line {number}"
@@ -51,20 +55,20 @@ def json_lines(path, fields):
                 except UnicodeDecodeError as error:
                     raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
                 except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, a number of 5,000 digits
-                    raise UserError(f"{where}: not JSON ({error}). One object a line is expected.") from error
+                    raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
                 if not isinstance(record, dict):
                     kind = type(record).__name__
-                    raise UserError(f"{where}: a {kind} where an object with {', '.join(fields)} belongs.")
+                    raise UserError(f"{where}: a {kind}. Each line must be an object with {', '.join(fields)}.")
                 for field in fields:
                     if field not in record:
                         raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
                 yield where, record
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{where}: damaged gzip data there or after ({error}). Fetch the file again.") from error
+        raise UserError(f"{where}: damaged gzip data here or later ({error}). Fetch the file again.") from error
 
 
 def check_text(record, field, where):
-    """UserError unless record[field] is a text that can be written as UTF-8."""
+    """Raises UserError unless record[field] is a text that can be written as UTF-8."""
     if not isinstance(record[field], str):
         raise UserError(f"{where}: {field!r} is a {type(record[field]).__name__}; it must be a string.")
     try:
@@ -74,10 +78,7 @@ def check_text(record, field, where):
 
 
 def read_jsonl(path, fields):
-    """One JSON object a line -> list of dicts with the given string fields.
-
-    Raises UserError as `json_lines` does, and for a field that holds something else than a text.
-    """
+    """A JSONL file -> a list of dicts in which `fields` are texts. Raises UserError as `json_lines` does."""
     records = []
     for where, record in json_lines(path, fields):
         for field in fields:
@@ -87,21 +88,30 @@ def read_jsonl(path, fields):
                 raise UserError(f"{where}: {field!r} is {value!r}; it must be true or false.")
         records.append(record)
     if not records:
-        raise UserError(f"{path} is empty. One JSON object a line with {', '.join(fields)} is expected.")
+        raise UserError(f"{path} is empty. It needs one JSON object per line with {', '.join(fields)}.")
     return records
 
 
-# ---- 2. token rows ----
+def read_sft(path):
+    """SFT records of a file. In a file of preferences, the chosen response is the completion (Preferred-FT)."""
+    _, first = next(json_lines(path, ("prompt",)), (None, {}))
+    if "chosen" not in first or "completion" in first:
+        return read_jsonl(path, SFT)
+    return [{**record, "completion": record["chosen"]} for record in read_jsonl(path, PAIR)]
 
 
-def fit(prompt, responses, ended, eot, max_length, min_prompt_tokens=8):
-    """Cuts one prompt and its responses (lists of ids) to the context, and puts the eot where it belongs.
+# ---- 2. Rows of token ids ----
 
-    `ended` says of each response whether it ended by itself; a sampler's last word before its limit is no end.
 
-    The limit counts input positions: 1 + prompt + response <= max_length (the final eot is only a target). The left of
-    the prompt goes first, down to min_prompt_tokens; only then are responses cut, and a cut response gets no eot. All
-    responses keep the same prompt. Returns ([eot] + prompt, [response + [eot], ...], prompt_was_cut, n_responses_cut).
+def cut_to_context(prompt, responses, ended, eot, max_length, min_prompt_tokens=8):
+    """Cuts one prompt and its responses (lists of ids) to the context, and adds the eot.
+
+    The limit counts input positions: 1 + prompt + response <= max_length, since the final eot is only a target. First
+    the left of the prompt is cut, down to min_prompt_tokens. Only then are responses cut. All responses keep the same
+    prompt. A response gets a final eot only if it `ended` by itself (a list of bools) and was not cut.
+
+    Returns:
+        ([eot] + prompt, [response + [eot], ...], whether the prompt was cut, how many responses were cut)
     """
     room = max_length - 1 - max(len(r) for r in responses)
     kept = min(len(prompt), max(room, min_prompt_tokens))
@@ -111,20 +121,20 @@ def fit(prompt, responses, ended, eot, max_length, min_prompt_tokens=8):
 
 
 def encode_pairs(records, tokenizer, max_length):
-    """Preference records -> (rows, counts).
+    """Preference records -> (pairs, counts).
 
-    rows: list of (prompt_ids, chosen_ids, rejected_ids) for `preference_batch`. A pair with an empty side, or with two
-    sides that are equal once they are cut, teaches nothing and is dropped; `counts` says how many, and what was cut.
-    A record may say "chosen_ended": false (or rejected_ended) of a response that its sampler cut: it gets no eot.
+    pairs: list of (prompt_ids, chosen_ids, rejected_ids) for `preference_batch`. A pair with an empty response, or with
+    two responses that are equal after the cut, is dropped. `counts` says how many were dropped, and what was cut. A
+    record can hold "chosen_ended": false (or "rejected_ended") for a response that its sampler cut: it gets no eot.
     """
-    rows, counts = [], Counter(pairs=len(records))
+    pairs, counts = [], Counter(pairs=len(records))
     for record in records:
         prompt, chosen, rejected = (tokenizer.encode(record[field]) for field in PAIR)
         if not chosen or not rejected:
             counts["dropped: empty response"] += 1
             continue
         ended = [record.get(f"{side}_ended", True) for side in ("chosen", "rejected")]
-        prompt, (chosen, rejected), prompt_cut, n_cut = fit(
+        prompt, (chosen, rejected), prompt_cut, n_cut = cut_to_context(
             prompt, (chosen, rejected), ended, tokenizer.eot, max_length
         )
         if not chosen or not rejected:
@@ -134,19 +144,21 @@ def encode_pairs(records, tokenizer, max_length):
         else:
             counts["prompt cut"] += prompt_cut
             counts["response cut"] += n_cut
-            rows.append((prompt, chosen, rejected))
-    return rows, counts
+            pairs.append((prompt, chosen, rejected))
+    return pairs, counts
 
 
 def encode_sft(records, tokenizer, max_length):
-    """SFT records -> (rows, counts); rows: list of (prompt_ids, completion_ids) for `sft_batch`. As `encode_pairs`."""
+    """SFT records -> (rows, counts). rows: list of (prompt_ids, completion_ids). As `encode_pairs`."""
     rows, counts = [], Counter(rows=len(records))
     for record in records:
         prompt, completion = (tokenizer.encode(record[field]) for field in SFT)
         if not completion:
             counts["dropped: empty response"] += 1
             continue
-        prompt, (completion,), prompt_cut, n_cut = fit(prompt, (completion,), [True], tokenizer.eot, max_length)
+        prompt, (completion,), prompt_cut, n_cut = cut_to_context(
+            prompt, (completion,), [True], tokenizer.eot, max_length
+        )
         if not completion:
             counts["dropped: no room for a response"] += 1
             continue
@@ -156,9 +168,9 @@ def encode_sft(records, tokenizer, max_length):
     return rows, counts
 
 
-def load_rows(path, encode, fields, tokenizer, max_length):
-    """Reads, encodes and states what was cut and dropped. UserError if nothing usable is left."""
-    rows, counts = encode(read_jsonl(path, fields), tokenizer, max_length)
+def load_rows(path, records, encode, tokenizer, max_length):
+    """Encodes the records of a file, and prints what was cut and dropped. UserError if no usable row is left."""
+    rows, counts = encode(records, tokenizer, max_length)
     print(f"{path}: {len(rows):,} usable of {', '.join(f'{v:,} {k}' for k, v in counts.items() if v)}")
     if not rows:
         raise UserError(f"{path}: no usable record; the counts above say why.")
@@ -167,28 +179,40 @@ def load_rows(path, encode, fields, tokenizer, max_length):
 
 def load_pairs(split, tokenizer, max_length):
     """(training file, held-out file or None) of preferences -> (pairs, held-out pairs), by `encode_pairs`."""
-    return [load_rows(path, encode_pairs, PAIR, tokenizer, max_length) if path else [] for path in split]
+    return [
+        load_rows(path, read_jsonl(path, PAIR), encode_pairs, tokenizer, max_length) if path else [] for path in split
+    ]
 
 
 def load_sft(split, tokenizer, max_length):
-    """(training file, held-out file or None) of SFT rows -> (rows, held-out rows), as `encode_sft` gives them."""
-    return [load_rows(path, encode_sft, SFT, tokenizer, max_length) if path else [] for path in split]
+    """(training file, held-out file or None) of SFT rows -> (rows, held-out rows), by `encode_sft`."""
+    return [load_rows(path, read_sft(path), encode_sft, tokenizer, max_length) if path else [] for path in split]
 
 
-# ---- 3. batches ----
+def first_prompts(rows, n):
+    """The first n different prompts of the rows or pairs, as lists of ids."""
+    return [list(prompt) for prompt in dict.fromkeys(tuple(prompt) for prompt, *_ in rows)][:n]
+
+
+def count_tokens(rows, indices):
+    """Number of input positions of the rows or pairs `indices`, without padding."""
+    return sum(len(rows[i][0]) + len(response) - 1 for i in indices for response in rows[i][1:])
+
+
+# ---- 3. Batches ----
 
 
 class Rows(NamedTuple):
-    """N rows as tensors (N, T): position t holds the input ids[t] and is to predict targets[t].
+    """N rows as tensors (N, T). Position t holds the input ids[t] and predicts targets[t].
 
-    `mask` is true where the target belongs to the response. For prompt_ids [e, 5], response_ids [7, 8, e]:
+    `mask` is true where the target belongs to the response. For prompt_ids [e, 5] and response_ids [7, 8, e]:
 
         ids      e  5  7  8
         targets  5  7  8  e
         mask     .  x  x  x
 
-    Rows are padded on the right with id 0 and mask false: the causal mask keeps padding out of every real position,
-    so no attention mask is needed.
+    Rows are padded on the right with id 0 and mask false. Under the causal mask no real position sees the padding, so
+    no attention mask is needed.
     """
 
     ids: torch.Tensor
@@ -211,9 +235,7 @@ def sft_batch(rows, device="cpu"):
     mask = torch.zeros(len(rows), T, dtype=torch.bool)
     for i, (prompt, response) in enumerate(rows):
         if not prompt:
-            raise ValueError(
-                f"row {i} has no prompt ids; a row starts with eot at least, which predicts the first response token."
-            )
+            raise ValueError(f"row {i} has no prompt ids. A row starts with eot, which predicts its first token.")
         row = torch.tensor([*prompt, *response])
         n = len(row) - 1
         ids[i, :n] = row[:-1]
@@ -222,21 +244,21 @@ def sft_batch(rows, device="cpu"):
     return Rows(ids.to(device), targets.to(device), mask.to(device))
 
 
-def preference_batch(rows, device="cpu"):
-    """list of (prompt_ids, chosen_ids, rejected_ids) -> PreferenceBatch, scored as they stand.
+def preference_batch(pairs, device="cpu"):
+    """list of (prompt_ids, chosen_ids, rejected_ids) -> PreferenceBatch. It adds padding and nothing else.
 
-    Adds nothing but padding: eot is already where it belongs. Raises ValueError for empty prompt_ids.
+    Every eot is already where it belongs. Raises ValueError for empty prompt_ids.
     """
-    chosen = sft_batch([(prompt, chosen) for prompt, chosen, _ in rows], device)
-    rejected = sft_batch([(prompt, rejected) for prompt, _, rejected in rows], device)
+    chosen = sft_batch([(prompt, chosen) for prompt, chosen, _ in pairs], device)
+    rejected = sft_batch([(prompt, rejected) for prompt, _, rejected in pairs], device)
     return PreferenceBatch(chosen, rejected)
 
 
 def batches(rows, batch_size, seed, epoch, pool=32):
-    """Indices of `rows` in the batches of one epoch, shuffled, each batch of rows of similar length.
+    """The indices of `rows` in shuffled batches of one epoch. The rows of a batch have similar lengths.
 
-    Pools of `pool` batches are shuffled, sorted by length within, cut into batches, and these are shuffled again. The
-    order depends on seed and epoch alone, so a resumed run finds its place by counting. The last batch may be short.
+    Pools of `pool` batches are shuffled, sorted by length and cut into batches, which are shuffled again. The order
+    depends on seed and epoch alone, so a resumed run finds its place by counting. The last batch may be short.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(rows), generator=generator).tolist()
@@ -247,17 +269,17 @@ def batches(rows, batch_size, seed, epoch, pool=32):
     return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
 
 
-def micro_batches(batches, rows, size, tokens):
-    """The batches (lists of indices of the pairs `rows`) cut to what fits into memory at once, in the same order.
+def micro_batches(batches, pairs, size, tokens):
+    """The batches (lists of indices of `pairs`) cut into micro-batches that fit into memory, in the same order.
 
-    At most `size` pairs each, and at most `tokens` input positions, the padding of both sides counted; 0: no limit. A
-    pair that is longer by itself stands alone. Whatever the cuts, a step sums over its pairs, so they change no result.
+    A micro-batch has at most `size` pairs and at most `tokens` input positions, padding of both sides counted; 0 means
+    no limit. A pair that is longer stands alone. A step sums over its pairs, so the cuts change no result.
     """
     cut = []
     for batch in batches:
         micro, longest = [], (0, 0)
         for index in batch:
-            prompt, chosen, rejected = rows[index]
+            prompt, chosen, rejected = pairs[index]
             lengths = len(prompt) + len(chosen) - 1, len(prompt) + len(rejected) - 1
             longer = max(longest[0], lengths[0]), max(longest[1], lengths[1])
             if micro and (len(micro) == size or tokens and (len(micro) + 1) * sum(longer) > tokens):
@@ -265,19 +287,19 @@ def micro_batches(batches, rows, size, tokens):
                 micro, longer = [], lengths
             micro.append(index)
             longest = longer
-        cut.append(micro)
+        cut += [micro] if micro else []
     return cut
 
 
-# ---- 4. a look ----
+# ---- 4. The command ----
 
 
 def show(path, tokenizer, n, max_length):
-    """Prints n decoded rows with the response marked, and a histogram of row lengths."""
+    """Prints n decoded rows with the scored tokens marked, and a histogram of the row lengths."""
     is_pair = "chosen" in read_jsonl(path, ("prompt",))[0]
     encode, fields = (encode_pairs, PAIR) if is_pair else (encode_sft, SFT)
-    rows = load_rows(path, encode, fields, tokenizer, max_length)
-    print("\nScored tokens stand in [brackets], one each; ∎ is the end-of-text token, · an unscored token's border.\n")
+    rows = load_rows(path, read_jsonl(path, fields), encode, tokenizer, max_length)
+    print("\nScored tokens stand in [brackets], · ends a token that is not scored, ∎ is the end-of-text token.\n")
     for prompt, *responses in rows[:n]:
         for name, response in zip(fields[1:], responses, strict=True):
             batch = sft_batch([(prompt, response)])
@@ -288,9 +310,8 @@ def show(path, tokenizer, n, max_length):
     lengths = [len(prompt) + len(response) - 1 for prompt, *responses in rows for response in responses]
     width = max(1, -(-(max(lengths) + 1) // 16))
     histogram = Counter(length // width for length in lengths)
-    print(
-        f"row length in tokens: mean {sum(lengths) / len(lengths):.1f}, longest {max(lengths)}, of at most {max_length}"
-    )
+    mean = sum(lengths) / len(lengths)
+    print(f"row length in tokens: mean {mean:.1f}, longest {max(lengths)}, of at most {max_length}")
     for i in range(max(histogram) + 1):
         bar = "█" * round(50 * histogram[i] / max(histogram.values()))
         print(f"{i * width:5d}-{i * width + width - 1:<5d}{histogram[i]:7,d} {bar}")
@@ -299,9 +320,7 @@ def show(path, tokenizer, n, max_length):
 def main():
     parser = argparse.ArgumentParser(description="Look at rows, masks and lengths before training on them.")
     parser.add_argument("file", help="JSONL of preferences (prompt, chosen, rejected) or SFT rows (prompt, completion)")
-    parser.add_argument(
-        "--run", help="take tokenizer and context of this run folder (default: train a BPE on the file)"
-    )
+    parser.add_argument("--run", help="use tokenizer and context of this run folder (default: train a BPE on the file)")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default 3)")
     parser.add_argument("--max-length", type=int, default=1024, help="context without --run, in tokens (default 1024)")
     args = parser.parse_args()

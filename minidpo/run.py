@@ -1,29 +1,88 @@
-"""The run folder: settings.json, metrics.jsonl, samples.md, curves.png, report.md."""
+"""One training run: its folder, and what the loops of both stages share.
 
+A run folder holds settings.json, bpe.json, checkpoint.pt, metrics.jsonl, samples.md, curves.png and report.md.
+"""
+
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import signal
+import sys
+import time
 from pathlib import Path
 
-from minidpo import checkpoint
-from minidpo.checkpoint import FILE, PREVIOUS
-from minidpo.files import atomic, atomic_write
-from minidpo.scale import parallel
-from minidpo.settings import UserError
+from tqdm import tqdm
 
-# what a run writes, beside bpe.json and its checkpoint: --overwrite removes these and nothing else
+from minidpo import checkpoint, dataset
+from minidpo.checkpoint import FILE, PREVIOUS
+from minidpo.device import DEVICES, DTYPES, pick_device, pick_dtype
+from minidpo.files import atomic_write
+from minidpo.report import draw_curves, read_metrics, write_report
+from minidpo.scale import parallel
+from minidpo.settings import UserError, knob
+
+# what a run writes: --overwrite removes these files and nothing else
 WRITTEN = ("settings.json", "bpe.json", FILE, PREVIOUS, "metrics.jsonl", "samples.md", "curves.png", "report.md")
 
 
-class Run:
-    """One run's folder. Nothing in it changes before `begin`, so that bad input leaves an older run as it was.
+@dataclasses.dataclass(kw_only=True)
+class RunSettings:
+    """The knobs of a training run that say nothing about its method. A row is one text in SFT and one pair in DPO."""
 
-    Of several processes only the first writes.
+    epochs: float = knob(1.0, "passes over the training rows; 0.5 is half a pass")
+    batch_size: int = knob(64, "rows per optimiser step", least=1)
+    micro_batch_size: int = knob(0, "rows per forward pass, to save memory; 0: all rows of the step")
+    recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
+    compile: bool = knob(False, "torch.compile the blocks: faster on a GPU, after a minute of compiling")
+    max_length: int = knob(0, "longest row in tokens; 0: the model's context")
+    max_steps: int = knob(0, "stop after this many optimiser steps of those that --epochs asks for; 0: make them all")
+    eval_data: str = knob("", "held-out rows for the curves; empty: the dataset's own, none for a file")
+    eval_every: int = knob(50, "optimiser steps between evaluations on the held-out rows; 0: at the end only")
+    save_every: int = knob(100, "optimiser steps between checkpoints", least=1)
+    samples: int = knob(8, "number of held-out prompts that are completed for the report")
+    sample_tokens: int = knob(128, "longest of these completions, in tokens", least=1)
+    seed: int = knob(0, "seed of the order of the rows, of the sampling, of first weights and of dropout")
+    device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
+    dtype: str = knob("auto", "precision of the matrix products", choices=DTYPES)
+    resume: bool = knob(False, "continue the run in --out, with its settings")
+    overwrite: bool = knob(False, "replace the run in --out")
+
+
+def place(model, settings):
+    """Moves the model to the device and picks the precision. "auto" in `settings` becomes what was picked."""
+    settings.device = pick_device(settings.device)
+    settings.dtype = pick_dtype(settings.dtype, settings.device, model.config.n_embd)
+    model.to(settings.device)
+
+
+def count_steps(rows, settings):
+    """Returns (optimiser steps in all epochs, the step to stop after). They differ if --max-steps is given."""
+    total = math.ceil(settings.epochs * math.ceil(len(rows) / settings.batch_size))
+    return total, min(total, settings.max_steps or total)
+
+
+def steps(rows, settings, first_step=0):
+    """Yields (step, indices of the rows of this step), both counted from 0.
+
+    The order depends on seed and epoch alone, so a resumed run finds its place by counting.
+    """
+    steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
+    for step in range(first_step, count_steps(rows, settings)[1]):
+        if step == first_step or step % steps_per_epoch == 0:
+            order = dataset.batches(rows, settings.batch_size, settings.seed, step // steps_per_epoch)
+        yield step, order[step % steps_per_epoch]
+
+
+class Run:
+    """The folder of one run. Nothing in it changes before `training`, so an error in the input leaves an older run.
+
+    `stage` is the name on the progress bar. Of several processes only process 0 writes.
     """
 
-    def __init__(self, settings):
-        self.settings = settings
+    def __init__(self, settings, stage):
+        self.settings, self.stage = settings, stage
         self.path = Path(settings.out)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file. Give a folder.")
@@ -36,19 +95,78 @@ class Run:
             raise UserError(f"{self.path / FILE} not found: nothing was saved to resume. Start again with --overwrite.")
         if held and not settings.resume and not settings.overwrite:
             raise UserError(
-                f"{self.path} already holds a run ({held[0]}). Add --resume to go on, or --overwrite to replace it."
+                f"{self.path} already holds a run ({held[0]}). Add --resume to continue, or --overwrite to replace it."
             )
 
-    def begin(self, step, tokenizer):
-        """Opens the folder for a run that goes on from `step` (0: a fresh one)."""
-        parallel.total(0)  # by now every process has seen the folder as it was
-        if parallel.rank() > 0:
-            return
+    def load(self):
+        """Returns (model, tokenizer, saved state) of this run with --resume, else of --init. The state may be {}."""
+        return checkpoint.load(self.path if self.settings.resume else self.settings.init)
+
+    def plan(self, rows, saved, *data):
+        """Counts the steps to come. `data`: everything the run trains and is evaluated on, which a resumed run checks.
+
+        Raises UserError if a resumed run was started with other data, or if no step is left.
+        """
+        self.rows, self.data = rows, checkpoint.fingerprint(*data)
+        if self.settings.resume and saved.get("data") != self.data:
+            raise UserError(f"{self.path} was started with other data. Restore it, or start a new run.")
+        self.count(saved.get("step", 0) if self.settings.resume else 0, *count_steps(rows, self.settings))
+        if self.total_steps <= self.settings.warmup_steps:
+            print(
+                f"warning: all {self.total_steps} steps are warm-up. Lower --warmup-steps "
+                f"{self.settings.warmup_steps}, or --batch-size."
+            )
+
+    def count(self, first_step, total_steps, last_step):
+        """Sets where the loop begins and ends. Raises UserError if it has reached its end and written its report."""
+        self.first_step, self.total_steps, self.last_step = first_step, total_steps, last_step
+        if first_step >= last_step and (self.path / "report.md").exists():
+            raise UserError(f"{self.path} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
+
+    def training(self, model, tokenizer, optimizer, **keep):
+        """`with run.training(...) as steps:` opens the folder and gives the (step, indices) of the loop.
+
+        A checkpoint holds the model, the optimiser's state and `keep`: tensors and plain values that a resumed run
+        needs again.
+        """
+
+        def save(done):
+            state = dict(step=done, optimizer=optimizer.state_dict(), data=self.data, **keep)
+            self.save(model, tokenizer, state)
+
+        return self.loop(steps(self.rows, self.settings, self.first_step), tokenizer, save)
+
+    @contextlib.contextmanager
+    def loop(self, items, tokenizer, save):
+        """Opens the folder and gives `items` one per step, with a progress bar and checkpoints.
+
+        After Ctrl-C or SIGTERM the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
+        """
+        self._open(tokenizer)
+        bar = tqdm(total=self.last_step, initial=self.first_step, desc=self.stage, unit="step")
+        with CatchInterrupt() as interrupt, bar as self.bar:
+
+            def stepping():
+                for done, item in enumerate(items, self.first_step + 1):
+                    self.started = time.perf_counter()
+                    yield item
+                    stop = parallel.anywhere(interrupt.requested)
+                    if done == self.last_step or done % self.settings.save_every == 0 or stop:
+                        save(done)
+                    if stop and done < self.last_step:
+                        raise UserError(
+                            f"stopped after step {done} and saved. Continue with the same command and --resume."
+                        )
+
+            yield stepping()
+
+    @parallel.by_process_0
+    def _open(self, tokenizer):
         path = self.path / "metrics.jsonl"
         lines = []
-        if step:  # a killed run may have logged steps that its checkpoint does not hold
-            lines = [m for m in read_metrics(self.path) if m["step"] <= step]
-            (self.path / "report.md").unlink(missing_ok=True)  # written last: a run that has one is done
+        if self.first_step:  # a killed run may have logged steps that its checkpoint does not hold
+            lines = [m for m in read_metrics(self.path) if m["step"] <= self.first_step]
+            (self.path / "report.md").unlink(missing_ok=True)  # written last: a run that has one is finished
         else:
             for name in WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
@@ -59,119 +177,59 @@ class Run:
         self._metrics = open(path, "ab", buffering=0)  # each line reaches the file at once
         print("settings: " + ", ".join(f"{name} {value!r}" for name, value in values.items()))
 
-    @parallel.by_the_first
+    def speed(self, **counts):
+        """speed(tokens=n) -> {"tokens_per_second": n / seconds since this step began}."""
+        seconds = time.perf_counter() - self.started
+        return {f"{name}_per_second": count / seconds for name, count in counts.items()}
+
+    def evaluates_after(self, step):
+        """Whether the held-out rows are evaluated after this step: every --eval-every steps, and at the end."""
+        every = self.settings.eval_every
+        return step + 1 == self.last_step or bool(every) and (step + 1) % every == 0
+
+    @parallel.by_process_0
     def log(self, step, metrics):
-        """Appends one line to metrics.jsonl; `step` counts finished optimiser steps."""
+        """Appends one line to metrics.jsonl. The file counts steps from 1."""
         try:
-            self._metrics.write((json.dumps({"step": step, **metrics}) + "\n").encode())
+            self._metrics.write((json.dumps({"step": step + 1, **metrics}) + "\n").encode())
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._metrics.name) from error
+        shown = {"loss": "loss", "rewards/accuracies": "accuracy"}
+        self.bar.update()
+        self.bar.set_postfix_str(", ".join(f"{shown[k]} {metrics[k]:.3f}" for k in shown if k in metrics))
 
-    @parallel.by_the_first
+    @parallel.by_process_0
     def save(self, model, tokenizer, state):
-        """A checkpoint, once the log is on the disk: a power cut may leave lines too many, never too few."""
-        os.fsync(self._metrics.fileno())
+        """Writes checkpoint.pt."""
+        os.fsync(self._metrics.fileno())  # after a power cut the log may hold steps too many, never too few
         checkpoint.save(self.path, model, tokenizer, state)
 
-    @parallel.by_the_first
+    @parallel.by_process_0
     def finish(self, samples, notes):
         """Writes samples.md, curves.png and report.md. samples: {"prompt": [...], column name: [...], ...} of texts."""
         self._metrics.close()
-        (self.path / PREVIOUS).unlink(missing_ok=True)  # its work is done
-        table = samples_table(samples)
-        atomic_write(self.path / "samples.md", f"# Samples at temperature 1\n\n{table}")
-        drawn = draw_curves(self.path)
-        metrics = read_metrics(self.path)
-        text = [f"# {self.path.name}", "", *notes, ""]
-        text += ["![curves](curves.png)", ""] if drawn else []
-        text += ["| metric | first | last |", "| --- | ---: | ---: |"]
-        for name in sorted({k for m in metrics for k in m} - {"step"}):
-            values = [m[name] for m in metrics if name in m]
-            text.append(f"| {name} | {values[0]:.5g} | {values[-1]:.5g} |")
-        text += ["", "## Samples at temperature 1", "", table, "## Settings", "", "```json"]
-        text += [(self.path / "settings.json").read_text(encoding="utf-8").strip(), "```", ""]
-        atomic_write(self.path / "report.md", "\n".join(text))
+        (self.path / PREVIOUS).unlink(missing_ok=True)  # the run is finished: the newest checkpoint is enough
+        write_report(self.path, samples, notes, curves=draw_curves(self.path))
         print(f"report: {self.path / 'report.md'}")
 
 
-def samples_table(samples):
-    """{"prompt": [...], column: [...], ...} -> a Markdown table, a row a prompt."""
-    clean = {name: [" ".join(t.replace("|", "\\|").splitlines()) for t in texts] for name, texts in samples.items()}
-    lines = ["| " + " | ".join(clean) + " |", "| " + " | ".join("---" for _ in clean) + " |"]
-    lines += ["| " + " | ".join(row) + " |" for row in zip(*clean.values(), strict=True)]
-    return "\n".join(lines) + "\n"
+class CatchInterrupt:
+    """`with CatchInterrupt() as interrupt:` turns a first Ctrl-C or SIGTERM into `interrupt.requested = True`.
 
-
-def read_metrics(folder):
-    """The lines of metrics.jsonl as dicts; a line that a crash cut short is passed over."""
-    metrics = []
-    path = Path(folder) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return metrics
-
-
-PANELS = (  # what belongs in one picture
-    ("loss",),
-    ("rewards/chosen", "rewards/rejected", "rewards/margins"),
-    ("rewards/accuracies",),
-    ("reward",),
-    ("kl",),
-    ("kl_coef",),
-    ("logps/chosen", "logps/rejected"),
-    ("grad_norm",),
-    ("lr",),
-)
-
-
-def draw_curves(folder):
-    """curves.png from metrics.jsonl: each step faint, its running mean strong, held-out values as dots.
-
-    Needs the extra `plot`; without it says so and returns False.
+    So a loop can finish its step and save. A second signal stops the process at once.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print('no curves.png: matplotlib is not installed (pip install "minidpo[plot]")')
-        return False
-    metrics = read_metrics(folder)
-    panels = [panel for panel in PANELS if any(panel[0] in m for m in metrics)]
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * rows), layout="constrained")
-    for i, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        for j, name in enumerate(panel):
-            points = [(m["step"], m[name]) for m in metrics if name in m]
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=f"C{j}", alpha=0.25, linewidth=0.8)
-            smooth = running_mean(values, reach=len(values) // 60)
-            axes.plot(steps, smooth, color=f"C{j}", linewidth=1.6, label=name.split("/")[-1])
-            held_out = [(m["step"], m[f"eval/{name}"]) for m in metrics if f"eval/{name}" in m]
-            if held_out:
-                label = "held out" if j == 0 else None
-                axes.plot(
-                    *zip(*held_out, strict=True), "o", color=f"C{j}", markeredgecolor="black", markersize=5, label=label
-                )
-        axes.set_title(panel[0].split("/")[0] if len(panel) > 1 else panel[0], fontsize=10)
-        axes.set_xlabel("optimiser steps", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        if len(panel) > 1 or any(f"eval/{panel[0]}" in m for m in metrics):
-            axes.legend(fontsize=8, frameon=False)
-    with atomic(Path(folder) / "curves.png") as file:
-        figure.savefig(file, dpi=130, format="png")
-    return True
 
+    def __enter__(self):
+        self.requested = False
+        self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-def running_mean(values, reach):
-    """Mean of each value and its neighbours up to `reach` places away; nearer the ends, as far as both sides go."""
-    means = []
-    for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        window = values[i - near : i + near + 1]
-        means.append(sum(window) / len(window))
-    return means
+    def _on_signal(self, *_):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nfinishing this step, then saving (press Ctrl-C again to stop at once)", file=sys.stderr)
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What the commands share: settings as a dataclass, errors that say what to do, and a Ctrl-C that loses nothing."""
+"""Settings as a dataclass that is also a command line, and errors that say what to do."""
 
 import argparse
 import dataclasses
@@ -6,70 +6,46 @@ import difflib
 import json
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can mend. `run` prints it without a traceback."""
+    """An error that the user can correct. `run_main` prints it without a traceback."""
 
 
 def unknown(kind, name, valid):
-    """UserError for a name that is not one of `valid`, with the nearest valid ones first."""
+    """Returns a UserError for a name that is not one of `valid`. It suggests the nearest valid names."""
     near = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return UserError(f"unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")
 
 
 def run_main(main):
-    """Runs `main()`. An error a person can mend becomes one message on stderr and exit code 2; Ctrl-C exit code 130."""
+    """Runs `main()`. A UserError or OSError becomes one message and exit code 2, Ctrl-C becomes exit code 130."""
     try:
         main()
     except UserError as error:
-        sys.exit(_fail(f"error: {error}"))
+        message, code = f"error: {error}", 2
+    except BrokenPipeError:  # `... | head` has closed the pipe: no message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `... | head` closed the pipe: not worth a word
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_fail(f"error: {where}{error.strerror or error}. Check the path, its permissions and the free space."))
+        message = f"error: {where}{error.strerror or error}. Check the path, its permissions and the free space."
+        code = 2
     except KeyboardInterrupt:
-        _fail("interrupted")
-        sys.exit(130)
-
-
-def _fail(message):
+        message, code = "interrupted", 130
+    else:
+        return
     print(message, file=sys.stderr)
-    return 2
-
-
-class CatchInterrupt:
-    """`with CatchInterrupt() as interrupt:` turns the first Ctrl-C (or SIGTERM) into `interrupt.requested = True`,
-
-    so that a loop can finish its step and save; a second one stops at once.
-    """
-
-    def __enter__(self):
-        self.requested = False
-        self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _on_signal(self, *_):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nfinishing this step, then saving (once more to stop at once)", file=sys.stderr)
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    sys.exit(code)
 
 
 def knob(default, help, choices=None, least=0):
     """A field of a settings dataclass that is also a flag: `beta: float = knob(0.1, "what it does")`.
 
-    The value must be one of `choices`, if given; a number must be finite and at least `least`.
+    The value must be one of `choices`, if given. A number must be finite and at least `least`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
@@ -77,16 +53,23 @@ def knob(default, help, choices=None, least=0):
 def parse_settings(cls, description, argv=None, sets=None):
     """Command line -> an instance of the settings dataclass `cls`.
 
-    A field without a default is a required flag. `sets` maps a name to {field: value}: named settings, chosen by
-    --settings, or by --data where that is a key (any other data takes "paper"); flags override them.
-    With --resume the run folder's own settings.json is the base, and only the fields in `MAY_CHANGE` can be overridden.
+    A field without a default is a required flag. Flags of the class itself come first in --help, inherited ones last.
+
+    `sets` maps a name to {field: value}: a named set of settings. --settings picks one. Without it, --data picks the
+    set of its own name; "tldr" picks "paper-tldr", and other data "paper". Flags override the set.
+
+    With --resume, the run's own settings.json takes the place of the set. Only the fields in `MAY_CHANGE` can differ.
+
+    Raises:
+        UserError: a value is not allowed, or differs from the setting of the run that is resumed.
     """
     sets = sets or {}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(cls):
+    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__)
+    for field in fields:
         flag = "--" + field.name.replace("_", "-")
         required = field.default is dataclasses.MISSING
-        text = field.metadata["help"] if field.metadata else ""
+        text = field.metadata["help"]
         if not required:
             per_set = [f"{name}: {values[field.name]}" for name, values in sets.items() if field.name in values]
             text += f" (default {field.default!r}{'; ' if per_set else ''}{', '.join(per_set)})"
@@ -99,14 +82,13 @@ def parse_settings(cls, description, argv=None, sets=None):
     if given.get("resume"):
         base = _settings_of_run(given, cls)
     elif sets:
-        name = given.get("settings") or (
-            given["data"] if given["data"] in sets else DATA_SETS.get(given["data"], "paper")
-        )
+        by_data = given["data"] if given["data"] in sets else {"tldr": "paper-tldr"}.get(given["data"], "paper")
+        name = given.get("settings") or by_data
         if name not in sets:
             raise unknown("settings", name, list(sets))
         base = {**sets[name], "settings": name}
     settings = cls(**{**base, **given})
-    for field in dataclasses.fields(cls):
+    for field in fields:
         flag, value = "--" + field.name.replace("_", "-"), getattr(settings, field.name)
         choices, least = field.metadata["choices"], field.metadata["least"]
         if choices and value not in choices:
@@ -116,7 +98,6 @@ def parse_settings(cls, description, argv=None, sets=None):
     return settings
 
 
-DATA_SETS = {"tldr": "paper-tldr"}
 MAY_CHANGE = {"out", "resume", "max_steps", "save_every", "eval_every", "epochs"}
 
 
@@ -135,6 +116,6 @@ def _settings_of_run(given, cls):
         if name in saved and value not in (saved[name], "auto") and name not in MAY_CHANGE:
             raise UserError(
                 f"--{name.replace('_', '-')} {value} differs from the {saved[name]!r} this run was started with "
-                f"({path}). A resumed run keeps its settings; start a new run with another --out to change them."
+                f"({path}). A resumed run keeps its settings. To change them, start a new run with another --out."
             )
     return saved

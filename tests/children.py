@@ -60,7 +60,7 @@ def start_stage(stage, argv, log, environment=None, doom=None):
 
 PLACES = {
     "load": lambda stage: (checkpoint, "load"),
-    "begin": lambda stage: (minidpo.run.Run, "begin"),
+    "begin": lambda stage: (minidpo.run.Run, "_open"),
     "step": lambda stage: (STAGES[stage], "train_step"),
     "log": lambda stage: (minidpo.run.Run, "log"),
     "save": lambda stage: (checkpoint, "save"),

@@ -18,7 +18,7 @@ import train_dpo
 import train_sft
 from minidpo import checkpoint
 from minidpo.model import GPT, GPTConfig
-from minidpo.run import read_metrics
+from minidpo.report import read_metrics
 from minidpo.tokenizer import Tokenizer
 
 SHORT = ("--batch-size", 8, "--max-steps", 2, "--samples", 1, "--sample-tokens", 4)

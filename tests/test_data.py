@@ -13,7 +13,7 @@ from tiny import write_jsonl
 import data
 from data.toy_sentiment import generate as toy
 from minidpo import checkpoint, dataset
-from minidpo.dataset import Rows, encode_pairs, encode_sft, fit, preference_batch, read_jsonl, sft_batch
+from minidpo.dataset import Rows, cut_to_context, encode_pairs, encode_sft, preference_batch, read_jsonl, sft_batch
 from minidpo.model import GPT, GPTConfig
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
@@ -69,9 +69,9 @@ GOOD_LINE = b'{"prompt": "a", "completion": "b"}\n'
         (b'{"prompt": "a", "completion": 3}', "'completion' is a int; it must be a string"),
         (b'{"prompt": null, "completion": "b"}', "'prompt' is a NoneType; it must be a string"),
         (b'{"prompt": ["a"], "completion": "b"}', "'prompt' is a list; it must be a string"),
-        (b'["a", "b"]', "a list where an object with prompt, completion belongs"),
-        (b'"a"', "a str where an object"),
-        (b"null", "a NoneType where an object"),
+        (b'["a", "b"]', "a list. Each line must be an object with prompt, completion"),
+        (b'"a"', "a str. Each line must be an object"),
+        (b"null", "a NoneType. Each line must be an object"),
         ('{"prompt": "größer", "completion": "b"}'.encode("latin-1"), "not UTF-8"),
         ('{"prompt": "a", "completion": "b"}'.encode("utf-16"), "not UTF-8"),
         (b'{"prompt": "half: \\ud83d", "completion": "b"}', "'prompt' holds half a character"),
@@ -135,18 +135,33 @@ def test_fit_cuts_the_left_of_the_prompt_then_responses(max_length, prompt, long
     cut = sum(99 not in response for response in (long, short))
     for responses, fitted in (((LONG, SHORT), [long, short]), ((SHORT, LONG), [short, long])):
         expected = ([99, *prompt], fitted, len(prompt) < 20, cut)
-        assert fit(PROMPT, responses, [True, True], 99, max_length) == expected
+        assert cut_to_context(PROMPT, responses, [True, True], 99, max_length) == expected
 
 
 def test_fit_keeps_a_short_prompt_whole_and_pads_none():
-    assert fit([1, 2], (LONG, SHORT), [True, True], 99, 6) == ([99, 1, 2], [LONG[:3], [*SHORT, 99]], False, 1)
-    assert fit([], (LONG,), [True], 99, 6) == ([99], [[*LONG, 99]], False, 0)
-    assert fit(PROMPT, (LONG,), [True], 99, 10, min_prompt_tokens=2) == ([99, *PROMPT[-4:]], [[*LONG, 99]], True, 0)
-    assert fit(PROMPT, (LONG,), [True], 99, 7, min_prompt_tokens=2) == ([99, *PROMPT[-2:]], [LONG[:4]], True, 1)
+    assert cut_to_context([1, 2], (LONG, SHORT), [True, True], 99, 6) == (
+        [99, 1, 2],
+        [LONG[:3], [*SHORT, 99]],
+        False,
+        1,
+    )
+    assert cut_to_context([], (LONG,), [True], 99, 6) == ([99], [[*LONG, 99]], False, 0)
+    assert cut_to_context(PROMPT, (LONG,), [True], 99, 10, min_prompt_tokens=2) == (
+        [99, *PROMPT[-4:]],
+        [[*LONG, 99]],
+        True,
+        0,
+    )
+    assert cut_to_context(PROMPT, (LONG,), [True], 99, 7, min_prompt_tokens=2) == (
+        [99, *PROMPT[-2:]],
+        [LONG[:4]],
+        True,
+        1,
+    )
 
 
 def test_fit_gives_no_eot_to_what_did_not_end():
-    prompt, fitted, *_ = fit(PROMPT, (LONG, SHORT), [False, True], 99, 100)
+    prompt, fitted, *_ = cut_to_context(PROMPT, (LONG, SHORT), [False, True], 99, 100)
     assert fitted == [LONG, [*SHORT, 99]]
 
 
@@ -212,11 +227,11 @@ def test_sft_rows_follow_the_same_rules():
 
 def test_load_rows_states_the_counts_and_refuses_a_file_with_nothing_usable(tmp_path, capsys):
     path = write_jsonl(tmp_path / "pairs.jsonl", [pair("p", "good", "bad"), pair("p", "same", "same")])
-    assert len(dataset.load_rows(path, encode_pairs, dataset.PAIR, BYTES, 100)) == 1
+    assert len(dataset.load_rows(path, read_jsonl(path, dataset.PAIR), encode_pairs, BYTES, 100)) == 1
     assert capsys.readouterr().out == f"{path}: 1 usable of 2 pairs, 1 dropped: equal responses\n"
     write_jsonl(path, [pair("p", "same", "same")])
     with pytest.raises(UserError, match="pairs.jsonl: no usable record"):
-        dataset.load_rows(path, encode_pairs, dataset.PAIR, BYTES, 100)
+        dataset.load_rows(path, read_jsonl(path, dataset.PAIR), encode_pairs, BYTES, 100)
 
 
 def test_trap02_no_merge_crosses_the_border():

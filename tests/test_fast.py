@@ -17,7 +17,7 @@ from experiments.bench import ablation
 from minidpo import dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
-from minidpo.run import read_metrics
+from minidpo.report import read_metrics
 from minidpo.scale import fast
 
 EOT = 96

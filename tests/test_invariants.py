@@ -39,7 +39,7 @@ import train_dpo
 import train_sft
 from minidpo import checkpoint, dataset
 from minidpo.dataset import Rows, preference_batch
-from minidpo.run import read_metrics
+from minidpo.report import read_metrics
 
 # 22 pairs or 25 rows in batches of 6: two epochs of 4 or 5 steps, the last of 4 pairs or 1 row
 KNOBS = ("--batch-size", 6, "--epochs", 2, "--lr", 1e-3, "--warmup-steps", 3, "--samples", 1, "--sample-tokens", 4)
@@ -118,14 +118,14 @@ def online_reference(monkeypatch):
     """A frozen copy of the first policy is asked about every batch; what was computed before training is not used."""
     train_step, frozen = train_dpo.train_step, {}
 
-    def step(policy, optimizer, rows, reference, indices, settings):
+    def step(policy, optimizer, rows, reference, indices, settings, loss):
         if not frozen:
             frozen["model"], _, _ = checkpoint.load(settings.init)
         with torch.no_grad():
             batch = preference_batch([rows[i] for i in indices])
             online = torch.full_like(reference, torch.nan)
             online[indices] = torch.stack(train_dpo.response_logps(frozen["model"], batch), dim=-1)
-        return train_step(policy, optimizer, rows, online, indices, settings)
+        return train_step(policy, optimizer, rows, online, indices, settings, loss)
 
     monkeypatch.setattr(train_dpo, "train_step", step)
 
@@ -159,7 +159,7 @@ def test_every_row_once_an_epoch(home, tmp_path, monkeypatch, stage):
     train_step, seen = module.train_step, []
 
     def watch(*args):
-        seen.extend(args[-2])
+        seen.extend(args[3] if stage is sft else args[4])
         return train_step(*args)
 
     monkeypatch.setattr(module, "train_step", watch)

@@ -19,7 +19,7 @@ from tiny import call, fails, write_data
 import train_dpo
 import train_sft
 from minidpo import checkpoint
-from minidpo.run import read_metrics
+from minidpo.report import read_metrics
 
 # 22 pairs or 25 rows in batches of 6: 4 or 5 steps an epoch, the last of 4 or 1; the rate rises, then falls
 COMMON = ("--batch-size", 6, "--epochs", 20, "--warmup-steps", 5, "--eval-every", 7, "--samples", 2)

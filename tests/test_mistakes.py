@@ -12,7 +12,7 @@ import train_dpo
 import train_sft
 from experiments import mistakes
 from experiments.mistakes import GALLERY, ROOT, Mutant, copy, curves, kill, load, run_tests
-from minidpo.run import read_metrics
+from minidpo.report import read_metrics
 
 BY_NAME = {mutant.name: mutant for mutant in GALLERY}
 EACH = pytest.mark.parametrize("mutant", GALLERY, ids=lambda mutant: mutant.name)

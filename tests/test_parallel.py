@@ -23,7 +23,7 @@ import train_dpo
 import train_sft
 from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
-from minidpo.run import read_metrics
+from minidpo.report import read_metrics
 from minidpo.scale import fast, parallel
 
 ROOT = Path(train_dpo.__file__).parent
@@ -215,12 +215,12 @@ def a_step(function, n, size):
     """Gradient of the mean margin over `n` pairs in micro-batches of `size`, and how often gradients were exchanged."""
     model, rows = model_and_rows()
     exchanges, all_reduce = [], dist.all_reduce
-    trained = parallel.wrap(model)
-    mine = parallel.mine(list(range(n)))
+    mine = parallel.share(list(range(n)))
     with mock.patch.object(dist, "all_reduce", lambda *args, **how: exchanges.append(1) or all_reduce(*args, **how)):
-        for micro in parallel.exchange_once(trained, [mine[i : i + size] for i in range(0, len(mine), size)]):
-            chosen, rejected = parallel.call(function, trained, dataset.preference_batch([rows[i] for i in micro]))
+        for i in range(0, len(mine), size):
+            chosen, rejected = function(model, dataset.preference_batch([rows[j] for j in mine[i : i + size]]))
             ((chosen - rejected).sum() / n).backward()
+        parallel.sum_gradients(model)
     return torch.nn.utils.parameters_to_vector(p.grad for p in model.parameters()), len(exchanges)
 
 
@@ -244,7 +244,7 @@ def draws():
     second = torch.rand(4)
     parallel.seed(3, 7)
     flag = parallel.anywhere(parallel.rank() == 1), parallel.anywhere(False)
-    shares = parallel.mine([10, 11, 12]), parallel.total(float(parallel.rank() + 1)), parallel.total(torch.ones(2))
+    shares = parallel.share([10, 11, 12]), parallel.all_sum(float(parallel.rank() + 1)), parallel.all_sum(torch.ones(2))
     return dict(first=first, second=second, again=torch.rand(4), flag=flag, shares=shares)
 
 

@@ -23,7 +23,7 @@ from experiments.rewards import SentimentClassifier
 from minidpo import checkpoint
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
-from minidpo.run import read_metrics
+from minidpo.report import read_metrics
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 from train_dpo import token_logps

@@ -27,8 +27,9 @@ import train_sft
 from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import learning_rate, make_optimizer
-from minidpo.run import read_metrics, running_mean
-from minidpo.settings import CatchInterrupt, parse_settings
+from minidpo.report import read_metrics, running_mean
+from minidpo.run import CatchInterrupt
+from minidpo.settings import parse_settings
 from minidpo.tokenizer import Tokenizer
 
 ROOT = Path(train_dpo.__file__).parent
@@ -625,7 +626,7 @@ def test_the_papers_settings_are_the_papers():
 
 COMMANDS = [
     "train_sft", "train_dpo", "experiments.make_pairs", "experiments.evaluate",
-    "minidpo.data", "minidpo.sampling", "minidpo.tokenizer", "experiments.rewards",
+    "minidpo.dataset", "minidpo.sampling", "minidpo.tokenizer", "experiments.rewards",
     "data.imdb.prepare", "data.toy_sentiment.generate",
 ]  # fmt: skip
 
@@ -696,7 +697,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(home, tmp_path):
     message = message.decode()
     done = state_of(tmp_path / "run")["state"]["step"]
     assert process.returncode not in (0, None) and "Traceback" not in message
-    assert f"error: stopped after step {done} and saved. Go on with the same command and --resume." in message
+    assert f"error: stopped after step {done} and saved. Continue with the same command and --resume." in message
     assert [m["step"] for m in metrics_of(tmp_path / "run")] == list(range(1, done + 1))
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES - {"samples.md", "report.md"}
     call_long = ("--data", home / "pairs.jsonl", "--init", home / "sft", *LONG, "--max-steps", done + 3)
@@ -760,13 +761,13 @@ def test_kill_9_leaves_a_checkpoint_that_resumes_to_the_same_run(home, tmp_path)
 
 @STAGES
 def test_nan_stops_and_names_the_batch(home, tmp_path, stage, monkeypatch, capsys):
-    module, poisoned = (train_sft, "response_loss") if stage is sft else (train_dpo, "dpo_loss")
+    module, poisoned = (train_sft, "response_loss") if stage is sft else (train_dpo, "logps_of")
     function, calls = getattr(module, poisoned), []
 
     def nan(*args, **kwargs):
         calls.append(1)
         value, *rest = function(*args, **kwargs)
-        return (value * math.nan if len(calls) == (3 if stage is sft else 4) else value, *rest)  # step 3
+        return (value * math.nan if len(calls) == (3 if stage is sft else 8) else value, *rest)  # step 3
 
     monkeypatch.setattr(module, poisoned, nan)
     with pytest.raises(SystemExit) as stop:
@@ -853,13 +854,13 @@ def test_full_disk_is_one_message_and_leaves_the_last_checkpoint(home, tmp_path,
 
 
 def test_full_disk_in_the_log_is_one_message_with_its_name(home, tmp_path, monkeypatch, capsys):
-    begin = train_dpo.Run.begin
+    begin = train_dpo.Run._open
 
     def begin_on_full_disk(self, *args):
         begin(self, *args)
         self._metrics = FullDisk(self._metrics, 1000)
 
-    monkeypatch.setattr(train_dpo.Run, "begin", begin_on_full_disk)
+    monkeypatch.setattr(train_dpo.Run, "_open", begin_on_full_disk)
     with pytest.raises(SystemExit) as stop:
         dpo(home, tmp_path / "run")
     message = capsys.readouterr().err

@@ -23,7 +23,7 @@ from experiments.mistakes import GALLERY, ROOT, copy, mutated
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.files import atomic, atomic_write
-from minidpo.run import read_metrics, running_mean
+from minidpo.report import read_metrics, running_mean
 from minidpo.settings import UserError
 from train_dpo import SETS
 

@@ -154,7 +154,7 @@ def plan_of(config, rows, settings):
     sizes, accumulate = [], False
     for epoch in range(max(1, math.ceil(settings.epochs))):
         for indices in dataset.batches(rows, settings.batch_size, settings.seed, epoch):
-            micro_batches = settings.cut([parallel.mine(indices)], rows)
+            micro_batches = settings.cut([parallel.share(indices)], rows)
             sizes += [size_of([rows[i] for i in micro]) for micro in micro_batches if micro]
             accumulate |= len(micro_batches) > 1
     largest = Size(*(max(sizes) for sizes in zip(*sizes, strict=True)))

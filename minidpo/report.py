@@ -1,0 +1,101 @@
+"""What a finished run shows: samples.md, curves.png and report.md, made from metrics.jsonl and the samples."""
+
+import json
+import math
+from pathlib import Path
+
+from minidpo.files import atomic, atomic_write
+
+PANELS = (  # metrics that share one picture
+    ("loss",),
+    ("rewards/chosen", "rewards/rejected", "rewards/margins"),
+    ("rewards/accuracies",),
+    ("reward",),
+    ("kl",),
+    ("kl_coef",),
+    ("logps/chosen", "logps/rejected"),
+    ("grad_norm",),
+    ("lr",),
+)
+
+
+def read_metrics(folder):
+    """Returns the lines of metrics.jsonl as dicts. It skips a line that a crash cut short."""
+    metrics = []
+    path = Path(folder) / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return metrics
+
+
+def samples_table(samples):
+    """{"prompt": [...], column: [...], ...} -> a Markdown table with one row per prompt."""
+    clean = {name: [" ".join(t.replace("|", "\\|").splitlines()) for t in texts] for name, texts in samples.items()}
+    lines = ["| " + " | ".join(clean) + " |", "| " + " | ".join("---" for _ in clean) + " |"]
+    lines += ["| " + " | ".join(row) + " |" for row in zip(*clean.values(), strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(folder, samples, notes, curves):
+    """Writes samples.md and report.md. `samples` as in `samples_table`; `curves`: whether curves.png was drawn."""
+    table = samples_table(samples)
+    atomic_write(folder / "samples.md", f"# Samples at temperature 1\n\n{table}")
+    metrics = read_metrics(folder)
+    text = [f"# {folder.name}", "", *notes, ""]
+    text += ["![curves](curves.png)", ""] if curves else []
+    text += ["| metric | first | last |", "| --- | ---: | ---: |"]
+    for name in sorted({k for m in metrics for k in m} - {"step"}):
+        values = [m[name] for m in metrics if name in m]
+        text.append(f"| {name} | {values[0]:.5g} | {values[-1]:.5g} |")
+    text += ["", "## Samples at temperature 1", "", table, "## Settings", "", "```json"]
+    text += [(folder / "settings.json").read_text(encoding="utf-8").strip(), "```", ""]
+    atomic_write(folder / "report.md", "\n".join(text))
+
+
+def draw_curves(folder):
+    """Draws curves.png from metrics.jsonl: every step faint, the running mean strong, held-out values as dots.
+
+    Needs the extra `plot`. Without it, prints a line and returns False.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('no curves.png: matplotlib is not installed (pip install "minidpo[plot]")')
+        return False
+    metrics = read_metrics(folder)
+    panels = [panel for panel in PANELS if any(panel[0] in m for m in metrics)]
+    columns = min(3, len(panels))
+    figure = Figure(figsize=(4.2 * columns, 3 * math.ceil(len(panels) / columns)), layout="constrained")
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, i + 1)
+        for j, name in enumerate(panel):
+            steps, values = zip(*((m["step"], m[name]) for m in metrics if name in m), strict=True)
+            axes.plot(steps, values, color=f"C{j}", alpha=0.25, linewidth=0.8)
+            smooth = running_mean(values, reach=len(values) // 60)
+            axes.plot(steps, smooth, color=f"C{j}", linewidth=1.6, label=name.split("/")[-1])
+            held_out = [(m["step"], m[f"eval/{name}"]) for m in metrics if f"eval/{name}" in m]
+            if held_out:
+                look = dict(color=f"C{j}", markeredgecolor="black", markersize=5, label=None if j else "held out")
+                axes.plot(*zip(*held_out, strict=True), "o", **look)
+        axes.set_title(panel[0].split("/")[0] if len(panel) > 1 else panel[0], fontsize=10)
+        axes.set_xlabel("optimiser steps", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        if len(panel) > 1 or any(f"eval/{panel[0]}" in m for m in metrics):
+            axes.legend(fontsize=8, frameon=False)
+    with atomic(folder / "curves.png") as file:
+        figure.savefig(file, dpi=130, format="png")
+    return True
+
+
+def running_mean(values, reach):
+    """Mean of each value and its neighbours up to `reach` places away. Near an end, both sides reach less far."""
+    means = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        window = values[i - near : i + near + 1]
+        means.append(sum(window) / len(window))
+    return means
