@@ -1,15 +1,20 @@
-"""How much reward, at what distance: a policy against its reference, on held-out prompts.
+"""Reward and KL of a policy against its reference, on held-out prompts.
 
     python -m experiments.evaluate --policy runs/dpo --reference runs/sft --data toy --reward toy --json eval.json
 
-Both models complete the same prompts at temperature 1, from the whole distribution. KL(policy || reference), in nats a
-response, is an expectation under the policy, so it is taken on the policy's samples, on the very ids that were drawn
-(text encoded again may give others), never on dataset pairs. Two estimators, both without bias:
+Both models complete the same prompts at temperature 1, without top-k or top-p. KL(policy || reference), in nats per
+response, is an expectation over responses of the policy. It is therefore computed on the token ids that the policy
+sampled: not on dataset pairs, and not on the text encoded again, which may give other ids. There are two estimators,
+and both are unbiased:
 
-    kl         mean of  sum_t log pi(y_t|s_t) - log pi_ref(y_t|s_t)         over samples y
-    kl_exact   mean of  sum_t KL( pi(.|s_t) || pi_ref(.|s_t) )              over samples y, s_t the prompt and y_<t
+    kl         mean of  sum_t log pi(y_t|s_t) - log pi_ref(y_t|s_t)     over samples y; s_t is the prompt and y_<t
+    kl_exact   mean of  sum_t KL( pi(.|s_t) || pi_ref(.|s_t) )          over the same samples
 
-The second sums the KL over the vocabulary at each place exactly, and leaves to chance only which places are visited.
+Which one to trust: report `kl_exact` for a single policy. At each position it sums over the whole vocabulary, where
+`kl` takes the one token that was sampled, so its standard error is smaller. Use `kl`, though it is noisier, beside a
+reward of the same samples, for example to hold a policy against the limit (experiments/frontier/limit.py). A set of
+samples that holds too many responses unlikely under the reference makes both the reward and `kl` too high, so the point
+moves along the limit and hardly across it.
 """
 
 import dataclasses
@@ -19,38 +24,38 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-import data
+from data.toy_sentiment.grammar import grammatical
+from experiments.common import load_models, prompt_mean_se, read_prompts, sample
 from experiments.rewards import load_reward
-from minidpo import checkpoint, dataset
+from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
 from minidpo.report import samples_table
-from minidpo.sampling import generate
-from minidpo.settings import UserError, knob, parse_settings, run_main
+from minidpo.settings import knob, parse_settings, run_main
 
 
 @dataclasses.dataclass
 class Settings:
-    policy: str = knob(dataclasses.MISSING, "the model to judge: a run folder, a GPT-2 folder or name")
-    reference: str = knob(dataclasses.MISSING, "the model to compare it with, as a rule the one it was trained from")
+    policy: str = knob(dataclasses.MISSING, "the model to evaluate: a run folder, a GPT-2 folder or name")
+    reference: str = knob(dataclasses.MISSING, "the model to compare it with, usually the one it was trained from")
     data: str = knob(dataclasses.MISSING, 'a dataset name (its held-out prompts) or a JSONL file with "prompt"')
     reward: str = knob(dataclasses.MISSING, "toy, or the file of a trained classifier")
-    limit: int = knob(500, "use the first so many prompts; 0: all")
+    limit: int = knob(500, "use only the first N prompts; 0: all")
     samples_per_prompt: int = knob(1, "completions of each prompt", least=1)
     max_new_tokens: int = knob(64, "longest completion, in tokens", least=1)
-    batch_size: int = knob(128, "completions scored at once", least=1)
-    show: int = knob(10, "completions to print, the first ones, side by side")
-    seed: int = knob(0, "of the sampling")
+    batch_size: int = knob(128, "completions per forward pass of the KL", least=1)
+    show: int = knob(10, "print the completions of the first N prompts, side by side")
+    seed: int = knob(0, "seed of the sampling")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
     json: str = knob("", "write the figures to this file")
 
 
 @torch.no_grad()
 def sequence_kl(policy, reference, prompts, samples, batch_size=128, progress=None):
-    """Both estimators for each sample: lists of ids -> (plain (N,), exact (N,)), in nats, float64.
+    """Both estimators of the KL for each sample, in nats: N lists of ids -> (kl (N,), kl_exact (N,)), float64.
 
-    prompts and samples as `generate` takes and gives them. Both models are evaluated without dropout, in the precision
-    of their weights.
+    prompts and samples are lists of ids as `generate` takes and returns them. Both models run without dropout, in the
+    precision of their weights.
     """
     policy.eval(), reference.eval()
     rows = list(zip(prompts, samples, strict=True))
@@ -64,27 +69,14 @@ def sequence_kl(policy, reference, prompts, samples, batch_size=128, progress=No
         log_ratio = log_pi - reference(batch.ids).log_softmax(-1)
         at_sample = log_ratio.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # (B, T)
         in_full = (log_pi.exp() * log_ratio).sum(-1)  # (B, T)
-        mask = batch.mask.cpu()  # where there is float64, unlike on MPS
+        mask = batch.mask.cpu()  # sums are taken on the CPU, because MPS has no float64
         plain[indices] = (at_sample.cpu().double() * mask).sum(-1)
         exact[indices] = (in_full.cpu().double() * mask).sum(-1)
     return plain, exact
 
 
-def mean_se(values):
-    """Mean of independent values (N,) and its standard error. UserError for a single value: it has no spread."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if len(values) < 2:
-        raise UserError("one prompt has no standard error. Give at least two.")
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
-
-
-def prompt_mean_se(values, per_prompt):
-    """As `mean_se` where each `per_prompt` neighbours share a prompt, so that only prompts are independent."""
-    return mean_se(torch.as_tensor(values, dtype=torch.float64).view(-1, per_prompt).mean(-1))
-
-
 def repeated_ngrams(samples, n=4):
-    """Share of a sample's n-grams of ids that occurred before in the same sample, over all samples."""
+    """The share of n-grams of ids that occurred earlier in the same sample, over all samples."""
     total = repeated = 0
     for ids in samples:
         grams = Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1))
@@ -93,61 +85,59 @@ def repeated_ngrams(samples, n=4):
     return repeated / max(1, total)
 
 
-def describe(prompts, texts, samples, rewards, settings, eot):
-    """What can be said of one model's samples by themselves."""
-    mean, se = prompt_mean_se(rewards, settings.samples_per_prompt)
+def describe(samples, rewards, per_prompt, toy):
+    """Figures of one model's `Samples`, `per_prompt` of each prompt, by name.
+
+    toy: whether the prompts are the toy's, so that its grammar can say which samples are grammatical.
+    """
+    n = len(rewards)
+    mean, se = prompt_mean_se(rewards, per_prompt)
     figures = {
         "reward_mean": mean,
         "reward_se": se,
         "reward_sd": torch.tensor(rewards, dtype=torch.float64).std().item(),
-        "positive": sum(r > 0 for r in rewards) / len(rewards),
-        "length_mean": sum(len(ids) for ids in samples) / len(samples),
-        "ended": sum(ids[-1] == eot for ids in samples) / len(samples),
-        "repeated_4grams": repeated_ngrams(samples),
+        "positive": sum(r > 0 for r in rewards) / n,
+        "length_mean": sum(map(len, samples.ids)) / n,
+        "ended": sum(samples.ended) / n,
+        "repeated_4grams": repeated_ngrams(samples.ids),
     }
-    if settings.reward == "toy":
-        from data.toy_sentiment.grammar import grammatical
-
-        figures["grammatical"] = sum(grammatical(p + t) for p, t in zip(prompts, texts, strict=True)) / len(texts)
+    if toy:
+        reviews = [prompt + text for prompt, text in zip(samples.prompts, samples.texts, strict=True)]
+        figures["grammatical"] = sum(map(grammatical, reviews)) / n
     return figures
 
 
 def evaluate(policy, reference, tokenizer, prompts, reward, settings):
-    """All figures as a dict, those of the reference's own samples under "reference", and both lists of texts."""
-    device = policy.wte.weight.device
-    prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
-    ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-    samples, texts, rewards = {}, {}, {}
-    for name, model in (("policy", policy), ("reference", reference)):
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        samples[name] = generate(
-            model, ids, settings.max_new_tokens, tokenizer.eot, generator=generator, progress=f"sampling {name}"
-        )
-        texts[name] = [tokenizer.decode(sample) for sample in samples[name]]
-        rewards[name] = reward(prompts, texts[name])
-    own, other = (
-        describe(prompts, texts[name], samples[name], rewards[name], settings, tokenizer.eot)
-        for name in ("policy", "reference")
-    )
-    plain, exact = sequence_kl(policy, reference, ids, samples["policy"], settings.batch_size, progress="KL")
-    wins = [(a > b) + 0.5 * (a == b) for a, b in zip(rewards["policy"], rewards["reference"], strict=True)]
-    figures = {**own, "win_rate": sum(wins) / len(wins)}
-    figures["kl"], figures["kl_se"] = prompt_mean_se(plain, settings.samples_per_prompt)
-    figures["kl_exact"], figures["kl_exact_se"] = prompt_mean_se(exact, settings.samples_per_prompt)
-    return {**figures, "samples": len(prompts), "reference": other}, prompts, texts
+    """Samples both models and compares them.
+
+    Returns:
+        All figures by name, with those of the reference's own samples under "reference"; the prompts, each repeated
+        `samples_per_prompt` times; and the texts of the samples, {"policy": [...], "reference": [...]}.
+    """
+    per_prompt = settings.samples_per_prompt
+    how = prompts, settings.max_new_tokens, settings.seed, per_prompt
+    ours = sample(policy, tokenizer, *how, progress="sampling policy")
+    theirs = sample(reference, tokenizer, *how, progress="sampling reference")
+    rewards, reference_rewards = (reward(samples.prompts, samples.texts) for samples in (ours, theirs))
+    toy = settings.reward == "toy"
+    figures = describe(ours, rewards, per_prompt, toy)
+    wins = [(a > b) + 0.5 * (a == b) for a, b in zip(rewards, reference_rewards, strict=True)]
+    figures["win_rate"] = sum(wins) / len(wins)
+    plain, exact = sequence_kl(policy, reference, ours.prompt_ids, ours.ids, settings.batch_size, progress="KL")
+    figures["kl"], figures["kl_se"] = prompt_mean_se(plain, per_prompt)
+    figures["kl_exact"], figures["kl_exact_se"] = prompt_mean_se(exact, per_prompt)
+    figures["samples"] = len(wins)
+    figures["reference"] = describe(theirs, reference_rewards, per_prompt, toy)
+    return figures, ours.prompts, {"policy": ours.texts, "reference": theirs.texts}
 
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
     device = pick_device(settings.device)
     reward = load_reward(settings.reward)
-    policy, tokenizer, _ = checkpoint.load(settings.policy)
-    reference, reference_tokenizer, _ = checkpoint.load(settings.reference)
-    if tokenizer.fingerprint != reference_tokenizer.fingerprint:
-        raise UserError(f"{settings.policy} and {settings.reference} have different tokenizers: no KL between them.")
-    records = dataset.read_jsonl(data.find(settings.data, "prompts_test"), ("prompt",))
-    prompts = [record["prompt"] for record in records][: settings.limit or None]
-    figures, prompts, texts = evaluate(policy.to(device), reference.to(device), tokenizer, prompts, reward, settings)
+    (policy, reference), tokenizer = load_models(settings.policy, settings.reference, device=device)
+    prompts = read_prompts(settings.data, limit=settings.limit)
+    figures, prompts, texts = evaluate(policy, reference, tokenizer, prompts, reward, settings)
 
     if settings.show:
         n = settings.show * settings.samples_per_prompt

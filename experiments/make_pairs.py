@@ -2,26 +2,31 @@
 
     python -m experiments.make_pairs --policy runs/sft --prompts toy --reward toy --out runs/pairs.jsonl
 
-For each prompt K completions are sampled at temperature 1 from the whole distribution, scored by a reward, and all
-K (K - 1) / 2 pairs are written. Labels: "hard", the higher reward is chosen (the paper's IMDb set-up; such labels are
-never wrong, so the DPO loss has no finite minimum), or "bt", drawn from Bradley-Terry with the reward (Eq. 1: only for
-these does the theory's optimum, Eq. 4, hold). A tie under hard labels, or two equal texts, is dropped and counted.
+For each prompt, K completions are sampled at temperature 1, without top-k or top-p, and scored by a reward. All
+K (K - 1) / 2 pairs are written. There are two kinds of labels:
+
+    hard   The completion with the higher reward is chosen, as in the paper's IMDb experiment. Such labels are never
+           wrong, so the DPO loss has no finite minimum.
+    bt     The label is drawn from the Bradley-Terry model with the reward (Eq. 1). Only for these labels is the
+           theory's optimum (Eq. 4) what DPO converges to.
+
+A pair of two equal texts is dropped and counted, and so is a tie under hard labels.
 """
 
 import dataclasses
 import itertools
 import json
 import math
+import statistics
 from collections import Counter
 
 import torch
 
-import data
+from experiments.common import load_models, read_prompts, sample
 from experiments.rewards import load_reward
-from minidpo import checkpoint, dataset
+from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
-from minidpo.sampling import generate
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
@@ -31,14 +36,14 @@ class Settings:
     prompts: str = knob(dataclasses.MISSING, 'a dataset name (its training prompts) or a JSONL file with "prompt"')
     reward: str = knob(dataclasses.MISSING, "toy, or the file of a trained classifier")
     out: str = knob(dataclasses.MISSING, "the JSONL file to write: prompt, chosen, rejected")
-    k: int = knob(4, "completions per prompt; all pairs of them are made", least=2)
+    k: int = knob(4, "completions per prompt; all pairs of them are written", least=2)
     labels: str = knob("hard", "hard (the higher reward wins) or bt (drawn from Bradley-Terry)", choices=("hard", "bt"))
-    limit: int = knob(0, "use the first so many prompts; 0: all")
+    limit: int = knob(0, "use only the first N prompts; 0: all")
     max_new_tokens: int = knob(64, "longest completion, in tokens", least=1)
     batch_size: int = knob(256, "completions sampled at once", least=1)
-    seed: int = knob(0, "of the sampling and of the drawn labels")
+    seed: int = knob(0, "seed of the sampling and of the drawn labels")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
-    overwrite: bool = knob(False, "replace --out if it is there")
+    overwrite: bool = knob(False, "replace --out if it exists")
 
 
 def label(reward_a, reward_b, labels, generator):
@@ -50,8 +55,9 @@ def label(reward_a, reward_b, labels, generator):
 
 
 def pairs_of(prompt, completions, labels, generator, counts):
-    """All pairs among one prompt's completions (text, ended, reward), labelled; what is dropped goes to `counts`."""
-    for (a, a_ended, reward_a), (b, b_ended, reward_b) in itertools.combinations(completions, 2):
+    """Yields the labelled pairs among one prompt's completions (text, ended, reward), and counts what it drops."""
+    for both in itertools.combinations(completions, 2):
+        (a, _, reward_a), (b, _, reward_b) = both
         if a == b:
             counts["dropped: equal texts"] += 1
             continue
@@ -60,14 +66,11 @@ def pairs_of(prompt, completions, labels, generator, counts):
             counts["dropped: ties"] += 1
             continue
         counts["the lower reward chosen"] += (reward_a > reward_b) != a_wins and reward_a != reward_b
-        (chosen, chosen_ended), (rejected, rejected_ended) = ((a, a_ended), (b, b_ended))[:: 1 if a_wins else -1]
-        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        # a completion that was cut at max_new_tokens did not end: training must not put an eot there
-        if not chosen_ended:
-            pair["chosen_ended"] = False
-        if not rejected_ended:
-            pair["rejected_ended"] = False
-        yield pair
+        (chosen, chosen_ended, _), (rejected, rejected_ended, _) = both if a_wins else both[::-1]
+        # a completion that was cut at max_new_tokens did not end, so training must not add an eot to it
+        ended = {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended}
+        cut = {name: False for name, value in ended.items() if not value}
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **cut}
 
 
 def main():
@@ -75,25 +78,17 @@ def main():
     out = dataset.new_file(settings.out, settings.overwrite)
     device = pick_device(settings.device)
     reward = load_reward(settings.reward)
-    model, tokenizer, _ = checkpoint.load(settings.policy)
-    model.to(device)
-    records = dataset.read_jsonl(data.find(settings.prompts, "prompts_train"), ("prompt",))
-    prompts = [record["prompt"] for record in records][: settings.limit or None]
-
-    repeated = [prompt for prompt in prompts for _ in range(settings.k)]
-    ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in repeated]
-    sampling = torch.Generator(device).manual_seed(settings.seed)
-    samples = generate(
-        model, ids, settings.max_new_tokens, tokenizer.eot,
-        generator=sampling, batch_size=settings.batch_size, progress="sampling",
+    (model,), tokenizer = load_models(settings.policy, device=device)
+    prompts = read_prompts(settings.prompts, "prompts_train", settings.limit)
+    samples = sample(
+        model, tokenizer, prompts, settings.max_new_tokens, settings.seed, settings.k,
+        batch_size=settings.batch_size, progress="sampling",
     )  # fmt: skip
-    texts = [tokenizer.decode(sample) for sample in samples]
-    ended = [sample[-1] == tokenizer.eot for sample in samples]
-    rewards = reward(repeated, texts)
+    rewards = reward(samples.prompts, samples.texts)
 
     counts, lines = Counter(), []
     labelling = torch.Generator().manual_seed(settings.seed)
-    completions = list(zip(texts, ended, rewards, strict=True))
+    completions = list(zip(samples.texts, samples.ended, rewards, strict=True))
     for i, prompt in enumerate(prompts):
         group = completions[i * settings.k : (i + 1) * settings.k]
         for pair in pairs_of(prompt, group, settings.labels, labelling, counts):
@@ -101,10 +96,9 @@ def main():
     if not lines:
         raise UserError(f"no usable pair from {len(prompts)} prompts: {dict(counts)}. Nothing was written.")
     atomic_write(out, "".join(lines))
-    mean = sum(rewards) / len(rewards)
-    sd = (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5
     print(f"{out}: {len(lines):,} pairs from {len(prompts):,} prompts x {settings.k} completions")
-    print(", ".join([f"{sum(ended) / len(ended):.1%} ended", f"reward {mean:.2f}, SD {sd:.2f}"]))
+    ended = sum(samples.ended) / len(samples.ended)
+    print(f"{ended:.1%} ended, reward {statistics.mean(rewards):.2f}, SD {statistics.pstdev(rewards):.2f}")
     print(", ".join(f"{name}: {n:,}" for name, n in counts.items()))
 
 

@@ -1,24 +1,23 @@
-"""Rewards: what `experiments.make_pairs` labels with and `experiments.evaluate` reports.
+"""Rewards: what `experiments.make_pairs` labels pairs with, and what `experiments.evaluate` reports.
 
-A reward is a callable, `reward(prompts: list[str], responses: list[str]) -> list[float]`; `load_reward` gives one:
+A reward is a callable, `reward(prompts: list[str], responses: list[str]) -> list[float]`. `load_reward` returns one:
 
-    "toy"    the toy's ground truth, positive minus negative sentiment words in the response
+    "toy"    the toy's true reward: positive minus negative sentiment words in the response
     a file   a sentiment classifier trained here: the log-odds that prompt + response comes from a positive review,
-             log p(positive) / p(negative), in nats. (The probability itself saturates at 1, and makes ties.)
+             log p(positive) / p(negative), in nats. (The probability itself rounds to 1, which makes ties.)
 
     python -m experiments.rewards --train data/imdb/reviews_train.jsonl --test data/imdb/reviews_heldout.jsonl
 
-trains two classifiers on halves of the reviews that share none: `labelling.pt` is for choosing the preferred response,
-`reporting.pt` for judging the result. A policy that only learned the first one's quirks gains little from the second.
+trains two classifiers on two halves of the reviews. `labelling.pt` chooses the preferred response, and `reporting.pt`
+judges the result. A policy that has only learned the errors of the first classifier gains little from the second.
 
-The classifier is logistic regression on the words and word pairs that a text holds, with the naive Bayes scaling of
-Wang & Manning (ACL 2012). It learns from whole reviews and from random excerpts: trained on whole reviews alone it is
-right less often on the few dozen words of a completion, and calls six in ten of them positive.
+The classifier is logistic regression on the words and word pairs of a text, with the naive Bayes scaling of Wang &
+Manning (ACL 2012). It learns from whole reviews and from random excerpts. Trained on whole reviews alone, it is less
+accurate on the few dozen words of a completion, and calls six in ten of them positive.
 """
 
 import dataclasses
 import math
-import pickle
 import random
 import re
 from collections import Counter
@@ -28,51 +27,51 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.toy_sentiment import grammar
+from minidpo import checkpoint
 from minidpo.dataset import read_jsonl
 from minidpo.files import atomic
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
 NAMES = ("labelling", "reporting")  # trained on rows 0, 2, 4, ... and on rows 1, 3, 5, ...
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[!?]")
-MIN_REVIEWS = 5  # an n-gram in fewer reviews than this is left out
+MIN_REVIEWS = 5  # an n-gram in fewer reviews is left out
 L2 = 5.0  # chosen on reviews_heldout.jsonl, as were the n-grams and the excerpts
-EXCERPTS = 4  # per review, beside the review itself
-EXCERPT_WORDS = (10, 60)  # shortest and longest in training
-TEST_WORDS = 40  # tested on the first 40 words, about as long as a prompt and its completion
+EXCERPTS = 4  # per review, in addition to the review itself
+EXCERPT_WORDS = (10, 60)  # shortest and longest excerpt
+TEST_WORDS = 40  # the test also uses the first 40 words: about as long as a prompt and its completion
 
 
 @dataclasses.dataclass
 class Settings:
-    train: str = knob("", "labelled reviews (JSONL with text and label) to train both classifiers on")
-    test: str = knob("", "labelled reviews to measure both classifiers on")
-    out: str = knob("data/imdb", "folder of labelling.pt and reporting.pt: written by --train, read by --test alone")
+    train: str = knob("", "train both classifiers on these labelled reviews: JSONL with text and label")
+    test: str = knob("", "test both classifiers on these labelled reviews")
+    out: str = knob("data/imdb", "folder of labelling.pt and reporting.pt, which --train writes and --test reads")
 
 
 def load_reward(name):
-    """'toy' or the file of a classifier -> reward(prompts, responses) -> list[float]. UserError for anything else."""
+    """Returns the reward of that name, "toy" or a classifier's file. Raises UserError for anything else."""
     if name == "toy":
-        from data.toy_sentiment.grammar import reward
-
-        return lambda prompts, responses: [float(reward(response)) for response in responses]
+        return lambda prompts, responses: [float(grammar.reward(response)) for response in responses]
     if not Path(name).is_file():
         raise unknown("reward", name, ["toy", *sorted(str(path) for path in Path(name).parent.glob("*.pt"))])
     return SentimentClassifier.load(name)
 
 
 def ngrams(text):
-    """'Not good, not good!' -> ['not', 'good', '!', 'not good', 'good not', 'good !']: each word and pair once."""
+    """Each word and word pair once: 'Not good, not good!' -> ['not', 'good', '!', 'not good', 'good not', 'good !']."""
     words = WORD.findall(text.lower())
     return list(dict.fromkeys(words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]))
 
 
 class SentimentClassifier:
-    """One weight in nats per n-gram, and a bias; an n-gram it does not know counts nothing."""
+    """One weight per n-gram and a bias, in nats. An unknown n-gram adds nothing."""
 
     def __init__(self, weights, bias):
         self.weights, self.bias = weights, bias  # dict[str, float], float
 
     def log_odds(self, text):
-        """log p(positive) / p(negative) in nats; the probability is its sigmoid."""
+        """log p(positive) / p(negative) of a text, in nats. The probability is its sigmoid."""
         return self.bias + math.fsum(self.weights.get(ngram, 0.0) for ngram in ngrams(text))
 
     def __call__(self, prompts, responses):
@@ -85,45 +84,43 @@ class SentimentClassifier:
 
     @classmethod
     def load(cls, path):
-        try:
-            saved = torch.load(path, weights_only=True)
-            names, weights = saved["ngrams"].split("\n"), saved["weights"].tolist()
-            return cls(dict(zip(names, weights, strict=True)), saved["bias"])
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path} is no sentiment classifier, or is damaged. Make it: python -m experiments.rewards --train FILE"
-            ) from error
+        """Raises UserError if the file is missing, damaged or not a classifier."""
+        saved = checkpoint.read(path, keys=("ngrams", "weights", "bias"))
+        names, weights = saved["ngrams"].split("\n"), saved["weights"].tolist()
+        if len(names) != len(weights):
+            raise UserError(f"{path} is damaged. Make it again: python -m experiments.rewards --train FILE")
+        return cls(dict(zip(names, weights, strict=True)), saved["bias"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- training ----
 
 
 def log_count_ratios(documents, labels, size):
-    """Wang & Manning's r: log (p / |p|) / (q / |q|), where p and q are 1 + the number of positive and of negative
+    """Wang & Manning's r of each n-gram: log (p / |p|) / (q / |q|) -> (size,) float64.
 
-    documents that hold the n-gram. documents: lists of n-gram ids below `size`; labels: 1 or 0 -> (size,) float64
+    p is 1 + the number of positive documents with the n-gram, and q the same of negative documents. documents are lists
+    of different n-gram ids below `size`; labels are 1 (positive) or 0.
     """
     counts = torch.ones(2, size, dtype=torch.float64)
     for ids, label in zip(documents, labels, strict=True):
-        counts[label, ids] += 1  # ids are different within a document
+        counts[label, ids] += 1
     negative, positive = counts / counts.sum(dim=1, keepdim=True)
     return (positive / negative).log()
 
 
 def fit_logistic(documents, labels, scale, l2):
-    """Logistic regression with feature scale[i] where n-gram i is present, 0 elsewhere -> weights (size,), bias ().
+    """Logistic regression: n-gram i has the feature scale[i] where it occurs -> weights (size,), bias (), float64.
 
-    Minimises sum of -log p(label) + l2 * |weights|^2, convex, in float64. `scale` steers what the penalty prefers:
-    an n-gram with a large naive Bayes ratio needs only a small weight.
+    Minimises the sum of -log p(label) plus l2 * |weights|^2, which is convex. An n-gram with a large naive Bayes ratio
+    `scale` needs only a small weight, so the penalty spares it.
     """
-    # one entry for each n-gram seen: the document it is in and its id
+    # one entry per occurrence: the document and the n-gram's id
     row = torch.tensor([d for d, document in enumerate(documents) for _ in document], dtype=torch.long)
     ids = torch.tensor([i for document in documents for i in document], dtype=torch.long)
     targets = torch.tensor(labels, dtype=torch.float64)
     weights = torch.zeros(len(scale), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    tolerance = 1e-6 * len(documents)  # on the largest entry of the gradient, which is a sum over documents
+    tolerance = 1e-6 * len(documents)  # of the gradient's largest entry, which is a sum over documents
     optimiser = torch.optim.LBFGS(
         [weights, bias], max_iter=60, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
     )
@@ -131,7 +128,7 @@ def fit_logistic(documents, labels, scale, l2):
 
     def closure():
         optimiser.zero_grad()
-        # index_select, not [ids]: its gradient adds in a fixed order, so that every run ends in the same weights
+        # the gradient of index_select adds in a fixed order, unlike that of [ids]: every run ends in the same weights
         log_odds = bias.expand(len(documents)).index_add(0, row, (weights * scale).index_select(0, ids))
         loss = F.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum") + l2 * weights.square().sum()
         loss.backward()
@@ -144,7 +141,7 @@ def fit_logistic(documents, labels, scale, l2):
 
 
 def excerpt(text, generator):
-    """A random stretch of 10 to 60 words, the whole text if it is shorter."""
+    """10 to 60 consecutive words of a text, at a random place; the whole text if it is shorter."""
     words = text.split(" ")
     length = generator.randint(*EXCERPT_WORDS)
     start = generator.randint(0, max(0, len(words) - length))
@@ -152,7 +149,7 @@ def excerpt(text, generator):
 
 
 def train_classifier(texts, labels):
-    """Whole reviews and their labels (1 positive, 0 negative) -> SentimentClassifier. The same every time."""
+    """Whole reviews and their labels (1 positive, 0 negative) -> SentimentClassifier. Every call gives the same."""
     generator = random.Random(0)
     whole = [ngrams(text) for text in tqdm(texts, desc="n-grams", unit=" reviews")]
     counts = Counter(ngram for document in whole for ngram in document)
@@ -164,12 +161,11 @@ def train_classifier(texts, labels):
     return SentimentClassifier(dict(zip(ids, (weights * scale).tolist(), strict=True)), bias.item())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+# ---- the command ----
 
 
 def read_reviews(path):
-    """JSONL of {"text", "label"} -> texts, labels (1 positive, 0 negative). UserError with the line of a bad row."""
+    """JSONL of {"text", "label"} -> texts, labels (1 positive, 0 negative). Raises UserError for a bad label."""
     rows = read_jsonl(path, ("text",))
     for number, row in enumerate(rows, start=1):
         if row.get("label") not in (0, 1):
@@ -181,7 +177,7 @@ def read_reviews(path):
 
 
 def wilson(hits, n, z=1.96):
-    """95% interval of a proportion (Wilson 1927) -> (low, high), inside [0, 1]."""
+    """95 % interval of a proportion (Wilson 1927) -> (low, high), inside [0, 1]."""
     centre = (hits + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -189,10 +185,8 @@ def wilson(hits, n, z=1.96):
 
 def report(classifiers, texts, labels):
     """Prints each classifier's accuracy and how often the two agree, on whole texts and on their first 40 words."""
-    for kind, shown in (
-        ("whole reviews", texts),
-        (f"first {TEST_WORDS} words", [" ".join(text.split()[:TEST_WORDS]) for text in texts]),
-    ):
+    beginnings = [" ".join(text.split()[:TEST_WORDS]) for text in texts]
+    for kind, shown in (("whole reviews", texts), (f"first {TEST_WORDS} words", beginnings)):
         signs = [[classifier.log_odds(text) > 0 for text in shown] for classifier in classifiers]
         for name, sign in zip(NAMES, signs, strict=True):
             hits = sum(s == bool(label) for s, label in zip(sign, labels, strict=True))
@@ -208,9 +202,9 @@ def report(classifiers, texts, labels):
 def main(argv=None):
     settings = parse_settings(Settings, __doc__, argv)
     if not settings.train and not settings.test:
-        raise UserError("nothing to do: pass --train FILE, --test FILE, or both. Try --help.")
+        raise UserError("nothing to do: give --train FILE, --test FILE, or both.")
     paths = [Path(settings.out) / f"{name}.pt" for name in NAMES]
-    test = read_reviews(settings.test) if settings.test else None  # a bad file is found before the work, not after it
+    test = read_reviews(settings.test) if settings.test else None  # first, so that a bad file stops us early
     if settings.train:
         texts, labels = read_reviews(settings.train)
         for half, path in enumerate(paths):

@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from tiny import call, contents, fails, write_data, write_jsonl
 
+import experiments.common as common
 import experiments.evaluate as evaluate
 import experiments.make_pairs as make_pairs
 import train_dpo
@@ -15,6 +17,7 @@ import train_sft
 from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import generate
+from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
 TRAIN = ("--batch-size", 8, "--lr", 5e-3, "--warmup-steps", 2, "--samples", 1, "--sample-tokens", 4)
@@ -31,6 +34,41 @@ def home(tmp_path_factory):
     prompts = ("The film", "This story", "Her cast", "Every scene", "The ending")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     return folder
+
+
+# ---- common: CSV ----
+
+
+class Point(NamedTuple):
+    name: str
+    step: int
+    kl: float
+
+
+def test_csv_there_and_back(tmp_path):
+    path = tmp_path / "points.csv"
+    common.write_csv(path, [Point("a, b", 3, 1 / 3), Point("", 0, math.inf)])
+    assert common.read_csv(path, Point, "make points") == [Point("a, b", 3, 1 / 3), Point("", 0, math.inf)]
+    common.write_csv(path, [Point("a", 1, 12345.678), Point("b", 2, math.nan)], digits=5)
+    assert path.read_text(encoding="utf-8") == "name,step,kl\na,1,12346\nb,2,\n"
+    assert math.isnan(common.read_csv(path, Point, "make points")[1].kl)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "line 1: the columns must be name,step,kl"),
+        ("name,kl\n", "line 1: the columns must be name,step,kl"),
+        ("name,step,kl\na,1,2\nb,one,2\n", "line 3: .*'one'.*make points"),
+        ("name,step,kl\na,1\n", "line 2: 2 cells under 3 columns"),
+    ],
+)
+def test_csv_that_is_damaged(tmp_path, text, says):
+    (tmp_path / "points.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=says):
+        common.read_csv(tmp_path / "points.csv", Point, "make points")
+    with pytest.raises(UserError, match="missing.csv not found.*make points"):
+        common.read_csv(tmp_path / "missing.csv", Point, "make points")
 
 
 # ---- make_pairs ----
@@ -149,7 +187,7 @@ def test_pairs_are_the_same_for_the_same_seed(make, tmp_path):
     assert {pair["prompt"] for pair in few} == {"The film", "This story"}
 
 
-def test_pairs_are_never_overwritten_unasked(make, home, tmp_path, capsys):
+def test_pairs_are_not_overwritten_without_being_asked(make, home, tmp_path, capsys):
     make(tmp_path / "pairs.jsonl")
     before = contents(tmp_path)
     required = ("--policy", home / "sft", "--prompts", home / "prompts.jsonl", "--reward", "any")
@@ -247,7 +285,7 @@ def test_trap15_on_samples_within_4_standard_errors(enumerated):
     samples = generate(policy, prompts, NEW, EOT, generator=torch.Generator().manual_seed(0))
     kl = (exact_kl(rows[0]) + exact_kl(rows[1])) / 2
     for values in evaluate.sequence_kl(policy, reference, prompts, samples):
-        mean, se = evaluate.prompt_mean_se(values, 2)
+        mean, se = common.prompt_mean_se(values, 2)
         assert abs(mean - kl) < 4 * se and se < 0.1 * kl
     # and the samples themselves are the policy's
     for i in range(2):
@@ -287,12 +325,12 @@ def test_trap15_sampled_ids_are_never_encoded_again(monkeypatch):
     drawn = [[*b" the", tokenizer.eot], [*b"the the"]]
     assert all(tokenizer.encode(tokenizer.decode(ids)) != [i for i in ids if i != tokenizer.eot] for ids in drawn)
     samples = {policy: drawn, reference: [[tokenizer.eot], [tokenizer.eot]]}
-    monkeypatch.setattr(evaluate, "generate", lambda model, *_, **__: samples[model])
+    monkeypatch.setattr(common, "generate", lambda model, *_, **__: samples[model])
     encoded, encode = [], tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
     settings = evaluate.Settings("", "", "", "none")
     figures, _, texts = evaluate.evaluate(policy, reference, tokenizer, ["a", "bc"], vowels, settings)
-    assert encoded == ["a", "bc"] and texts["policy"] == [" the", "the the"]
+    assert encoded == ["a", "bc"] * 2 and texts["policy"] == [" the", "the the"]
     kls = [
         log_p(policy, [tokenizer.eot, *prompt], ids) - log_p(reference, [tokenizer.eot, *prompt], ids)
         for prompt, ids in zip((b"a", b"bc"), drawn, strict=True)
@@ -315,10 +353,11 @@ def test_trap15_sampling_for_the_kl_is_not_truncated(home, monkeypatch):
             _seen.append((len(args), knobs))
             return generate(*args, **knobs)
 
-        monkeypatch.setattr(module, "generate", spy)
+        monkeypatch.setattr(common, "generate", spy)
         monkeypatch.setattr(module, "load_reward", lambda name: vowels)
         call(module.main, *argv, "--reward", "any")
-        assert seen and all(n == 4 and not {"temperature", "top_k", "top_p"} & set(knobs) for n, knobs in seen)
+        assert seen and all(n == 4 and not {"top_k", "top_p"} & set(knobs) for n, knobs in seen)
+        assert all(knobs.get("temperature", 1) == 1 for _, knobs in seen)
 
 
 # ---- evaluate ----
@@ -364,7 +403,7 @@ def figures_of(monkeypatch, policy_samples, reference_samples, rewards, **change
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])
     model = GPT(GPTConfig(257, 32, 1, 2, 8), torch.Generator().manual_seed(0))
     given = iter([[[*text.encode()] + [256] * ended for text, ended in s] for s in (policy_samples, reference_samples)])
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: next(given))
+    monkeypatch.setattr(common, "generate", lambda *_, **__: next(given))
     settings = evaluate.Settings("", "", "", "none", **changes)
     prompts = ["p"] * (len(policy_samples) // settings.samples_per_prompt)
     reward = lambda prompts, texts: [rewards[text] for text in texts]  # noqa: E731

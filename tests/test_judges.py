@@ -12,8 +12,10 @@ import pytest
 import torch
 from tiny import SHAPE
 
-import experiments.winrate.judges as judges
-from experiments.winrate.judges import QUESTIONS, ChatJudge, Journal, implicit_rewards, load_judge, parse, retry_after
+import experiments.winrate.chat as chat_judge
+from experiments.winrate.chat import QUESTIONS, ChatJudge, parse, retry_after
+from experiments.winrate.journal import Journal
+from experiments.winrate.judges import implicit_rewards, load_judge
 from minidpo.model import GPT, GPTConfig
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
@@ -214,7 +216,7 @@ def server():
 def waits(monkeypatch):
     """The seconds that a judge would have slept, one after the other; and a key in the environment, and no proxy."""
     waits = []
-    monkeypatch.setattr(judges, "time", types.SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(chat_judge, "time", types.SimpleNamespace(sleep=waits.append))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("no_proxy", "*")
     return waits
@@ -257,7 +259,7 @@ def test_answers_are_kept_and_never_asked_for_again(server, chat):
     assert chat()(["p"], ["d"], ["a"]) == ["a"] and len(server.requests) == 10  # the other order is another question
 
 
-def test_a_stopped_judge_goes_on_where_it_was(server, chat, tmp_path):
+def test_a_stopped_judge_continues_where_it_stopped(server, chat, tmp_path):
     texts = list("pqrst"), list("abcde"), list("fghij")
     server.script = [(200, {}, good("Better: A"))] * 3 + [(401, {}, "")]
     with pytest.raises(UserError, match="refuses the key in OPENAI_API_KEY"):
@@ -304,14 +306,14 @@ def test_retry_after_is_kept_to(server, chat, waits):
     server.script = [(429, {"Retry-After": "17"}, ""), (503, {"Retry-After": "0"}, ""), (200, {}, good("Better: A"))]
     assert chat()(["p"], ["a"], ["b"]) == ["a"] and waits == [17, 0]
     server.script = [(429, {"Retry-After": "3600"}, "")]
-    with pytest.raises(UserError, match="asks for a wait of 3600 s.*goes on from there"):
+    with pytest.raises(UserError, match="asks for a wait of 3600 s.*continues from there"):
         chat()(["q"], ["a"], ["b"])
     assert waits == [17, 0]
 
 
 def test_a_server_that_stays_broken_ends_the_command(server, chat, waits):
     server.script = [(502, {}, "bad gateway")]
-    with pytest.raises(UserError, match=r"status 502, at attempt 7\. .*answers\.jsonl.*goes on from there"):
+    with pytest.raises(UserError, match=r"status 502, at attempt 7\. .*answers\.jsonl.*continues from there"):
         chat()(["p"], ["a"], ["b"])
     assert len(server.requests) == 7 and waits == [1, 2, 4, 8, 16, 32]
 
@@ -325,7 +327,7 @@ def test_a_server_that_stays_broken_ends_the_command(server, chat, waits):
         (404, "Check --endpoint and --model"),
     ],
 )
-def test_what_waiting_cannot_mend_stops_at_once(server, chat, waits, status, says):
+def test_what_waiting_cannot_fix_stops_at_once(server, chat, waits, status, says):
     server.script = [(status, {}, "no such thing")]
     with pytest.raises(UserError, match=says):
         chat()(["p", "q"], ["a", "a"], ["b", "b"])
@@ -342,7 +344,7 @@ def test_an_address_where_nobody_answers_stops_at_once_but_not_later(server, cha
         judge = chat()
         assert judge(["p"], ["a"], ["b"]) == ["a"]
         judge.url = nobody  # it was there before: it may come back
-        with pytest.raises(UserError, match="no connection.*at attempt 7"):
+        with pytest.raises(UserError, match=r"no answer \(ConnectionRefusedError\), at attempt 7"):
             judge(["q"], ["a"], ["b"])
     assert len(waits) == 6
 

@@ -12,11 +12,13 @@ from conftest import need
 from test_judges import KEY, Server, good
 from tiny import call, contents, fails, write_data, write_jsonl
 
+import experiments.common as common
 import experiments.winrate.winrate as winrate
 import train_dpo
 import train_sft
 from data.toy_sentiment.grammar import grammatical, reward
-from experiments.winrate.winrate import agreement, compare, count, interval, own_completions
+from experiments.winrate.scores import agreement, compare, count, interval
+from experiments.winrate.winrate import own_completions
 from minidpo import checkpoint
 from minidpo.sampling import generate
 from minidpo.settings import UserError
@@ -241,7 +243,7 @@ def test_samples_are_the_models_own(home, sweep, tmp_path):
     assert other != read(tmp_path / "again" / "comparisons.jsonl") and len(again) == 4
 
 
-def test_a_stopped_sweep_goes_on_where_it_was(sweep, tmp_path, monkeypatch):
+def test_a_stopped_sweep_continues_where_it_stopped(sweep, tmp_path, monkeypatch):
     expected = sweep(out="whole")
     calls = []
 
@@ -251,7 +253,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(winrate, "generate", stopping)
+    monkeypatch.setattr(common, "generate", stopping)
     with pytest.raises(SystemExit) as stop:
         sweep()
     assert stop.value.code == 130
@@ -271,7 +273,7 @@ def test_more_prompts_and_temperatures_use_what_is_there(sweep, monkeypatch):
         sizes.append(len(prompts))
         return generate(model, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(winrate, "generate", noting)
+    monkeypatch.setattr(common, "generate", noting)
     sweep("--overwrite")
     assert sizes == [1] * 4  # the fifth prompt, for 2 runs and 2 temperatures
     sweep("--overwrite", "--temperatures", "1,0")
@@ -303,8 +305,8 @@ def test_long_prompts_are_cut_on_the_left(home, tmp_path, capsys):
     call(winrate.main, *flags, "--max-new-tokens", 12)
     assert "1 of 2 prompts cut on the left" in capsys.readouterr().out
     model, tokenizer, _ = checkpoint.load(home / "sft")
-    ids, cut = winrate.prompt_ids(model, tokenizer, [row["prompt"] for row in rows], 12)
-    assert cut == 1 and len(ids[0]) == 1 + 40 - 12 and tokenizer.decode(ids[0]).endswith("Her cast")
+    ids = common.prompt_ids(tokenizer, [row["prompt"] for row in rows], winrate.prompt_room(model, 12))
+    assert len(ids[0]) == 1 + 40 - 12 and tokenizer.decode(ids[0]).endswith("Her cast")
     assert ids[1] == [tokenizer.eot, *tokenizer.encode("It")]
 
 
@@ -356,7 +358,7 @@ def test_bad_input_is_found_before_any_work(home, tmp_path, capsys, flags, says)
     assert says in message and not list(tmp_path.iterdir())
 
 
-def test_results_of_other_settings_are_not_replaced_unasked(home, sweep, tmp_path, capsys):
+def test_results_of_other_settings_are_not_replaced_without_being_asked(home, sweep, tmp_path, capsys):
     sweep()
     held = contents(tmp_path / "out")
     flags = (*required(home), "--judge", "toy", "--out", tmp_path / "out", "--seed", 1)

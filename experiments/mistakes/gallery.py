@@ -454,8 +454,8 @@ GALLERY = [
     Mutant(
         name="kl-on-the-references-samples",
         file="experiments/evaluate.py",
-        old='sequence_kl(policy, reference, ids, samples["policy"],',
-        new='sequence_kl(policy, reference, ids, samples["reference"],',
+        old="ours.prompt_ids, ours.ids,",
+        new="ours.prompt_ids, theirs.ids,",
         mistake="The KL is an expectation under the policy, and is taken on texts from elsewhere: the reference's "
         "samples or the pairs of the data set.",
         see="Nothing in training. The plain estimate comes out negative, which no KL is.",
