@@ -16,18 +16,12 @@ from tiny import call, contents, fails, write_data, write_jsonl
 
 import train_dpo
 import train_sft
-from experiments.frontier.baselines import (
-    best_of_n,
-    fit,
-    pair_means,
-    pair_step,
-    preferred_ft,
-    reward_model,
-    unlikelihood,
-)
+from experiments import common
+from experiments.frontier.baselines import best_of_n, fit, reward_model, unlikelihood
 from experiments.frontier.baselines.reward_model import RewardModel
+from experiments.frontier.baselines.unlikelihood import unlikelihood_loss
 from experiments.winrate.judges import load_judge
-from minidpo import checkpoint
+from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.report import read_metrics
@@ -42,6 +36,18 @@ ROWS = [
     ([EOT, 1], [2, EOT], [EOT]),
     ([EOT, 0], [0, 0, 1, 1], [1, EOT]),
 ]
+
+
+class Symbols:
+    """The language's tokenizer: a symbol is a digit."""
+
+    eot = EOT
+
+    def encode(self, text):
+        return [int(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(str, ids))
 
 
 def gpt(seed=0, dtype=torch.float64, block_size=6, n_embd=16):
@@ -84,6 +90,29 @@ def settings(cls, **knobs):
     return cls(data="", init="", out="", **{"device": "cpu", "dtype": "float32", "optimizer": "adamw", **knobs})
 
 
+CHOSEN = [(prompt, chosen) for prompt, chosen, _ in ROWS]
+
+
+def train(method, model, knobs, on_step=None):
+    """Trains as the sweep does: on ROWS, or for Preferred-FT on their chosen responses."""
+    if method == "reward-model":
+        reward_model.train(model, ROWS, knobs, on_step)
+    elif method == "preferred-ft":
+        fit(model, CHOSEN, train_sft.train_step, knobs, on_step)
+    else:
+        reference = train_dpo.reference_logps(gpt(), ROWS, knobs)
+        step = partial(train_dpo.train_step, reference=reference, loss=unlikelihood_loss)
+        fit(model, ROWS, step, knobs, on_step)
+
+
+def knobs_of(method, **knobs):
+    classes = {"reward-model": reward_model.Settings, "unlikelihood": unlikelihood.Settings}
+    return settings(classes.get(method, train_dpo.Settings), **knobs)
+
+
+METHODS = ("preferred-ft", "unlikelihood", "reward-model")
+
+
 def weights_of(model):
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
@@ -94,22 +123,26 @@ def weights_of(model):
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_unlikelihood_against_a_loop_over_tokens(alpha):
     policy, indices = gpt(), [3, 0, 1, 4, 2]
-    values = unlikelihood.measure(policy, ROWS, indices, settings(unlikelihood.Settings, alpha=alpha))
-    for i, loss in zip(indices, values["loss"].tolist(), strict=True):
+    logps = train_dpo.logps_of(policy, ROWS, indices, settings(unlikelihood.Settings))
+    reference = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses, *rewards = unlikelihood_loss(*logps, *reference, **settings(unlikelihood.Settings, alpha=alpha).variant)
+    for i, loss in zip(indices, losses.tolist(), strict=True):
         prompt, chosen, rejected = ROWS[i]
         expected = -log_p(policy, prompt, chosen) + alpha * log_p(policy, prompt, rejected)
         assert loss == pytest.approx(expected, abs=1e-10)
-    assert values["logps/rejected"][0].item() == pytest.approx(log_p(policy, *ROWS[3][::2]), abs=1e-10)
+    assert logps[1][0].item() == pytest.approx(log_p(policy, *ROWS[3][::2]), abs=1e-10)
+    for reward, own, other in zip(rewards, logps, reference, strict=True):  # the log-ratios, detached
+        assert torch.equal(reward, own - other) and not reward.requires_grad
 
 
 def test_preferred_ft_is_the_mean_over_the_tokens_of_the_chosen():
     policy = gpt()
     total = sum(log_p(policy, prompt, chosen) for prompt, chosen, _ in ROWS)
     expected = -total / sum(len(chosen) for _, chosen, _ in ROWS)
-    knobs = settings(preferred_ft.Settings, batch_size=5, lr=0.0)
-    assert preferred_ft.evaluate(policy, ROWS, knobs)["eval/loss"] == pytest.approx(expected, abs=1e-10)
+    knobs = knobs_of("preferred-ft", batch_size=5, lr=0.0)
+    assert train_sft.evaluate(policy, CHOSEN, knobs)["eval/loss"] == pytest.approx(expected, abs=1e-10)
     seen = []
-    preferred_ft.train(policy, ROWS, knobs, lambda step, metrics: seen.append(metrics["loss"]))
+    train("preferred-ft", policy, knobs, lambda step, metrics: seen.append(metrics["loss"]))
     assert seen == [pytest.approx(expected, abs=1e-10)]
 
 
@@ -140,25 +173,26 @@ def directions(loss_of):
 
 
 def test_gradients_by_hand():
-    assert directions(partial(unlikelihood.unlikelihood_loss, alpha=0.3)) == [-1.0, pytest.approx(0.3)]
+    unlikelihood_of = lambda *logps: unlikelihood_loss(*logps, 0.0, 0.0, alpha=0.3)[0]  # noqa: E731
+    assert directions(unlikelihood_of) == [-1.0, pytest.approx(0.3)]
     weight = 1 / (1 + math.exp(-0.5))  # sigmoid(rejected - chosen)
     assert directions(reward_model.bradley_terry_loss) == pytest.approx([-weight, weight])
 
 
-@pytest.mark.parametrize("method", [preferred_ft, unlikelihood, reward_model])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_small_step_goes_the_right_way(method):
-    more = {"alpha": 1.0} if method is unlikelihood else {}
-    knobs = settings(method.Settings, batch_size=5, lr=1e-4, warmup_steps=0, **more)
-    model = rewarder() if method is reward_model else gpt()
+    more = {"alpha": 1.0} if method == "unlikelihood" else {}
+    knobs = knobs_of(method, batch_size=5, lr=1e-4, warmup_steps=0, **more)
+    model = rewarder() if method == "reward-model" else gpt()
     before, after = [], []
     for found in (before, after):
         for prompt, chosen, rejected in ROWS:
-            of = reward_of if method is reward_model else log_p
+            of = reward_of if method == "reward-model" else log_p
             found.append([of(model, prompt, chosen), of(model, prompt, rejected)])
         if found is before:
-            method.train(model, ROWS, knobs)
+            train(method, model, knobs)
     (chosen, rejected), (new_chosen, new_rejected) = (torch.tensor(found).T for found in (before, after))
-    if method is preferred_ft:
+    if method == "preferred-ft":
         assert new_chosen.mean() > chosen.mean()
     else:
         assert (new_chosen - new_rejected).mean() > (chosen - rejected).mean()
@@ -167,14 +201,14 @@ def test_a_small_step_goes_the_right_way(method):
 # ---- the loop ----
 
 
-@pytest.mark.parametrize("method", [preferred_ft, unlikelihood, reward_model])
+@pytest.mark.parametrize("method", METHODS)
 def test_trap10_a_step_is_the_same_however_it_is_cut(method):
     whole, *cut = [], [], []
     for found, size in zip((whole, *cut), (0, 1, 2), strict=True):
-        model = rewarder() if method is reward_model else gpt()
-        knobs = settings(method.Settings, batch_size=5, micro_batch_size=size, lr=1e-2, warmup_steps=0, epochs=2)
+        model = rewarder() if method == "reward-model" else gpt()
+        knobs = knobs_of(method, batch_size=5, micro_batch_size=size, lr=1e-2, warmup_steps=0, epochs=2)
         metrics = []
-        method.train(model, ROWS, knobs, lambda step, m, metrics=metrics: metrics.append(m))
+        train(method, model, knobs, lambda step, m, metrics=metrics: metrics.append(m))
         found += [weights_of(model), *({k: v for k, v in m.items() if "second" not in k} for m in metrics)]
     for found in cut:
         torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-8)
@@ -184,20 +218,20 @@ def test_trap10_a_step_is_the_same_however_it_is_cut(method):
 
 def test_pair_metrics_are_means_over_pairs_whatever_the_batches():
     model, knobs = rewarder(), settings(reward_model.Settings, batch_size=2)  # 2 + 2 + 1
-    means = pair_means(reward_model.measure, model, ROWS, knobs)
+    means = reward_model.evaluate(model, ROWS, knobs)
     alone = [reward_model.measure(model, ROWS, [i], knobs) for i in range(5)]
     for name in alone[0]:
         assert means["eval/" + name] == pytest.approx(sum(one[name].item() for one in alone) / 5, abs=1e-7)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step():
-    policy = gpt()
-    measure = lambda *args: {"loss": math.nan * unlikelihood.measure(*args)["loss"]}  # noqa: E731
-    before = weights_of(policy)
-    knobs = settings(unlikelihood.Settings)
+def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch):
+    model, measure = rewarder(), reward_model.measure
+    monkeypatch.setattr(reward_model, "measure", lambda *args: {"loss": math.nan * measure(*args)["loss"]})
+    before = weights_of(model)
+    knobs = settings(reward_model.Settings)
     with pytest.raises(UserError, match=r"not a finite number.*\n.*pairs \[0, 2\]"):
-        pair_step(measure, policy, make_optimizer(policy, "adamw", 0.1), ROWS, [2, 0], knobs)
-    assert torch.equal(weights_of(policy), before)
+        reward_model.train_step(model, make_optimizer(model, "adamw", 0.1), ROWS, [2, 0], knobs)
+    assert torch.equal(weights_of(model), before)
 
 
 TRAIN = ("--batch-size", 8, "--lr", 5e-3, "--warmup-steps", 2, "--samples", 2, "--sample-tokens", 4, "--device", "cpu")
@@ -224,9 +258,7 @@ def test_fit_with_dpos_step_is_train_dpo(home, tmp_path):
     """Bit for bit: what differs between the methods is the loss, and nothing else."""
     command(train_dpo, home, tmp_path / "dpo", "--beta", 0.3, "--epochs", 1.5)
     policy, tokenizer, _ = checkpoint.load(home / "sft")
-    rows = train_dpo.data.load_rows(
-        home / "pairs.jsonl", train_dpo.data.encode_pairs, train_dpo.data.PAIR, tokenizer, policy.config.block_size
-    )
+    rows, _ = dataset.load_pairs((home / "pairs.jsonl", None), tokenizer, policy.config.block_size)
     knobs = settings(train_dpo.Settings, beta=0.3, epochs=1.5, batch_size=8, lr=5e-3, warmup_steps=2)
     knobs.optimizer = "rmsprop"
     reference = train_dpo.reference_logps(policy, rows, knobs)
@@ -318,7 +350,7 @@ def test_a_reward_model_is_a_judge(home):
 # ---- the commands ----
 
 
-@pytest.mark.parametrize("method", [preferred_ft, unlikelihood, reward_model])
+@pytest.mark.parametrize("method", [unlikelihood, reward_model])
 def test_a_command_writes_a_whole_run_and_leaves_the_start_alone(method, home, tmp_path):
     before = contents(home / "sft")
     command(method, home, tmp_path / "run", "--epochs", 4, "--eval-every", 4)
@@ -335,7 +367,7 @@ def test_a_command_writes_a_whole_run_and_leaves_the_start_alone(method, home, t
         command(method, home, tmp_path / "run")  # it holds a run
 
 
-@pytest.mark.parametrize("method", [preferred_ft, unlikelihood, reward_model])
+@pytest.mark.parametrize("method", [unlikelihood, reward_model])
 def test_trap17_trap18_evaluating_or_stopping_changes_no_bit(method, home, tmp_path):
     command(method, home, tmp_path / "whole", "--epochs", 2, "--eval-every", 1)
     command(method, home, tmp_path / "parts", "--epochs", 2, "--max-steps", 4)
@@ -348,21 +380,21 @@ def test_trap17_trap18_evaluating_or_stopping_changes_no_bit(method, home, tmp_p
 
 
 def test_a_command_that_is_interrupted_saves_and_goes_on(home, tmp_path, monkeypatch, capsys):
-    measure = unlikelihood.measure
+    train_step = reward_model.train_step
 
-    def interrupting(policy, rows, indices, settings):
+    def interrupting(*args):
         if interrupting.calls == 1:
             os.kill(os.getpid(), signal.SIGINT)
         interrupting.calls += 1
-        return measure(policy, rows, indices, settings)
+        return train_step(*args)
 
     interrupting.calls = 0
-    monkeypatch.setattr(unlikelihood, "measure", interrupting)
+    monkeypatch.setattr(reward_model, "train_step", interrupting)
     with pytest.raises(SystemExit):
-        command(unlikelihood, home, tmp_path / "run", "--epochs", 2)
+        command(reward_model, home, tmp_path / "run", "--epochs", 2)
     assert "stopped after step 2 and saved" in capsys.readouterr().err
-    command(unlikelihood, home, tmp_path / "run", "--epochs", 2, "--resume")
-    command(unlikelihood, home, tmp_path / "whole", "--epochs", 2)
+    command(reward_model, home, tmp_path / "run", "--epochs", 2, "--resume")
+    command(reward_model, home, tmp_path / "whole", "--epochs", 2)
     assert torch.equal(*(weights_of(checkpoint.load(tmp_path / name)[0]) for name in ("run", "whole")))
 
 
@@ -372,13 +404,13 @@ def test_bad_input(home, tmp_path, capsys):
     files = ("--data", pairs, "--out", tmp_path / "run", *TRAIN)
     needed = (*files, "--init", home / "sft")
     assert "--alpha 1.5: must be from 0 to 1" in fails(capsys, unlikelihood.main, *needed, "--alpha", 1.5)
-    assert "/nowhere not found" in fails(capsys, preferred_ft.main, *files, "--init", "/nowhere")
+    assert "/nowhere not found" in fails(capsys, unlikelihood.main, *files, "--init", "/nowhere")
     assert "there is no run to resume" in fails(capsys, reward_model.main, *needed, "--resume")
     assert not (tmp_path / "run").exists()
-    call(preferred_ft.main, *needed)
-    assert "has made all its 3 steps" in fails(capsys, preferred_ft.main, *needed, "--resume")
+    call(reward_model.main, *needed)
+    assert "has made 3 of 3 steps" in fails(capsys, reward_model.main, *needed, "--resume")
     pairs.write_bytes((home / "held_out.jsonl").read_bytes())
-    assert "started with other pairs" in fails(capsys, preferred_ft.main, *needed, "--resume")
+    assert "started with other data" in fails(capsys, reward_model.main, *needed, "--resume")
 
 
 # ---- Best-of-N ----
@@ -450,7 +482,9 @@ def test_selection_by_hand():
 def test_samples_of_a_prompt_stand_together_with_their_own_scores():
     policy, model = gpt(dtype=torch.float32), rewarder(dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    samples, scores = best_of_n.sample(policy, model, PROMPTS, 5, 4, EOT, generator, batch_size=4)
+    drawn = common.sample(policy, Symbols(), ["0", "1", "2"], 4, generator, per_prompt=5, batch_size=4)
+    assert drawn.prompt_ids[::5] == PROMPTS
+    samples, scores = drawn.ids, model.score(drawn.prompt_ids, drawn.ids, 4).view(-1, 5)
     assert len(samples) == 15 and scores.shape == (3, 5) and len(set(map(tuple, samples))) > 5
     for i, sample in enumerate(samples):
         assert scores[i // 5, i % 5].item() == pytest.approx(reward_of(model, PROMPTS[i // 5], sample) - 0.7, abs=1e-4)
@@ -476,8 +510,8 @@ def test_best_of_n_command(home, tmp_path, capsys, monkeypatch):
     policy, tokenizer, _ = checkpoint.load(home / "sft")
     model, _ = reward_model.load(home / "reward")
     prompts = ["The film", "This story", "Her cast"]
-    ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-    samples, scores = best_of_n.sample(policy, model, ids, 6, 8, tokenizer.eot, torch.Generator().manual_seed(0))
+    drawn = common.sample(policy, tokenizer, prompts, 8, seed=0, per_prompt=6)
+    samples, scores = drawn.ids, model.score(drawn.prompt_ids, drawn.ids)
     for f in figures:
         rewards = []
         for p in range(3):

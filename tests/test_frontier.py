@@ -1,7 +1,9 @@
 """The sweep end to end with a tiny model: its points against samples drawn and judged otherwise, and what stops it."""
 
 import csv
+import dataclasses
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -9,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from conftest import need
 from tiny import SHAPE, call, fails
 
 from data.toy_sentiment import generate as toy
-from experiments.frontier import limit
-from experiments.frontier import sweep as frontier
+from experiments.frontier import __main__ as frontier
+from experiments.frontier import figure, limit, sweeps, unit
 from experiments.frontier.baselines import reward_model
 from experiments.rewards import SentimentClassifier
 from minidpo import checkpoint
@@ -31,8 +32,9 @@ HEADER = "method,setting,seed,step,kl,kl_se,reward,reward_se,grammatical,seconds
 LONGEST = 10  # tokens of a response
 PROMPTS = 40
 # one setting of each method, with steps large enough to get somewhere within 8 of them
-SMALL = {
-    "settings": {
+SMALL = dataclasses.replace(
+    sweeps.SWEEPS["toy"],
+    settings={
         "preferred-ft": [""],
         "unlikelihood": [1.0],
         "best-of-n": [2, 4],
@@ -40,16 +42,33 @@ SMALL = {
         "ppo-gt": [0.5],
         "dpo": [0.1, 2.0],
     },
-    "training": {
+    training={
         "dpo": lambda beta: dict(optimizer="adamw", lr=0.01, warmup_steps=1),
         "unlikelihood": lambda alpha: dict(optimizer="adamw", lr=0.003, warmup_steps=1),
         "ppo": lambda target: dict(rollouts=16),
         "ppo-gt": lambda target: dict(rollouts=16),
     },
-    "pairs": 256,
-    "max_new_tokens": LONGEST,
-    "reward_sd": 1.5,
-}
+    pairs=256,
+    max_new_tokens=LONGEST,
+)
+
+
+class InProcess:
+    """Stands in for subprocess.Popen: runs a unit's command here, where `SMALL` is known."""
+
+    def __init__(self, command, **streams):
+        assert command[:3] == [sys.executable, "-m", "experiments.frontier.unit"]
+        call(unit.main, *command[3:])
+        self.returncode = 0
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(sweeps.SWEEPS, "toy", SMALL)
+    monkeypatch.setattr(frontier.subprocess, "Popen", InProcess)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +94,8 @@ def flags(folder, out, *more):
 def swept(made):
     """--out of a whole sweep."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(frontier.SWEEPS, "toy", SMALL)
+        patch.setitem(sweeps.SWEEPS, "toy", SMALL)
+        patch.setattr(frontier.subprocess, "Popen", InProcess)
         call(frontier.main, *flags(made, made / "out"))
     return made / "out"
 
@@ -183,38 +203,36 @@ def test_best_of_n_has_its_bound_and_the_reward_of_the_best(made, swept):
         assert abs(float(row["reward"]) - mean) < 3.5 * math.hypot(error, float(row["reward_se"]))
 
 
-def test_sft_and_first_prices_of_ppo(made, swept):
+def test_sft_and_first_prices_of_ppo(swept):
     rows = rows_of(swept / "frontier.csv")
     assert rows[0]["method"] == "sft" and float(rows[0]["kl"]) == float(rows[0]["kl_se"]) == 0
-    settings = frontier.Settings(reward=str(made / "reward.pt"), sft=str(made / "sft"), out=str(swept))
-    world = frontier.World(settings)
-    prices = [world.training(frontier.Unit("ppo-gt", target, 0)).kl_coef for target in (0.5, 1.0, 2.0, 4.0)]
+    settings = frontier.Settings()
+    prices = [sweeps.training(sweeps.Unit("ppo-gt", t, 0), settings).kl_coef for t in (0.5, 1.0, 2.0, 4.0)]
     assert prices == pytest.approx([1.5, 1.0607, 0.75, 0.5303], rel=1e-3)
 
 
 def test_the_toy_sweep_is_the_papers_and_more():
-    sweep = frontier.SWEEPS["toy"]["settings"]
+    sweep = sweeps.SWEEPS["toy"].settings
     assert {0.05, 0.1, 1.0, 5.0} <= set(sweep["dpo"]) and sweep["unlikelihood"] == [0.05, 0.1, 0.5, 1.0]
     assert sweep["ppo"] == sweep["ppo-gt"] == [0.5, 1.0, 2.0, 4.0] and sweep["best-of-n"] == [2, 4, 16, 64]
-    assert frontier.SWEEPS["imdb"]["settings"]["ppo"] == [3.0, 6.0, 9.0, 12.0]
+    assert sweeps.SWEEPS["imdb"].settings["ppo"] == [3.0, 6.0, 9.0, 12.0]
     units = frontier.units(frontier.Settings())
-    for unit in units:
-        assert unit.needs is None or units.index(unit.needs) < units.index(unit)
+    for one in units:
+        assert one.needs is None or units.index(one.needs) < units.index(one)
     assert len(units) == len(set(units)) == 1 + 3 * (1 + 1 + 1 + 1 + 4 + 4 + 4 + 9)
 
 
-def test_a_learned_reward_is_brought_to_scale(made, monkeypatch, tmp_path):
+def test_a_learned_reward_is_brought_to_scale(made, tmp_path):
     """A reward a hundred times too small comes out with SD 1.5, on other samples than it was fitted to."""
-    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
     settings = frontier.Settings(sft=str(made / "sft"), out=str(tmp_path), max_new_tokens=LONGEST, device="cpu")
-    world = frontier.World(settings)
+    setup = unit.Setup(settings)
     letters = SentimentClassifier.load(made / "reward.pt")
     small = lambda prompts, responses, *ids: [score / 100 for score in letters(prompts, responses)]  # noqa: E731
-    scaled = frontier.to_scale(world, small, seed=0)
+    scaled = unit.to_scale(setup, small, seed=0)
     prompts = [row["prompt"] for row in toy.rows("prompts_train", 2000)][-1000:]
-    ids = [[world.tokenizer.eot, *world.tokenizer.encode(prompt)] for prompt in prompts]
-    samples = generate(world.sft, ids, LONGEST, world.tokenizer.eot, generator=torch.Generator().manual_seed(7))
-    batch = prompts, [world.tokenizer.decode(sample) for sample in samples], ids, samples
+    ids = [[setup.tokenizer.eot, *setup.tokenizer.encode(prompt)] for prompt in prompts]
+    samples = generate(setup.sft, ids, LONGEST, setup.tokenizer.eot, generator=torch.Generator().manual_seed(7))
+    batch = prompts, [setup.tokenizer.decode(sample) for sample in samples], ids, samples
     before, after = small(*batch), scaled(*batch)
     assert statistics.stdev(before) < 0.05 and statistics.stdev(after) == pytest.approx(1.5, rel=0.15)
     assert [y / x for x, y in zip(before, after, strict=True)] == pytest.approx([after[0] / before[0]] * len(before))
@@ -224,46 +242,42 @@ def test_a_learned_reward_is_brought_to_scale(made, monkeypatch, tmp_path):
 def test_flags_go_before_the_sweeps_own_settings(data):
     settings = frontier.Settings(data=data, reward="a classifier", ppo_steps=7, max_new_tokens=33)
     for method in ("ppo", "ppo-gt"):
-        unit = frontier.Unit(method, 6.0, seed=2)
-        training = frontier.World.training(SimpleNamespace(settings=settings), unit)
+        training = sweeps.training(sweeps.Unit(method, 6.0, seed=2), settings)
         assert (training.steps, training.max_new_tokens, training.kl_target, training.seed) == (7, 33, 6.0, 2)
 
 
 # ---- stopped and resumed ----
 
 
-def test_a_sweep_is_not_made_twice(made, swept, monkeypatch):
-    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
-    monkeypatch.setattr(frontier, "run_unit", lambda *_: pytest.fail("made a unit that was there"))
+def test_a_sweep_is_not_made_twice(made, swept, small, monkeypatch):
+    monkeypatch.setattr(frontier, "start", lambda *_: pytest.fail("made a unit that was there"))
     before = (swept / "frontier.csv").read_bytes()
     call(frontier.main, *flags(made, swept))
     assert (swept / "frontier.csv").read_bytes() == before
 
 
-def test_one_unit_deleted_is_made_again_the_same(made, swept, monkeypatch, tmp_path):
-    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
+def test_one_unit_deleted_is_made_again_the_same(made, swept, small, monkeypatch, tmp_path):
     out = shutil.copytree(swept, tmp_path / "out")
     (out / "units" / "dpo_2.0_0.json").unlink()
     ran = []
-    run_unit = frontier.run_unit
-    monkeypatch.setattr(frontier, "run_unit", lambda world, unit: (ran.append(unit), run_unit(world, unit)))
+    start = frontier.start
+    monkeypatch.setattr(frontier, "start", lambda settings, unit: ran.append(unit) or start(settings, unit))
     call(frontier.main, *flags(made, out))
     assert ran == [("dpo", 2.0, 0)]
     assert but_seconds(out / "frontier.csv") == but_seconds(swept / "frontier.csv")
 
 
-def test_ctrl_c_in_the_middle_keeps_what_is_done(made, swept, monkeypatch, tmp_path):
-    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
+def test_ctrl_c_in_the_middle_keeps_what_is_done(made, swept, small, monkeypatch, tmp_path):
     methods = ("--methods", "sft,unlikelihood,preferred-ft")
-    run_unit = frontier.run_unit
+    start = frontier.start
 
-    def interrupted(world, unit):
+    def interrupted(settings, unit):
         if unit.method == "preferred-ft":
             raise KeyboardInterrupt
-        run_unit(world, unit)
+        return start(settings, unit)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(frontier, "run_unit", interrupted)
+        patch.setattr(frontier, "start", interrupted)
         call(frontier.main, *flags(made, tmp_path, *methods))
     assert stop.value.code == 130
     assert {row["method"] for row in rows_of(tmp_path / "frontier.csv")} == {"sft", "unlikelihood"}
@@ -274,20 +288,46 @@ def test_ctrl_c_in_the_middle_keeps_what_is_done(made, swept, monkeypatch, tmp_p
     assert but_seconds(tmp_path / "frontier.csv") == expected
 
 
+def command_of(folder, out):
+    flags_of_this = flags(folder, out, "--methods", "sft,preferred-ft", "--seeds", 2, "--pairs", 256)
+    return [sys.executable, "-m", "experiments.frontier", *flags_of_this, "--jobs", "2"]
+
+
 def test_killed_and_resumed_in_processes_gives_the_same_csv(made, tmp_path):
+    """All processes are killed at once, as by a power cut."""
     need(hasattr(signal, "SIGKILL"), "no SIGKILL on this system")
-    methods = ("--methods", "sft,preferred-ft", "--seeds", 2, "--pairs", 256)
-    command = [sys.executable, "-m", "experiments.frontier", *flags(made, tmp_path / "a", *methods), "--jobs", "2"]
-    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    command = command_of(made, tmp_path / "a")
+    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     units = tmp_path / "a" / "units"
     until(lambda: sweep.poll() is not None or list(units.glob("*.json")))
-    sweep.send_signal(signal.SIGKILL)
+    os.killpg(sweep.pid, signal.SIGKILL)
     sweep.wait()
     assert 1 <= len(list(units.glob("*.json"))) < 4
-    time.sleep(1)  # its processes see that it is gone, and go
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    call(frontier.main, *flags(made, tmp_path / "b", *methods))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontier.subprocess, "Popen", InProcess)
+        call(frontier.main, *command_of(made, tmp_path / "b")[3:])
     assert but_seconds(tmp_path / "a" / "frontier.csv") == but_seconds(tmp_path / "b" / "frontier.csv")
+
+
+def test_a_unit_that_fails_ends_the_sweep_and_the_units_beside_it(made, tmp_path, capsys, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def start(settings, unit):
+        with open(unit_log(tmp_path, unit), "w", encoding="utf-8") as log:
+            code = "print('no such tensor'); raise SystemExit(3)" if unit.seed else "import time; time.sleep(600)"
+            started.append(popen([sys.executable, "-c", code], stdout=log))
+        return started[-1]
+
+    monkeypatch.setattr(frontier, "start", start)
+    message = fails(capsys, frontier.main, *flags(made, tmp_path, "--methods", "sft", "--seeds", 2, "--jobs", 2))
+    assert "sft_1 failed" in message and "no such tensor" in message and "sft_1.log" in message
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def unit_log(out, one):
+    return unit.unit_path(out, one, "log")
 
 
 def until(condition, seconds=300):
@@ -300,11 +340,10 @@ def until(condition, seconds=300):
 # ---- bad input ----
 
 
-def test_points_made_otherwise_are_not_mixed_in(made, swept, monkeypatch, capsys):
-    monkeypatch.setitem(frontier.SWEEPS, "toy", SMALL)
+def test_points_made_otherwise_are_not_mixed_in(made, swept, small, monkeypatch, capsys):
     message = fails(capsys, frontier.main, *flags(made, swept, "--samples", 3))
     assert "--samples 4 in place of 3" in message and "Delete it" in message
-    monkeypatch.setitem(SMALL["training"], "dpo", lambda beta: dict(optimizer="adamw", lr=0.02, warmup_steps=1))
+    monkeypatch.setitem(SMALL.training, "dpo", lambda beta: dict(optimizer="adamw", lr=0.02, warmup_steps=1))
     message = fails(capsys, frontier.main, *flags(made, swept))
     assert "dpo_0.1_0.json was made with lr 0.01 in place of 0.02" in message
 
@@ -416,8 +455,8 @@ def test_a_sweep_without_a_grammar_has_one_panel(tmp_path, capsys):
 
 def test_the_page_in_docs_holds_the_summary_of_its_csv():
     """Made by: python -m experiments.frontier --plot-only --csv docs/frontier/toy.csv"""
-    points, curve = frontier.read_csv(ROOT / "docs/frontier/toy.csv"), limit.read(ROOT / "docs/frontier/toy_limit.csv")
-    assert frontier.summary(points, curve) in (ROOT / "docs/frontier.md").read_text(encoding="utf-8")
+    points, curve = figure.read_csv(ROOT / "docs/frontier/toy.csv"), limit.read(ROOT / "docs/frontier/toy_limit.csv")
+    assert figure.summary(points, curve) in (ROOT / "docs/frontier.md").read_text(encoding="utf-8")
 
 
 def test_the_limits_in_docs_are_one_where_both_are_drawn():

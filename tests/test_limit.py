@@ -21,6 +21,9 @@ class Symbols:
 
     eot = EOT
 
+    def encode(self, text):
+        return [int(c) for c in text]
+
     def decode(self, ids):
         return "".join(map(str, ids))
 
@@ -63,7 +66,7 @@ def drawn(models, rewards, counts, seed=0):
     prompts = [str(x[1]) for x in PROMPTS]
     reward = lambda prompts, texts: [scores[int(x), y].item() for x, y in zip(prompts, texts, strict=True)]  # noqa: E731
     generator = torch.Generator().manual_seed(seed)
-    return limit.draw(sources, prompts, PROMPTS, Symbols(), reward, counts, 4, generator)
+    return limit.draw(sources, prompts, Symbols(), reward, counts, 4, generator)
 
 
 def picked(logps, rewards, counts, generator):
@@ -230,7 +233,7 @@ def test_a_file_that_is_no_limit(tmp_path):
     with pytest.raises(UserError, match="not found"):
         limit.read(tmp_path / "none.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no limit"):
+    with pytest.raises(UserError, match="columns must be beta,kl"):
         limit.read(tmp_path / "other.csv")
     limit.write(tmp_path / "few.csv", [made_up()[0]._replace(ess_min=10.0)])
     with pytest.raises(UserError, match="no row for the reference"):

@@ -77,7 +77,7 @@ def sampled(policy, reference=None, reward=None, n=64, **knobs):
     ids = [PROMPTS[i % 3] for i in range(n)]
     rollout = ppo.roll_out(
         policy, value, reference or policy, reward or (lambda *texts_and_ids: [float(i) for i in range(n)]),
-        [str(x[1]) for x in ids], ids, Symbols(), settings(**knobs), torch.Generator().manual_seed(1),
+        [str(x[1]) for x in ids], Symbols(), settings(**knobs), torch.Generator().manual_seed(1),
     )  # fmt: skip
     return rollout, value
 

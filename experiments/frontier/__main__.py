@@ -1,5 +1,155 @@
-from experiments.frontier.sweep import main
-from minidpo.settings import run_main
+"""Reward against KL, every method: the paper's Figure 2 (left), with the theoretical limit drawn in.
+
+    python -m experiments.frontier --data toy --sft runs/toy/sft --out runs/frontier/toy --csv docs/frontier/toy.csv
+    python -m experiments.frontier --plot-only --csv docs/frontier/toy.csv
+
+A point of the figure is a policy: its mean true reward on held-out prompts, and its KL from the SFT model it started
+from. A method is better than another if it earns more at the same KL, and none can be above the limit (limit.py).
+
+The sweep is a list of units: one method, one setting, one seed (sweeps.py). Each unit is a command of its own
+(unit.py), of which --jobs run at a time. A sweep that was stopped continues with the units that are missing. All units
+share the SFT model, and so the reference and the limit, and the pairs; the seed is that of the order of the pairs, and
+of all sampling. --out holds
+
+    units/NAME.json    the points of a unit, and what they were made with: delete it to make them again
+    units/NAME.log     what the unit printed
+    policies/NAME      the policies of the methods that learn from pairs: DPO's are the limit's proposals
+    reward_model_SEED, reference_logps.pt
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments import common
+from experiments.frontier import figure, limit
+from experiments.frontier.sweeps import METHODS, SWEEPS, Unit
+from experiments.frontier.unit import Setup, SweepSettings, is_done, unit_path
+from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(SweepSettings):
+    csv: str = knob("", "the points as a table; empty: frontier.csv in --out. The figure goes beside it, as a .png")
+    limit: str = knob("", "CSV of experiments.frontier.limit to draw in; empty: NAME_limit.csv beside --csv, if there")
+    methods: str = knob("", f"sweep these only, with commas between: {', '.join(METHODS)}; empty: all")
+    seeds: int = knob(3, "how many seeds, 0 the first", least=1)
+    kl_end: float = knob(20.0, "the figure ends at this KL, in nats; points beyond are named in it", least=1)
+    jobs: int = knob(1, "units at a time, each in a process of one thread", least=1)
+    plot_only: bool = knob(False, "draw the figure from --csv and print the summary, nothing else")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for method in self.chosen_methods:
+            if method not in METHODS:
+                raise unknown("--methods", method, list(METHODS))
+
+    @property
+    def chosen_methods(self):
+        return [method.strip() for method in self.methods.split(",")] if self.methods else list(METHODS)
+
+    @property
+    def csv_path(self):
+        return Path(self.csv or Path(self.out) / "frontier.csv")
+
+    @property
+    def limit_path(self):
+        return Path(self.limit or self.csv_path.with_name(self.csv_path.stem + "_limit.csv"))
+
+
+# ---- 1. The units and the processes ----
+
+
+def units(settings):
+    """Returns all units that are asked for, seed by seed; what a unit needs comes before it."""
+    found = []
+    for seed in range(settings.seeds):
+        # the long ones first, so that no process is left alone with one at the end
+        for method in sorted(settings.chosen_methods, key=lambda method: "ppo" not in method):
+            one_setting = [""] if method in ("sft", "best-of-n") else None  # one batch of samples serves every N
+            for setting in one_setting or SWEEPS[settings.data].settings[method]:
+                unit = Unit(method, setting, seed)
+                found += [unit.needs, unit] if unit.needs else [unit]
+    return list(dict.fromkeys(found))
+
+
+def start(settings, unit):
+    """Starts the command of one unit -> its Popen. What it prints goes to its log."""
+    flags = {field.name: getattr(settings, field.name) for field in dataclasses.fields(SweepSettings)} | unit._asdict()
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    with open(unit_path(settings.out, unit, "log"), "w", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "experiments.frontier.unit", *words]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def sweep(settings):
+    """Runs the units that are not on disk yet, `settings.jobs` at a time, none before the unit it needs."""
+    setup, todo = Setup(settings), units(settings)
+    waiting, running = [unit for unit in todo if not is_done(setup, unit)], {}
+    (setup.out / "units").mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(todo), initial=len(todo) - len(waiting), desc="sweep", unit="unit")
+    try:
+        while waiting or running:
+            ready = [unit for unit in waiting if unit.needs not in waiting and unit.needs not in running]
+            for unit in ready[: settings.jobs - len(running)]:
+                waiting.remove(unit)
+                running[unit] = start(settings, unit)
+            bar.set_postfix_str(", ".join(unit.name for unit in running))
+            time.sleep(0.1)
+            for unit in [unit for unit, process in running.items() if process.poll() is not None]:
+                if running.pop(unit).returncode:
+                    log = unit_path(settings.out, unit, "log")
+                    last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+                    raise UserError(f"{unit.name} failed; {log} ends with\n{last}")
+                write_csv(settings)
+                bar.update()
+    finally:
+        bar.close()
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    write_csv(settings)
+
+
+# ---- 2. The table and the commands ----
+
+
+def write_csv(settings):
+    """Writes the points of all units on disk to --csv."""
+    rows = []
+    for path in (Path(settings.out) / "units").glob("*.json"):
+        rows += [figure.Point(**row) for row in json.loads(path.read_text(encoding="utf-8"))["points"]]
+    rows.sort(key=lambda r: (METHODS.index(r.method), float(r.setting or 0), r.seed, r.step))
+    if rows:
+        common.write_csv(settings.csv_path, rows, digits=5)
+
+
+def limit_command(settings):
+    """Returns the command that makes the limit, from this sweep's SFT model and DPO policies."""
+    proposals = sorted((Path(settings.out) / "policies").glob("dpo_*_0"))
+    words = [f"--reference {settings.sft} --data {settings.data} --reward {settings.reward}"]
+    words += [f"--max-new-tokens {settings.max_new_tokens} --out {settings.limit_path}"]
+    return " ".join(["python -m experiments.frontier.limit", *words, *(f"--proposal {folder}" for folder in proposals)])
+
+
+def main():
+    settings = parse_settings(Settings, __doc__.split("\n\n")[0])
+    if not settings.plot_only:
+        sweep(settings)
+    points = figure.read_csv(settings.csv_path)
+    curve = limit.read(settings.limit_path) if settings.limit_path.exists() else None
+    picture = settings.csv_path.with_suffix(".png")
+    figure.draw(points, curve, picture, settings.kl_end)
+    print(figure.summary(points, curve))
+    print(f"{settings.csv_path}, {picture}")
+    if not curve:
+        print(f"no limit is drawn: {settings.limit_path} is not there. {limit_command(settings)}")
+
 
 if __name__ == "__main__":
     run_main(main)

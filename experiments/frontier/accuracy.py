@@ -3,14 +3,14 @@
     python -m experiments.frontier.accuracy --policy runs/dpo --reference runs/sft --reward-model runs/reward \
         --data toy --reward toy
 
-DPO trains a reward model without saying so, beta log pi(y|x)/pi_ref(y|x) up to a term of x alone (Eq. 5 of Rafailov et
-al. 2023). Here each reward says of held-out pairs which response it likes better, and is right where that one was
-chosen; a tie is half right. Beta and a scale of any kind play no part in that.
+DPO trains a reward model, too: beta log pi(y|x)/pi_ref(y|x), up to a term that depends on x alone (Eq. 5 of Rafailov et
+al. 2023). Here each reward prefers one response of each held-out pair, and is right where that one was chosen; a tie is
+half right. Neither beta nor any other scale changes that.
 
     implicit reward     log pi(y|x) - log pi_ref(y|x), of --policy
-    reward model        learned from the same kind of pairs by Bradley-Terry (experiments.baselines.reward_model)
-    true reward         what the labels were drawn by: where they are noisy, it is not always right, and nobody can be
-                        expected to do better
+    reward model        learned from pairs by Bradley-Terry (experiments.frontier.baselines.reward_model)
+    true reward         the labels were drawn by it: where they are noisy it is not always right, and no reward can be
+                        expected to be right more often
     reference log-prob  log pi_ref(y|x): the likelier response, before anything was learned from preferences
     longer wins         the response with more tokens
 """
@@ -19,16 +19,16 @@ import dataclasses
 import json
 
 import torch
-from tqdm import tqdm
 
 import data
+import train_dpo
+from experiments import common
 from experiments.frontier.baselines import reward_model
 from experiments.rewards import load_reward
-from minidpo import checkpoint, dataset
+from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
 from minidpo.settings import UserError, knob, parse_settings, run_main
-from train_dpo import response_logps
 
 
 @dataclasses.dataclass
@@ -46,11 +46,20 @@ class Settings:
 
 
 def accuracy(scores, prompts):
-    """The share of pairs in which the chosen response scores higher, ties one half, and its standard error.
+    """Returns the share of pairs in which the chosen response scores higher, ties one half, and its standard error.
 
-    scores (N, 2): of the chosen and the rejected response. prompts: N of them, in any form that can be compared. Pairs
-    that share a prompt are not independent, so the spread is taken over prompts (the usual cluster-robust error of a
-    mean). -> {"accuracy", "se", "ties": the share of them}. UserError for fewer than two different prompts.
+    Pairs that share a prompt are not independent, so the spread is taken over prompts: the usual cluster-robust error
+    of a mean.
+
+    Args:
+        scores: (N, 2), of the chosen and the rejected response.
+        prompts: N of them, in any form that can be compared.
+
+    Returns:
+        {"accuracy", "se", "ties": the share of them}
+
+    Raises:
+        UserError: there are fewer than two different prompts.
     """
     chosen, rejected = scores.unbind(-1)
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
@@ -64,36 +73,23 @@ def accuracy(scores, prompts):
     return {"accuracy": mean.item(), "se": se.item(), "ties": (chosen == rejected).double().mean().item()}
 
 
-@torch.no_grad()
-def pair_logps(model, rows, batch_size, progress):
-    """log pi(y|x) of both responses of each row -> (N, 2), chosen and rejected, in nats, on the CPU."""
-    model.eval()
-    logps = torch.empty(len(rows), 2, dtype=model.wte.weight.dtype)
-    for indices in tqdm(dataset.batches(rows, batch_size, seed=0, epoch=0), desc=progress, unit="batch"):
-        batch = dataset.preference_batch([rows[i] for i in indices], model.wte.weight.device)
-        logps[indices] = torch.stack(response_logps(model, batch), dim=-1).cpu()
-    return logps
+def scores_of(pairs, policy, reference, reward, tokenizer, true_reward, batch_size):
+    """Returns what each reward says of the token rows `pairs`: {name: (N, 2), of the chosen and the rejected response}.
 
-
-def scores_of(rows, policy, reference, reward, tokenizer, true_reward, batch_size):
-    """What each reward says of the pairs `rows` -> {name: (N, 2), of the chosen and the rejected response}.
-
-    All see the same ids, cut to the context where they had to be; true_reward(prompts, responses) gets them as text,
+    All see the same ids, cut to the context where that was needed; true_reward(prompts, responses) gets them as text,
     and may be None.
     """
-    prompts, *sides = zip(*rows, strict=True)
-    log_ref = pair_logps(reference, rows, batch_size, "reference")
-    scores = {
-        "implicit reward": pair_logps(policy, rows, batch_size, "policy") - log_ref,
-        "reward model": torch.stack(
-            [reward.score(prompts, side, batch_size, "reward model") for side in sides], dim=-1
-        ),
-    }
+    prompts, *sides = zip(*pairs, strict=True)
+    device = str(policy.wte.weight.device)
+    settings = train_dpo.Settings(data="", init="", out="", batch_size=batch_size, device=device, dtype="float32")
+    log_ref, log_pi = (train_dpo.reference_logps(model, pairs, settings) for model in (reference, policy))
+    learned = [reward.score(prompts, side, batch_size, "reward model") for side in sides]
+    scores = {"implicit reward": log_pi - log_ref, "reward model": torch.stack(learned, dim=-1)}
     if true_reward:
         texts = [tokenizer.decode(prompt[1:]) for prompt in prompts]
         both = [true_reward(texts, [tokenizer.decode(ids) for ids in side]) for side in sides]
         scores["true reward"] = torch.tensor(both, dtype=torch.float64).T
-    lengths = [[len(chosen), len(rejected)] for _, chosen, rejected in rows]
+    lengths = [[len(chosen), len(rejected)] for _, chosen, rejected in pairs]
     return {**scores, "reference log-prob": log_ref, "longer wins": torch.tensor(lengths)}
 
 
@@ -101,26 +97,20 @@ def main():
     settings = parse_settings(Settings, __doc__)
     device = pick_device(settings.device)
     true_reward = load_reward(settings.reward) if settings.reward else None
-    reference, tokenizer, _ = checkpoint.load(settings.reference)
-    policy, policy_tokenizer, _ = checkpoint.load(settings.policy)
-    if policy_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"{settings.policy} has another tokenizer than the reference. Give the one it was trained from."
-        )
-    reward = reward_model.load_matching(settings.reward_model, tokenizer)
-    models = [model.to(device) for model in (policy, reference, reward)]
-    max_length = min(model.config.block_size for model in models)
-    path = data.find(settings.data, "pairs_test")
-    rows = dataset.load_rows(path, dataset.encode_pairs, dataset.PAIR, tokenizer, max_length)
+    (policy, reference), tokenizer = common.load_models(settings.policy, settings.reference, device=device)
+    reward = reward_model.load_matching(settings.reward_model, tokenizer).to(device)
+    max_length = min(model.config.block_size for model in (policy, reference, reward))
+    held_out = data.find(settings.data, "pairs_test")
+    pairs, _ = dataset.load_pairs((held_out, None), tokenizer, max_length)
 
-    scores = scores_of(rows, *models, tokenizer, true_reward, settings.batch_size)
-    prompts = [tuple(prompt) for prompt, *_ in rows]
+    scores = scores_of(pairs, policy, reference, reward, tokenizer, true_reward, settings.batch_size)
+    prompts = [tuple(prompt) for prompt, *_ in pairs]
     figures = {name: accuracy(both, prompts) for name, both in scores.items()}
-    print(f"{'':20}{'accuracy':>10}{'error':>8}{'ties':>8}   {len(rows):,} pairs of {len(set(prompts)):,} prompts")
+    print(f"{'':20}{'accuracy':>10}{'error':>8}{'ties':>8}   {len(pairs):,} pairs of {len(set(prompts)):,} prompts")
     for name, f in figures.items():
         print(f"{name:20}{f['accuracy']:10.1%}{f['se']:8.1%}{f['ties']:8.1%}")
     if settings.json:
-        atomic_write(settings.json, json.dumps({"pairs": len(rows), **figures}, indent=2) + "\n")
+        atomic_write(settings.json, json.dumps({"pairs": len(pairs), **figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,29 +7,31 @@ Over a set of prompts, no policy of the same mean KL earns more than (Eq. 4 of t
 
     pi_beta(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)
 
-for it maximises E[r] - beta KL: a policy with more reward and no more KL would beat it there. The curve over beta is
-drawn from samples. Its mean reward, KL and Z are expectations under pi_ref exp(r / beta), and samples of the reference
-hardly ever reach where that lives once beta is small: the curve comes out too low, and flatters whatever is compared
-with it. So trained policies sample too. A response drawn by any of the K models counts as drawn from their mixture
-q = sum_k s_k pi_k, s_k the share of model k (the balance heuristic of Veach & Guibas 1995), and weighs
+because it maximises E[r] - beta KL: a policy with more reward and no more KL would have a higher value of that. The
+curve over beta is the limit.
+
+It is estimated from samples. Mean reward, KL and Z are expectations under pi_ref exp(r / beta), and once beta is small,
+samples of the reference hardly ever reach the responses that matter there: the curve comes out too low, so that other
+policies look better than they are. Therefore trained policies, the proposals, sample too. A response drawn by any of
+the K models counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of model k (the balance
+heuristic of Veach & Guibas 1995), and weighs
 
     u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
 
 with weights divided by their sum, prompt by prompt. These densities are known exactly, so bad proposals cost precision
-and nothing else. What tells: the effective sample size (sum w)^2 / sum w^2 of each prompt, at least LEAST_ESS wherever
-`read` gives a point; and what the curve does when the samples are doubled, which the command prints.
+and nothing else. Two numbers show whether the samples suffice: the effective sample size (sum w)^2 / sum w^2 of each
+prompt, at least LEAST_ESS wherever `read` gives a point; and how far the curve moves when the samples are doubled,
+which the command prints.
 
-The proposals sample at a temperature above 1 (pi_k has logits / temperature), for a weight is large where q is too
-small: better broad than narrow. Where a single draw outweighs all others of its prompt even so, the reward pays for
-something that no trained policy ever says; docs/frontier.md has an example, and what can be done.
+The proposals sample at a temperature above 1 (pi_k has logits / temperature), because a weight is large where q is too
+small: a proposal should be too broad rather than too narrow. If a single draw still outweighs all others of its prompt,
+the reward pays for something that no trained policy ever says; docs/frontier.md has an example, and what can be done.
 
-Where labels are drawn from Bradley-Terry with the reward r, DPO with this beta has pi_beta as its optimum: its point on
-the curve, `at_beta`, is where theory says that it must land.
+Where labels are drawn from Bradley-Terry with the reward r, DPO with this beta has pi_beta as its optimum: theory
+predicts that it ends at this point of the curve, `at_beta`.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
 import math
 from pathlib import Path
@@ -38,16 +40,15 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import data
+from experiments import common
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic, atomic_write
-from minidpo.sampling import generate
+from minidpo.files import atomic
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from train_dpo import token_logps
 
-LEAST_ESS = 200  # effective samples a prompt: with fewer no point is drawn
+LEAST_ESS = 200  # effective samples per prompt: with fewer no point is drawn
 BETAS = [math.inf, *(50 * 0.95**i for i in range(118))]  # from the reference itself down to 0.12
 ROWS = 512  # samples in one batch
 
@@ -73,16 +74,22 @@ class Settings:
 
 
 def log_ratios(logps, counts):
-    """log u above: logps (K, P, S) of every draw under every model, counts (K,) draws a prompt from each -> (P, S)."""
+    """Returns log u above, (P, S).
+
+    Args:
+        logps: (K, P, S), of every draw under every model.
+        counts: (K,), how many draws per prompt come from each model.
+    """
     shares = torch.tensor(counts, dtype=logps.dtype) / sum(counts)
     return logps[0] - (logps + shares.log()[:, None, None]).logsumexp(0)
 
 
 class Point(NamedTuple):
-    """pi_beta, averaged over the prompts; a row of the CSV. Rewards in the reward's units, KL in nats a response.
+    """pi_beta, averaged over the prompts; a row of the CSV. Rewards in the reward's units, KL in nats per response.
 
-    The standard errors are of the sampling, for these very prompts. Errors of kl and reward go together, mostly along
-    the curve; gain_se is that of the curve's height over the reference, reward - (reference's reward), at a given KL.
+    The standard errors are those of the sampling, for these prompts. Errors of kl and reward go together, mostly along
+    the curve; gain_se is the error of the curve's height over the reference, reward - (reference's reward), at a given
+    KL.
     """
 
     beta: float
@@ -96,10 +103,10 @@ class Point(NamedTuple):
 
 
 def point(rewards, log_u, beta):
-    """rewards and log_u (P, S), float64 -> Point. beta inf is the reference itself.
+    """Estimates pi_beta from rewards and log_u, both (P, S) float64 -> Point. beta inf is the reference itself.
 
-    Z is relative to the reference's own weights, Z(x) = sum w / sum u: so the KL is 0 at beta = inf and positive
-    elsewhere, whatever the draws.
+    Z is relative to the reference's own weights, Z(x) = sum w / sum u. So the KL is 0 at beta = inf and positive
+    elsewhere, whatever the draws are.
     """
     u, v = log_u.softmax(-1), (log_u + rewards / beta).softmax(-1)  # weights that sum to 1: reference, pi_beta
     log_z = (log_u + rewards / beta).logsumexp(-1) - log_u.logsumexp(-1)  # (P,)
@@ -110,7 +117,7 @@ def point(rewards, log_u, beta):
     d_reference, d_reward = u * (rewards - reference_reward[:, None]), v * (rewards - reward[:, None])
     d_log_z = v - u
     d_kl = d_reward / beta - d_log_z
-    # up the curve the reward grows by beta a nat, so its height moves by d_reward - beta d_kl = beta d_log_z
+    # along the curve the reward grows by beta per nat, so its height moves by d_reward - beta d_kl = beta d_log_z
     d_gain = (beta * d_log_z if beta < math.inf else d_reference) - d_reference
 
     def se(moves):
@@ -122,19 +129,21 @@ def point(rewards, log_u, beta):
 
 
 def curve(rewards, logps, counts, betas=BETAS):
-    """The limit as a list of Points, one for each of `betas`.
+    """Returns the limit as a list of Points, one for each of `betas`.
 
-    rewards (P, S) of the draws, logps (K, P, S) of each draw under each model, the reference first, counts (K,) how
-    many of a prompt's S draws come from which; float64.
+    Args:
+        rewards: (P, S), of the draws, float64.
+        logps: (K, P, S), of each draw under each model, the reference first, float64.
+        counts: (K,), how many of a prompt's S draws come from each model.
     """
     log_u = log_ratios(logps, counts)
     return [point(rewards, log_u, beta) for beta in betas]
 
 
 def doubling(rewards, logps, counts, betas=BETAS):
-    """What doubling the samples does: the largest relative change of the gain over the reference at equal KL.
+    """Returns what doubling the samples changes: the largest relative change of the gain over the reference at equal KL.
 
-    Half of each model's draws against all of them, over the KLs above 0.1 nats where the whole has LEAST_ESS.
+    It compares half of each model's draws with all of them, at KLs above 0.1 nats where all together have LEAST_ESS.
     """
     # every other draw of each model; they lie in blocks, one model after the other
     kept = torch.cat([torch.arange(n - n % 2)[::2] + sum(counts[:k]) for k, n in enumerate(counts)])
@@ -152,20 +161,17 @@ def doubling(rewards, logps, counts, betas=BETAS):
 
 
 class Source(NamedTuple):
-    """What draws: a model, its logits divided by the temperature."""
+    """A model to sample from, its logits divided by the temperature."""
 
     model: torch.nn.Module
     temperature: float
 
 
 @torch.no_grad()
-def sequence_logps(source, rows, batch_size=128):
-    """log of the probability that `source` draws y, summed over the response, of rows (prompt_ids, response_ids).
-
-    -> (N,) float64 on the CPU.
-    """
+def sequence_logps(source, prompt_ids, response_ids, batch_size=128):
+    """Returns log of the probability that `source` draws each response, summed over its tokens: (N,) float64, CPU."""
     model, temperature = source
-    model.eval()
+    rows = list(zip(prompt_ids, response_ids, strict=True))
     logps = torch.empty(len(rows), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
     for i in range(0, len(rows), batch_size):
@@ -177,34 +183,29 @@ def sequence_logps(source, rows, batch_size=128):
 
 
 def shares(samples, models):
-    """How many of `samples` each model draws: as equal as can be, the reference (first) getting what is left over."""
+    """Returns how many of `samples` each model draws: equally many, and the reference (first) those left over."""
     return [samples - (models - 1) * (samples // models)] + [samples // models] * (models - 1)
 
 
-def draw(sources, prompts, prompt_ids, tokenizer, reward, counts, max_new_tokens, generator):
-    """counts[k] responses of sources[k] to each prompt -> rewards (P, S), logps (K, P, S), in blocks by source.
+def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator):
+    """Draws counts[k] responses of sources[k] to each prompt (a text) -> rewards (P, S), logps (K, P, S).
 
-    prompts are texts, prompt_ids the same with their leading eot. A response is the ids that were drawn, with its final
-    eot unless it was cut.
+    The draws of one source stand together. A response is the ids that were drawn, with its final eot unless it was cut.
     """
     rewards, logps = [], []
     for (model, temperature), count in zip(sources, counts, strict=True):
-        ids = [x for x in prompt_ids for _ in range(count)]
-        responses = generate(
-            model, ids, max_new_tokens, tokenizer.eot, temperature, generator=generator, batch_size=ROWS
+        drawn = common.sample(
+            model, tokenizer, prompts, max_new_tokens, generator, count, temperature=temperature, batch_size=ROWS
         )
-        texts = [tokenizer.decode(response) for response in responses]
-        scores = reward([prompt for prompt in prompts for _ in range(count)], texts)
-        rewards.append(torch.tensor(scores, dtype=torch.float64).view(len(prompts), count))
-        rows = list(zip(ids, responses, strict=True))
-        logps.append(torch.stack([sequence_logps(s, rows).view(len(prompts), count) for s in sources]))
+        rewards.append(torch.tensor(reward(drawn.prompts, drawn.texts), dtype=torch.float64).view(-1, count))
+        logps.append(torch.stack([sequence_logps(s, drawn.prompt_ids, drawn.ids).view(-1, count) for s in sources]))
     return torch.cat(rewards, dim=-1), torch.cat(logps, dim=-1)
 
 
 def all_draws(sources, prompts, tokenizer, reward, settings):
-    """`draw` for all prompts, a few at a time, each few kept in a file of OUT.draws -> rewards (P, S), logps (K, P, S).
+    """`draw` for all prompts, a few at a time, each part kept in a file of OUT.draws -> rewards (P, S), logps (K, P, S).
 
-    What is on disk is not drawn again: a stopped run goes on where it was.
+    What is on disk is not drawn again: a stopped run continues where it was.
     """
     counts = shares(settings.samples, len(sources))
     drawn_from = [part for source in sources for part in source]
@@ -214,46 +215,32 @@ def all_draws(sources, prompts, tokenizer, reward, settings):
     parts = []
     for first in tqdm(range(0, len(prompts), at_once), desc="draws", unit=f"x {at_once} prompts"):
         some = prompts[first : first + at_once]
-        file_name = checkpoint.fingerprint(made_of, first, some) + ".pt"
-        path = Path(f"{settings.out}.draws") / file_name
+        path = Path(f"{settings.out}.draws") / f"{checkpoint.fingerprint(made_of, first, some)}.pt"
         if not path.exists():
-            ids = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in some]
-            seed = settings.seed * 1_000_003 + first  # of its own, so that a run that goes on draws what it would have
+            seed = settings.seed * 1_000_003 + first  # one per part, so that a continued run draws the same
             generator = torch.Generator(sources[0].model.wte.weight.device).manual_seed(seed)
-            rewards, logps = draw(sources, some, ids, tokenizer, reward, counts, settings.max_new_tokens, generator)
+            rewards, logps = draw(sources, some, tokenizer, reward, counts, settings.max_new_tokens, generator)
             with atomic(path) as file:
                 torch.save({"rewards": rewards, "logps": logps}, file)
         parts.append(checkpoint.read(path, keys=("rewards", "logps")))
     return torch.cat([part["rewards"] for part in parts]), torch.cat([part["logps"] for part in parts], dim=1)
 
 
-# ---- 3. The file, and what is read off it ----
+# ---- 3. The file, and what can be read off it ----
 
 
 def write(path, points):
-    """Points -> CSV, the reference (beta inf, KL 0) first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Point._fields)
-    writer.writerows([f"{value:.6g}" for value in p] for p in points)
-    atomic_write(path, text.getvalue())
+    """Writes Points as a CSV file, the reference (beta inf, KL 0) first."""
+    common.write_csv(path, points, digits=6)
 
 
 def read(path, least_ess=LEAST_ESS):
-    """The Points of a CSV with so many effective samples for every prompt, the reference first and the KL rising.
+    """Reads the Points that have `least_ess` effective samples for every prompt, the reference first, the KL rising.
 
-    UserError if the file is missing or not of this kind.
+    Raises:
+        UserError: the file is missing, of another kind, or has no point for the reference.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path} not found. Make it first: python -m experiments.frontier.limit --help")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        points = [Point(*(float(row[name]) for name in Point._fields)) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged, or no limit ({error!r}). Make it again: python -m experiments.frontier.limit"
-        ) from error
+    points = common.read_csv(path, Point, "python -m experiments.frontier.limit --help")
     points = sorted((p for p in points if p.ess_min >= least_ess), key=lambda p: -p.beta)
     if not points or points[0].beta < math.inf:
         raise UserError(f"{path}: no row for the reference (beta inf) with {least_ess} effective samples.")
@@ -261,7 +248,7 @@ def read(path, least_ess=LEAST_ESS):
 
 
 def interpolate(xs, ys, x):
-    """Linear between (xs, ys), xs rising; NaN outside."""
+    """Interpolates linearly between (xs, ys), xs rising; NaN outside."""
     for i in range(1, len(xs)):
         if xs[i - 1] <= x <= xs[i]:
             part = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
@@ -270,12 +257,12 @@ def interpolate(xs, ys, x):
 
 
 def reward_at(points, kl):
-    """The limit's mean reward at so many nats; NaN where the curve is not drawn."""
+    """Returns the limit's mean reward at `kl` nats; NaN where the curve is not drawn."""
     return interpolate([p.kl for p in points], [p.reward for p in points], kl)
 
 
 def slope_at(points, kl):
-    """What the limit's mean reward grows by per nat there, which is the beta of that place; NaN outside the curve."""
+    """Returns the growth of the limit's mean reward per nat, which is the beta of that place; NaN outside the curve."""
     for before, after in itertools.pairwise(points):
         if before.kl <= kl <= after.kl:
             return (after.reward - before.reward) / (after.kl - before.kl)
@@ -283,13 +270,13 @@ def slope_at(points, kl):
 
 
 def at_beta(points, beta):
-    """(kl, reward) of pi_beta, where DPO on Bradley-Terry labels must land; NaNs where the curve is not drawn."""
+    """Returns (kl, reward) of pi_beta, the optimum of DPO on Bradley-Terry labels; NaNs where the curve is not drawn."""
     xs = [1 / p.beta for p in points]
     return tuple(interpolate(xs, [getattr(p, name) for p in points], 1 / beta) for name in ("kl", "reward"))
 
 
 def share_of_gain(points, kl, reward):
-    """A policy's gain in reward over the reference, as a share of the limit's gain at the same KL: 1 is the limit.
+    """Returns a policy's gain in reward over the reference, as a share of the limit's gain at the same KL: 1 is the limit.
 
     NaN where the curve is not drawn, and at 0 nats. Take reward and kl as means over the same samples, the KL by its
     plain estimator, sum_t log pi - log pi_ref: their errors then run along the curve, and hardly change the share.
@@ -298,41 +285,33 @@ def share_of_gain(points, kl, reward):
     return (reward - points[0].reward) / gain if gain else math.nan
 
 
-def main(argv=None):
-    settings = parse_settings(Settings, __doc__.split("\n\n")[0], argv)
-    device = pick_device(settings.device)
+def main():
+    settings = parse_settings(Settings, __doc__.split("\n\n")[0])
     reward = load_reward(settings.reward)
-    sources, names = [], [settings.reference, *(settings.proposal or [])]
-    for name in names:
-        model, tokenizer, _ = checkpoint.load(name)
-        sources.append(Source(model.to(device), settings.temperature if sources else 1.0))
-        if name == settings.reference:
-            shared = tokenizer
-        elif tokenizer.fingerprint != shared.fingerprint:
-            raise UserError(f"{name} and {settings.reference} have different tokenizers: no KL between them.")
-    if settings.samples < 4 * len(sources):
-        raise UserError(f"--samples {settings.samples}: {len(sources)} models draw at least four each.")
-    records = dataset.read_jsonl(data.find(settings.data, "prompts_test"), ("prompt",))
-    prompts = [record["prompt"] for record in records][: settings.prompts or None]
+    names = [settings.reference, *(settings.proposal or [])]
+    if settings.samples < 4 * len(names):
+        raise UserError(f"--samples {settings.samples}: {len(names)} models draw at least four each.")
+    models, tokenizer = common.load_models(*names, device=pick_device(settings.device))
+    sources = [Source(model, settings.temperature if i else 1.0) for i, model in enumerate(models)]
+    prompts = common.read_prompts(settings.data, limit=settings.prompts)
 
-    rewards, logps = all_draws(sources, prompts, shared, reward, settings)
+    rewards, logps = all_draws(sources, prompts, tokenizer, reward, settings)
     counts = shares(settings.samples, len(sources))
     points = curve(rewards, logps, counts)
     write(settings.out, points)
     drawn = read(settings.out)
     print(f"{settings.out}: {len(prompts)} prompts x {settings.samples} draws from {', '.join(names)}")
     print(f"the reference's mean reward is {drawn[0].reward:.3f} +- {drawn[0].reward_se:.3f}")
-    print("    kl  gain    +-     beta   effective samples a prompt: worst, median")
+    print("    kl  gain    +-     beta   effective samples per prompt: worst, median")
     for target in (0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6):
         p = min(points, key=lambda p: abs(p.kl - target))
         print(
             f"{p.kl:6.2f}{p.reward - points[0].reward:6.3f} {p.gain_se:.4f}{p.beta:7.3f}{p.ess_min:9.0f}"
             f"{p.ess_median:9.0f}" + ("" if p.ess_min >= LEAST_ESS else "   not drawn")
         )
-    print(
-        f"drawn up to {drawn[-1].kl:.2f} nats (beta {drawn[-1].beta:.3f}), where no prompt has fewer than {LEAST_ESS}"
-    )
-    print(f"doubling the samples changed the gain at equal KL by {doubling(rewards, logps, counts):.2%} at most")
+    end, changed = drawn[-1], doubling(rewards, logps, counts)
+    print(f"drawn up to {end.kl:.2f} nats (beta {end.beta:.3f}), where no prompt has fewer than {LEAST_ESS}")
+    print(f"doubling the samples changed the gain at equal KL by {changed:.2%} at most")
 
 
 if __name__ == "__main__":

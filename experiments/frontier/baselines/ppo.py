@@ -2,31 +2,31 @@
 
     python -m experiments.frontier.baselines.ppo --data toy --init runs/sft --reward toy --kl-target 2 --out runs/ppo
 
-With a learned reward this is the usual RLHF; with the true reward it is the DPO paper's PPO-GT. Both
-maximise the objective that DPO solves in closed form (Eq. 3 of Rafailov et al. 2023), but by trial: sample responses,
-score them, make what did better than expected more likely, and repeat. Each step of the loop does four things:
+With a learned reward this is the usual RLHF; with the true reward it is the DPO paper's PPO-GT. Both maximise the
+objective that DPO solves in closed form (Eq. 3 of Rafailov et al. 2023), but by trial: sample responses, score them,
+make those that did better than expected more likely, and repeat. Each step of the loop does four things:
 
-ROLL OUT. The policy completes a batch of prompts at temperature 1, from the whole distribution: PPO corrects for the
-change of the policy since the sampling, and for nothing else, and so the samples must be the policy's own.
+ROLL OUT. The policy completes a batch of prompts at temperature 1, from the whole distribution. The samples must be the
+policy's own: PPO corrects for the change of the policy since the sampling, and for nothing else.
 
 REWARD. Each token is an action, and the text before it the state. The reward r of the finished response arrives with
 its last token; every token pays for its distance from the reference (Ziegler et al. 2019, arXiv 1909.08593, Eq. 2):
 
     R_t  =  -kl_coef (log pi(y_t|s_t) - log pi_ref(y_t|s_t))  +  r if y_t is the last
 
-The sum over t has the mean E[r] - kl_coef KL(pi || pi_ref). kl_coef is DPO's beta; it is moved so that the KL, in nats
-a response, comes to --kl-target (the DPO paper's "target KL in {3, 6, 9, 12}").
+The sum over t has the mean E[r] - kl_coef KL(pi || pi_ref). kl_coef is DPO's beta. A controller moves it so that the
+KL, in nats per response, reaches --kl-target (the DPO paper's "target KL in {3, 6, 9, 12}").
 
-ADVANTAGE. By how much did token t turn out better than what was to be expected before it? A value model V(s_t)
-estimates the sum of rewards to come; generalised advantage estimation (GAE; Schulman et al. 2016, arXiv 1506.02438,
-Eq. 16) trades the noise of what followed against the errors of V. Nothing is discounted: a response is short.
+ADVANTAGE. How much better did token t turn out than was to be expected before it? A value model V(s_t) estimates the
+sum of rewards to come. Generalised advantage estimation (GAE; Schulman et al. 2016, arXiv 1506.02438, Eq. 16) weighs
+the noise of what followed against the errors of V. There is no discount: a response is short.
 
-UPDATE. Several epochs of small steps over the same rollouts, with the ratio pi / pi_old at each token clipped, so that
-no step gains from moving further than that (Schulman et al. 2017, arXiv 1707.06347, Eq. 7).
+UPDATE. Several epochs of small steps over the same rollouts. The ratio pi / pi_old at each token is clipped, so that no
+step gains from moving further than that (Schulman et al. 2017, arXiv 1707.06347, Eq. 7).
 
-The value model is a second network, as in Stiennon et al. 2020 (arXiv 2009.01325, section 3.4), and begins with the
+The value model is a second network, as in Stiennon et al. 2020 (arXiv 2009.01325, section 3.4), and starts with the
 weights of the SFT model. Sharing the policy's body would save a forward pass. But the value loss has the scale of the
-reward and starts large: in a shared body it would pull the policy away from its language before V is of any use.
+reward and starts large: in a shared body it would damage the policy's language before V is of any use.
 """
 
 import copy
@@ -38,24 +38,23 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-import data
+from experiments import common
 from experiments.frontier.baselines import reward_model
 from experiments.rewards import load_reward
-from minidpo import checkpoint, dataset
+from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.optim import learning_rate, make_optimizer
+from minidpo.optim import learning_rate, make_optimizer, set_learning_rate
 from minidpo.run import Run
-from minidpo.sampling import complete, generate
-from minidpo.settings import CatchInterrupt, UserError, knob, parse_settings, run_main
+from minidpo.sampling import complete
+from minidpo.settings import UserError, knob, parse_settings, run_main
 from train_dpo import token_logps
 
 # ---- 1. The mathematics. N responses, T positions; `mask` (N, T) is true where a response token is predicted ----
 
 
 def penalised_rewards(scores, logps, reference_logps, mask, kl_coef):
-    """R_t above: scores (N,), one a response; logps (N, T), in nats -> (N, T), 0 outside the responses."""
+    """Returns R_t above: scores (N,), one per response; logps (N, T), in nats -> (N, T), 0 outside the responses."""
     rewards = -kl_coef * (logps - reference_logps) * mask
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)  # where the response's last token is predicted
     rewards[torch.arange(len(scores)), last] += scores
@@ -65,7 +64,8 @@ def penalised_rewards(scores, logps, reference_logps, mask, kl_coef):
 def gae(rewards, values, mask, lam):
     """GAE(lambda) without discount: A_t = delta_t + lam A_t+1, delta_t = R_t + V_t+1 - V_t, all 0 after the last token.
 
-    All (N, T), and so is what comes back. lam 1 is what followed, minus V; lam 0 believes V one token ahead.
+    Arguments and result are (N, T). With lam 1 it is the sum of the rewards that followed, minus V; with lam 0 it
+    trusts V one token ahead.
     """
     advantages = torch.zeros_like(values)
     advantage = next_value = torch.zeros_like(values[:, 0])
@@ -88,34 +88,34 @@ def variance(values, mask):
 
 
 def whiten(values, mask):
-    """To mean 0 and variance 1 over response tokens, so that one learning rate fits rewards of any scale; 0 elsewhere.
+    """Brings values to mean 0 and variance 1 over response tokens, 0 elsewhere: (N, T) -> (N, T).
 
-    (N, T) -> (N, T).
+    So one learning rate fits rewards of any scale.
     """
     return (values - mean(values, mask)) * mask / (variance(values, mask).sqrt() + 1e-8)
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip):
-    """Schulman et al. 2017, Eq. 7 -> (loss (), share of tokens whose ratio is clipped and takes no part ())."""
+    """Schulman et al. 2017, Eq. 7 -> (loss (), share of tokens whose ratio is clipped, so that they do not count ())."""
     ratio = (logps - old_logps).exp()
     losses, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     return mean(torch.maximum(losses, clipped), mask), mean((clipped > losses).float(), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """Half the squared error; beyond `clip` from where it was at the rollout, a value gains nothing by moving on -> ()
+    """Half the squared error -> (). A value gains nothing by moving further than `clip` from where it was at the rollout.
 
-    Not in the paper, but in its authors' code, and in most that came after.
+    The clip is not in the paper, but in its authors' code and in most code since.
     """
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * mean(torch.maximum((values - returns).square(), (near - returns).square()), mask)
 
 
 def next_kl_coef(kl_coef, kl, target, gain):
-    """The adaptive controller of Ziegler et al. 2019, section 2.2: dearer while the KL is above its target.
+    """The adaptive controller of Ziegler et al. 2019, section 2.2: kl_coef rises while the KL is above its target.
 
-    kl and target in nats a response; the relative error counts up to 20 %, so one step changes kl_coef by at most
-    0.2 * gain. target 0: it stays as it is.
+    kl and target are in nats per response. The relative error counts up to 20 %, so one step changes kl_coef by at most
+    a share of 0.2 * gain. With target 0 it stays as it is.
     """
     if target == 0:
         return kl_coef
@@ -143,11 +143,11 @@ class Settings:
     out: str = knob(dataclasses.MISSING, "the run folder to write")
     reward: str = knob("toy", "toy, the file of a trained classifier, or the run folder of a reward model")
     settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
-    kl_target: float = knob(6.0, "where the controller keeps the KL, in nats a response; 0: kl_coef is fixed")
-    kl_coef: float = knob(0.2, "price of a nat of distance from the reference, to begin with")
-    kl_gain: float = knob(0.1, "how fast the controller moves kl_coef: by a fifth of this at most in a step")
+    kl_target: float = knob(6.0, "where the controller keeps the KL, in nats per response; 0: kl_coef is fixed")
+    kl_coef: float = knob(0.2, "price of a nat of distance from the reference, at the start")
+    kl_gain: float = knob(0.1, "how fast the controller moves kl_coef: in one step by a fifth of this at most")
     steps: int = knob(2000, "rollouts of the whole run, each followed by its epochs of updates", least=1)
-    rollouts: int = knob(512, "responses sampled a step", least=2)
+    rollouts: int = knob(512, "responses sampled per step", least=2)
     epochs: int = knob(4, "passes over each step's rollouts", least=1)
     minibatch_size: int = knob(128, "responses per update, and per forward pass", least=1)
     lr: float = knob(1e-5, "learning rate of the policy after the warm-up; it falls linearly to 0")
@@ -158,12 +158,12 @@ class Settings:
     value_clip: float = knob(0.2, "how far a value may move in a step, in units of the reward")
     grad_clip: float = knob(1.0, "longest gradient, in L2 norm, of either network")
     max_new_tokens: int = knob(64, "longest response, in tokens; a longer one is cut, and scored as it stands", least=1)
-    max_steps: int = knob(0, "stop after this many steps, on the way of --steps; 0: go all the way")
+    max_steps: int = knob(0, "stop after this many steps of those that --steps asks for; 0: make them all")
     save_every: int = knob(10, "steps between checkpoints", least=1)
     samples: int = knob(8, "prompts completed before and after, for the report")
-    seed: int = knob(0, "of the prompts' order and of the sampling")
+    seed: int = knob(0, "seed of the order of the prompts and of the sampling")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
-    resume: bool = knob(False, "go on with the run in --out, with its settings")
+    resume: bool = knob(False, "continue the run in --out, with its settings")
     overwrite: bool = knob(False, "replace the run in --out")
 
     def __post_init__(self):
@@ -175,7 +175,7 @@ class Settings:
 
 
 class ValueModel(nn.Module):
-    """ids (N, T) -> (N, T): at each position, the rewards to come after ids[:, :t + 1]. It begins at 0 everywhere."""
+    """ids (N, T) -> (N, T): at position t, the sum of rewards to come after ids[:, :t + 1]. It starts at 0 everywhere."""
 
     def __init__(self, body):
         super().__init__()
@@ -189,42 +189,50 @@ class ValueModel(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """N sampled responses as they were when sampled, each tensor (N, T) as in dataset.Rows but `scores` (N,)."""
+    """N responses and what belongs to them when they are sampled. Tensors are (N, T) as in dataset.Rows."""
 
     rows: dataset.Rows
     logps: torch.Tensor  # of the policy that sampled, in nats
     reference_logps: torch.Tensor
     values: torch.Tensor
     entropies: torch.Tensor  # of the policy's distribution at each position, in nats
-    scores: torch.Tensor  # what the reward says of each response
+    scores: torch.Tensor  # (N,), the reward of each response
+
+
+def room_for_prompt(policy, settings):
+    """Returns how many tokens of a prompt fit into the context before the longest response. UserError if none does."""
+    room = policy.config.block_size - settings.max_new_tokens
+    if room < 1:
+        raise UserError("--max-new-tokens leaves no room for a prompt in the model's context. Give less.")
+    return room
 
 
 @torch.no_grad()
-def roll_out(policy, value, reference, reward, prompts, prompt_ids, tokenizer, settings, generator):
-    """Samples one response to each of `prompts` (texts; prompt_ids with their leading eot) and scores it -> Rollout.
+def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, generator):
+    """Samples one response to each of `prompts` (texts) and scores it -> Rollout.
 
-    The responses are the very ids that were drawn: the final eot is one of them unless the response was cut.
+    The responses are the ids that were drawn: the final eot is one of them unless the response was cut.
     """
-    response_ids = generate(policy, prompt_ids, settings.max_new_tokens, tokenizer.eot, generator=generator)
-    responses = [tokenizer.decode(ids) for ids in response_ids]
+    room = room_for_prompt(policy, settings)
+    samples = common.sample(policy, tokenizer, prompts, settings.max_new_tokens, generator, room=room)
     device = policy.wte.weight.device
-    rows = dataset.sft_batch(list(zip(prompt_ids, response_ids, strict=True)), device)
+    rows = dataset.sft_batch(list(zip(samples.prompt_ids, samples.ids, strict=True)), device)
     parts = []
     for ids, targets in zip(*(t.split(settings.minibatch_size) for t in (rows.ids, rows.targets)), strict=True):
         logits = policy(ids)
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         parts.append((token_logps(logits, targets), token_logps(reference(ids), targets), value(ids), entropy))
     logps, reference_logps, values, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
-    scores = torch.tensor(reward(prompts, responses, prompt_ids, response_ids)).to(logps)
+    scores = torch.tensor(reward(samples.prompts, samples.texts, samples.prompt_ids, samples.ids)).to(logps)
     return Rollout(rows, logps, reference_logps, values, entropies, scores)
 
 
 def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
-    """The epochs of updates on one rollout; returns the means of losses, clip fraction and gradient norms, by name."""
+    """Makes the epochs of updates on one rollout; returns the means of losses, clip fraction and gradient norms."""
     ids, targets, mask = rollout.rows
     rewards = penalised_rewards(rollout.scores, rollout.logps, rollout.reference_logps, mask, kl_coef)
     advantages = gae(rewards, rollout.values, mask, settings.lam)
-    returns = advantages + rollout.values  # before the whitening: the value model learns the rewards' own scale
+    returns = advantages + rollout.values  # before whitening: the value model learns the rewards at their own scale
     advantages = whiten(advantages, mask)
     sums, n = 0.0, 0
     for _ in range(settings.epochs):
@@ -247,22 +255,21 @@ def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
     return {**metrics, "value_explained": explained.item()}
 
 
-def encode(prompts, tokenizer, room):
-    """Texts -> lists of ids with their leading eot, each cut on its left to the last `room` ids behind it."""
-    if room < 1:
-        raise UserError("--max-new-tokens leaves no room for a prompt in the model's context. Give less.")
-    return [[tokenizer.eot, *tokenizer.encode(prompt)[-room:]] for prompt in prompts]
+def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None, state=None, steps=None):
+    """PPO from the weights that `policy` and `reference` come with. Trains `policy` in place.
 
+    Args:
+        reward: reward(prompts, responses, prompt_ids, response_ids) -> list of floats; texts, and ids as `generate`
+            takes and returns them.
+        prompts: texts.
+        settings: need not come from a command line: Settings(data="", init="", out="", **SETS["toy"]) is enough.
+        on_step: on_step(step, metrics, state) after each step, counted from 1. `state` is what to save beside the
+            policy, at once, since its tensors change with the next step.
+        state: that of an earlier on_step, to continue its training with its policy.
+        steps: the steps to make, counted from 0; None: all that are left.
 
-def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None, state=None):
-    """PPO, from the weights that `policy` and `reference` come with; `policy` is trained in place.
-
-    reward(prompts, responses, prompt_ids, response_ids) -> list of floats; texts, and ids as `generate` takes and gives
-    them. prompts: texts. After each step comes on_step(step, metrics, state): step counted from 1, metrics by name, and
-    what to save beside the policy (at once: its tensors are the live ones). Given back as `state`, together with that
-    policy, it makes the training go on as if it had not stopped. `settings` need not have been through a command line:
-    Settings(data="", init="", out="", **SETS["toy"]) will do. Raises UserError for a context too short for a response,
-    and for a loss that is not finite.
+    Raises:
+        UserError: the context is too short for a response, or a loss is not finite.
     """
     policy.set_dropout(0.0)  # the ratio of new to old probabilities must be 1 before the first update
     policy.train(), reference.eval()
@@ -276,21 +283,16 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         kl_coef, first_step = state["kl_coef"], state["step"]
-    encoded = encode(prompts, tokenizer, policy.config.block_size - settings.max_new_tokens)
 
-    for step in range(first_step, min(settings.steps, settings.max_steps or settings.steps)):
+    for step in steps or range(first_step, last_step(settings)):
         started = time.perf_counter()
-        # seeded anew at each step, so that a resumed run draws what an unbroken one would have drawn
+        # one seed per step, so that a resumed run draws what an uninterrupted run would have drawn
         seed = settings.seed * 1_000_003 + step
         generator, sampling = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
         drawn = torch.randint(len(prompts), (settings.rollouts,), generator=generator).tolist()
-        rollout = roll_out(
-            policy, value, reference, reward,
-            [prompts[i] for i in drawn], [encoded[i] for i in drawn], tokenizer, settings, sampling,
-        )  # fmt: skip
+        rollout = roll_out(policy, value, reference, reward, [prompts[i] for i in drawn], tokenizer, settings, sampling)
         for optimizer, peak in zip(optimizers, (settings.lr, settings.value_lr), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings.steps, peak, settings.warmup_steps, decay=True)
+            set_learning_rate(optimizer, learning_rate(step, settings.steps, peak, settings.warmup_steps, decay=True))
         losses = update(policy, value, optimizers, rollout, kl_coef, settings, generator)
 
         mask = rollout.rows.mask
@@ -312,10 +314,15 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
             on_step(step + 1, metrics, state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
 
-def load(name, tokenizer, device):
-    """--reward -> the callable that `train` takes: a reward model looks at the ids, any other reward at the texts.
+def last_step(settings):
+    return min(settings.steps, settings.max_steps or settings.steps)
 
-    Raises UserError for a reward model with another tokenizer than the policy's.
+
+def load(name, tokenizer, device):
+    """Loads --reward -> the function that `train` takes: a reward model reads the ids, any other reward the texts.
+
+    Raises:
+        UserError: a reward model has another tokenizer than the policy.
     """
     if name != "toy" and Path(name).is_dir():
         model = reward_model.load_matching(name, tokenizer).to(device)
@@ -326,39 +333,35 @@ def load(name, tokenizer, device):
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0], sets=SETS)
-    folder = Run(settings)
+    run = Run(settings, "ppo")
     settings.device = pick_device(settings.device)
-    reference, tokenizer, _ = checkpoint.load(settings.init)
+    (reference,), tokenizer = common.load_models(settings.init, device=settings.device)
     reward = load(settings.reward, tokenizer, settings.device)
-    policy, _, state = checkpoint.load(settings.out) if settings.resume else (copy.deepcopy(reference), None, {})
-    policy.to(settings.device), reference.to(settings.device)
-    records = dataset.read_jsonl(data.find(settings.data, "prompts_train"), ("prompt",))
-    prompts = [record["prompt"] for record in records]
+    policy, state = copy.deepcopy(reference), {}
+    if settings.resume:
+        policy, _, state = run.load()
+    policy.to(settings.device)
+    prompts = common.read_prompts(settings.data, "prompts_train")
     shown = prompts[: settings.samples]
-    shown_ids = encode(shown, tokenizer, policy.config.block_size - settings.max_new_tokens)
+    shown_ids = common.prompt_ids(tokenizer, shown, room_for_prompt(policy, settings))
     before = complete(reference, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
 
-    first_step, last_step = state.get("step", 0), min(settings.steps, settings.max_steps or settings.steps)
-    if first_step >= last_step and (folder.path / "report.md").exists():
-        raise UserError(f"{settings.out} has made {first_step} of {last_step} steps. Raise --max-steps.")
-    folder.begin(first_step, tokenizer)
-    with CatchInterrupt() as interrupt, tqdm(total=last_step, initial=first_step, desc="ppo", unit="step") as bar:
+    run.count(state.get("step", 0), settings.steps, last_step(settings))
+    latest = {}
 
-        def on_step(step, metrics, state):
-            folder.log(step, metrics)
-            bar.update()
-            bar.set_postfix_str(f"reward {metrics['reward']:.2f}, KL {metrics['kl']:.2f}")
-            if step == last_step or step % settings.save_every == 0 or interrupt.requested:
-                checkpoint.save(settings.out, policy, tokenizer, state)
-            if interrupt.requested and step < last_step:
-                raise UserError(f"stopped after step {step} and saved. Go on with the same command and --resume.")
+    def on_step(step, metrics, state):
+        latest.update(state)
+        run.log(step - 1, metrics)
+        run.bar.set_postfix_str(f"reward {metrics['reward']:.2f}, KL {metrics['kl']:.2f}")
 
-        train(policy, reference, reward, prompts, tokenizer, settings, on_step, state)
+    def save(step):
+        run.save(policy, tokenizer, latest)
+
+    with run.loop(range(run.first_step, run.last_step), tokenizer, save) as steps:
+        train(policy, reference, reward, prompts, tokenizer, settings, on_step, state, steps)
     after = complete(policy, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
-    notes = (
-        f"PPO on the reward {settings.reward} from {settings.init}: {last_step} steps of {settings.rollouts} responses."
-    )
-    folder.finish({"prompt": shown, "before": before, "after": after}, [notes])
+    note = f"PPO on the reward {settings.reward} from {settings.init}: {run.last_step} steps of {settings.rollouts} responses."
+    run.finish({"prompt": shown, "before": before, "after": after}, [note])
 
 
 if __name__ == "__main__":

@@ -1,45 +1,49 @@
-"""A reward model: a number for each response, learned from preferences. What Best-of-N and PPO go by.
+"""A reward model: a number for each response, learned from preferences. Best-of-N and PPO maximise it.
 
     python -m experiments.frontier.baselines.reward_model --data toy --init runs/sft --out runs/reward
 
-The SFT model with a scalar head in place of the words. Under Bradley-Terry the chosen wins with probability
-sigmoid( r(x, y_w) - r(x, y_l) ) (Eq. 1 of Rafailov et al. 2023), so the loss is its negative log-likelihood:
+It is the SFT model with a scalar head in place of the vocabulary. Under Bradley-Terry the chosen response wins with
+probability sigmoid( r(x, y_w) - r(x, y_l) ) (Eq. 1 of Rafailov et al. 2023), so the loss is its negative
+log-likelihood:
 
     L(r)  =  -E[ log sigmoid( r(x, y_w) - r(x, y_l) ) ]                                                         (2)
 
-It is DPO's loss (7) with r where DPO has beta log pi/pi_ref: DPO trains a reward model as well, one that is a policy.
+This is DPO's loss (7) with r in place of beta log pi/pi_ref: DPO trains a reward model as well, one that is a policy.
 
-Equation (2) sees only differences between responses to one prompt, so what depends on the prompt alone is left open.
-The paper normalises it away (section 3: mean 0 for every prompt). That changes neither which of N responses is best nor
-which policy is optimal, so here one number does: `score` subtracts the mean over all training responses. The scale is
-not touched: a difference of rewards is a log-odds of Bradley-Terry, in nats.
+Equation (2) sees only differences between responses to one prompt, so it leaves open what depends on the prompt alone.
+The paper normalises that away (section 3: mean 0 for every prompt). It changes neither which of N responses is best nor
+which policy is optimal, so here one number is enough: `score` subtracts the mean over all training responses. The scale
+is left alone: a difference of rewards is a log-odds of Bradley-Terry, in nats.
 """
 
 import dataclasses
-from functools import partial
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from experiments.frontier import baselines
-from experiments.frontier.baselines import PairSettings, fit, pair_means, pair_step, prompts_of, record, start
+import data
+import train_dpo
+from experiments.frontier.baselines import fit
 from minidpo import checkpoint, dataset
 from minidpo.device import autocast
+from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer, set_learning_rate
+from minidpo.run import Run, RunSettings, place
 from minidpo.sampling import generate
-from minidpo.settings import UserError, parse_settings, run_main
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
-# a new head takes larger steps, and more of them: at DPO's own rate it learns nothing for a third of the toy's pairs
-SETS = {**baselines.SETS, "toy": {**baselines.SETS["toy"], "lr": 2e-3, "batch_size": 32}}
+# ---- 1. The model ----
 
 
 class RewardModel(nn.Module):
-    """A GPT's body and a linear head: dataset.Rows of B rows -> rewards (B,), `mean` not yet subtracted; 0 at first.
+    """The body of a GPT and a linear head: dataset.Rows of B rows -> rewards (B,), before `mean` is subtracted.
 
-    The body reads each row without its leading eot, which says nothing: that is `targets`, not `ids`, so the response's
-    last token (its eot, if it ended) is an input as well and still fits into the context. The reward is read where that
-    token stands, the last position that `mask` marks; what comes behind it is padding, and unseen.
+    The head starts at 0. The body reads each row without its leading eot, which carries no information: its input is
+    `targets`, not `ids`. So the last token of the response (its eot, if it ended) is an input as well, and the row still
+    fits into the context. The reward is read at that token, the last position that `mask` marks. Padding comes after
+    it, where the causal mask hides it.
     """
 
     def __init__(self, gpt):
@@ -48,7 +52,9 @@ class RewardModel(nn.Module):
         gpt.set_dropout(0.0)
         self.head = nn.Linear(gpt.config.n_embd, 1, bias=False).to(gpt.wte.weight)  # the loss would not see a bias
         nn.init.zeros_(self.head.weight)
-        self.register_buffer("mean", self.head.weight.new_zeros(()))  # over the training responses; see `train`
+        self.register_buffer(
+            "mean", self.head.weight.new_zeros(())
+        )  # of the rewards of all training responses; set by `centre`
 
     def forward(self, rows):
         hidden = self.gpt.hidden(rows.targets)  # (B, T, C)
@@ -60,9 +66,14 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(self, prompts, responses, batch_size=128, progress=None):
-        """Rewards (N,) of responses to prompts, less `mean`, on the CPU; lists of ids as `generate` takes and gives.
+        """Returns rewards (N,) of responses to prompts, with `mean` subtracted, on the CPU.
 
-        `progress` is a text for a progress bar. Raises UserError for a row longer than the context.
+        Args:
+            prompts, responses: lists of ids as `generate` takes and returns them.
+            progress: a text for a progress bar.
+
+        Raises:
+            UserError: a row is longer than the context.
         """
         was_training = self.training
         self.eval()
@@ -76,20 +87,24 @@ class RewardModel(nn.Module):
         return rewards - self.mean.cpu()
 
 
-def save(folder, model, tokenizer, state=None):
-    """The body as any model's checkpoint, the head in its state."""
-    head = {"weight": model.head.weight.detach().cpu(), "mean": model.mean.cpu()}
-    checkpoint.save(folder, model.gpt, tokenizer, {**(state or {}), "reward_head": head})
+def head_of(model):
+    """Returns what a checkpoint holds of the head, without a copy."""
+    return {"weight": model.head.weight.detach(), "mean": model.mean}
+
+
+def save(folder, model, tokenizer):
+    """Saves the body as any model's checkpoint, and the head in its state."""
+    checkpoint.save(folder, model.gpt, tokenizer, {"reward_head": head_of(model)})
 
 
 def load(folder):
-    """The run folder of a reward model -> (RewardModel, tokenizer). UserError if it holds something else."""
+    """Loads a reward model -> (RewardModel, tokenizer). UserError if the folder holds something else."""
     gpt, tokenizer, state = checkpoint.load(folder)
     return with_head(gpt, state, folder), tokenizer
 
 
 def load_matching(folder, tokenizer):
-    """As `load`, for use on another model's ids: the RewardModel alone. UserError if its tokenizer is another."""
+    """Loads a reward model for the ids of another model. UserError if it has another tokenizer."""
     model, its_tokenizer = load(folder)
     if its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{folder} has another tokenizer than the policy. Train it from the same SFT model.")
@@ -97,7 +112,7 @@ def load_matching(folder, tokenizer):
 
 
 def with_head(gpt, state, folder):
-    """A body and the head that `save` put into its state -> RewardModel. UserError if there is none."""
+    """Joins a body and the saved head in its state -> RewardModel. UserError if there is none."""
     if "reward_head" not in state:
         raise UserError(
             f"{folder} holds a language model, not a reward model. Train one: "
@@ -111,25 +126,44 @@ def with_head(gpt, state, folder):
 
 
 def of_texts(model, tokenizer):
-    """The reward model as a callable on texts, `reward(prompts, responses) -> list of floats`.
+    """Returns the reward model as a function of texts, `reward(prompts, responses) -> list of floats`.
 
-    Texts are encoded again, each counts as ended, and one that is too long loses its prompt's left, as in training.
+    The texts are encoded, each counts as ended, and one that is too long loses the left of its prompt, as in training.
     """
 
     def reward(prompts, responses):
         rows = []
         for texts in zip(prompts, responses, strict=True):
             prompt, response = map(tokenizer.encode, texts)
-            prompt, (response,), *_ = dataset.fit(prompt, [response], [True], tokenizer.eot, model.config.block_size)
+            prompt, (response,), *_ = dataset.cut_to_context(
+                prompt, [response], [True], tokenizer.eot, model.config.block_size
+            )
             rows.append((prompt, response))
         return model.score(*zip(*rows, strict=True), progress="reward model").tolist() if rows else []
 
     return reward
 
 
-@dataclasses.dataclass
-class Settings(PairSettings):
-    pass
+# ---- 2. Settings. A new head takes larger and more steps: at DPO's own rate it learns nothing for 10,000 pairs ----
+
+SETS = {**train_dpo.SETS, "toy": {**train_dpo.SETS["toy"], "lr": 2e-3, "batch_size": 32}}
+SETS = {name: {k: v for k, v in values.items() if k != "beta"} for name, values in SETS.items()}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(RunSettings):
+    data: str = knob(dataclasses.MISSING, "toy, imdb, hh, tldr, or a JSONL file with prompt, chosen, rejected")
+    init: str = knob(dataclasses.MISSING, "the SFT model to start from: a run folder, a GPT-2 folder or name")
+    out: str = knob(dataclasses.MISSING, "the run folder to write")
+    settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
+    optimizer: str = knob("rmsprop", "rmsprop, adamw, or sgd with momentum", choices=OPTIMIZERS)
+    lr: float = knob(1e-6, "learning rate after the warm-up")
+    warmup_steps: int = knob(150, "optimiser steps over which the learning rate rises")
+    decay: bool = knob(False, "let the learning rate fall linearly to 0 after the warm-up")
+    grad_clip: float = knob(10.0, "longest gradient, in L2 norm")
+
+
+# ---- 3. Training ----
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards):
@@ -137,9 +171,9 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards):
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
-def measure(model, rows, indices, settings):
-    """The metrics of the pairs `indices`, each (B,), by name; "loss" with its gradient."""
-    batch = dataset.preference_batch([rows[i] for i in indices], settings.device)
+def measure(model, pairs, indices, settings):
+    """Returns the metrics of the pairs `indices`, each (B,), by name; "loss" has a gradient."""
+    batch = dataset.preference_batch([pairs[i] for i in indices], settings.device)
     with autocast(settings.device, settings.dtype):
         chosen, rejected = model(batch.chosen), model(batch.rejected)
     return {
@@ -151,40 +185,97 @@ def measure(model, rows, indices, settings):
     }
 
 
-def train(model, rows, settings, on_step=None, state=None):
-    """Trains a RewardModel in place on rows of (prompt_ids, chosen_ids, rejected_ids); on_step and state as in `fit`.
+def means_of(parts):
+    """A list of what `measure` returns -> the means over all pairs, by name, however they are cut into batches."""
+    return {name: torch.cat([part[name].detach() for part in parts]).mean().item() for name in parts[0]}
 
-    Then sets `mean`, so that the scores of all responses in `rows` have the mean 0.
+
+def train_step(model, optimizer, pairs, indices, settings):
+    """Makes one optimiser step on the pairs `indices`; returns the metrics before it, by name.
+
+    Raises:
+        UserError: a metric is not finite. The weights have not changed.
     """
-    fit(model, rows, partial(pair_step, measure), settings, on_step, state)
-    means = pair_means(measure, model, rows, settings)
+    size, parts = settings.micro_batch_size or len(indices), []
+    for i in range(0, len(indices), size):
+        parts.append(measure(model, pairs, indices[i : i + size], settings))
+        (parts[-1]["loss"].sum() / len(indices)).backward()  # the mean over the step's pairs
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+    metrics = {**means_of(parts), "grad_norm": grad_norm.item()}
+    if not all(map(math.isfinite, metrics.values())):
+        raise UserError(f"not a finite number in {metrics}\nin the batch of usable pairs {sorted(indices)}, from 0.")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(model, pairs, settings):
+    """Returns the means of the metrics over all of `pairs`, by name, with "eval/" before it."""
+    model.eval()
+    batches = dataset.batches(pairs, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0)
+    means = means_of([measure(model, pairs, indices, settings) for indices in batches])
+    return {"eval/" + name: mean for name, mean in means.items()}
+
+
+def centre(model, pairs, settings):
+    """Sets `mean`, so that the scores of all responses in `pairs` have the mean 0."""
+    means = evaluate(model, pairs, settings)
     model.mean.fill_((means["eval/rewards/chosen"] + means["eval/rewards/rejected"]) / 2)
+
+
+def train(model, pairs, settings, on_step=None):
+    """Trains a RewardModel in place on token rows (prompt_ids, chosen_ids, rejected_ids); on_step is that of `fit`."""
+    fit(model, pairs, train_step, settings, on_step)
+    centre(model, pairs, settings)
 
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0], sets=SETS)
-    begun = start(settings)
-    folder, gpt, tokenizer, state, rows, held_out = begun
-    prompts = prompts_of(held_out or rows, settings.samples)
-    if "before" not in state:
-        sampling = torch.Generator(settings.device).manual_seed(settings.seed)
-        state["before"] = generate(gpt, prompts, settings.sample_tokens, tokenizer.eot, generator=sampling)
+    run = Run(settings, "reward model")
+    gpt, tokenizer, saved = run.load()
+    place(gpt, settings)
+    gpt.prepare(settings.compile, settings.recompute)
+    max_length = min(settings.max_length or gpt.config.block_size, gpt.config.block_size)
+    split = data.find_split("pairs", settings.data, settings.eval_data)
+    pairs, held_out = dataset.load_pairs(split, tokenizer, max_length)
+    run.plan(pairs, saved, pairs, held_out)
 
-    model = with_head(gpt, state, settings.out) if settings.resume else RewardModel(gpt)
-    record(begun, model, train, partial(pair_means, measure), save, settings)
-    save(settings.out, model, tokenizer, state)
+    prompts = dataset.first_prompts(held_out or pairs, settings.samples)
+    sampling = torch.Generator(settings.device).manual_seed(settings.seed)
+    if settings.resume:
+        model, before = with_head(gpt, saved, run.path), saved["before"]
+    else:
+        before = generate(gpt, prompts, settings.sample_tokens, tokenizer.eot, generator=sampling)
+        model = RewardModel(gpt)
+    optimizer = make_optimizer(model, settings.optimizer, settings.lr)
+    if settings.resume:
+        optimizer.load_state_dict(saved["optimizer"])
 
-    notes = [f"Reward model on {len(rows):,} pairs of {settings.data} from {settings.init}."]
+    with run.training(gpt, tokenizer, optimizer, before=before, reward_head=head_of(model)) as steps:
+        for step, indices in steps:
+            model.train()
+            lr = learning_rate(step, run.total_steps, settings.lr, settings.warmup_steps, settings.decay)
+            set_learning_rate(optimizer, lr)
+            metrics = train_step(model, optimizer, pairs, indices, settings)
+            metrics |= {"lr": lr, **run.speed(pairs=len(indices))}
+            if held_out and run.evaluates_after(step):
+                metrics |= evaluate(model, held_out, settings)
+            run.log(step, metrics)
+            if step + 1 == run.last_step:
+                centre(model, pairs, settings)
+
+    notes = [f"Reward model on {len(pairs):,} pairs of {settings.data} from {settings.init}."]
     if held_out:
-        accuracy = pair_means(measure, model, held_out, settings)["eval/rewards/accuracies"]
+        accuracy = evaluate(model, held_out, settings)["eval/rewards/accuracies"]
         notes.append(f"It prefers the chosen in {accuracy:.1%} of {len(held_out):,} held-out pairs.")
         print(notes[-1])
     columns = {
         "prompt": [tokenizer.decode(prompt) for prompt in prompts],
-        "response of the model it started from": [tokenizer.decode(response) for response in state["before"]],
-        "reward": [f"{reward:.2f}" for reward in model.score(prompts, state["before"]).tolist()],
+        "response of the model it started from": [tokenizer.decode(response) for response in before],
+        "reward": [f"{reward:.2f}" for reward in model.score(prompts, before).tolist()],
     }
-    folder.finish(columns, notes)
+    run.finish(columns, notes)
 
 
 if __name__ == "__main__":

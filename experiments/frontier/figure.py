@@ -1,0 +1,169 @@
+"""The sweep's table as a picture and as a summary."""
+
+import math
+import statistics
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import common
+from experiments.frontier import limit
+from experiments.frontier.sweeps import METHODS
+from minidpo.settings import UserError, unknown
+
+
+class Point(NamedTuple):
+    """A row of the CSV: one policy, at one step of its training."""
+
+    method: str
+    setting: str
+    seed: int
+    step: int
+    kl: float  # nats per response; for Best-of-N the upper bound
+    kl_se: float
+    reward: float
+    reward_se: float
+    grammatical: float  # share of the samples; NaN without a grammar
+    seconds: float  # of training
+
+
+def read_csv(path):
+    """Reads the sweep's CSV -> list of Points. UserError if it is missing, empty, or another kind of file."""
+    points = common.read_csv(path, Point, "python -m experiments.frontier --help")
+    for number, point in enumerate(points, 2):
+        if point.method not in METHODS:
+            raise UserError(f"{path}, line {number}: {unknown('method', point.method, list(METHODS))}")
+    if not points:
+        raise UserError(f"{path} holds no points yet.")
+    return points
+
+
+def last_points(points):
+    """Returns the points at the end of their unit's training."""
+    last = {(p.method, p.setting, p.seed): p.step for p in sorted(points, key=lambda p: p.step)}
+    return [p for p in points if last[p.method, p.setting, p.seed] == p.step]
+
+
+LOOKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart, and a marker each
+    "dpo": ("DPO", "#0072B2", "o"),
+    "ppo-gt": ("PPO on the true reward", "#009E73", "s"),
+    "ppo": ("PPO on the learned reward", "#D55E00", "D"),
+    "best-of-n": ("Best-of-N (upper bound of its KL)", "#56B4E9", "^"),
+    "preferred-ft": ("Preferred-FT", "#E69F00", "P"),
+    "unlikelihood": ("Unlikelihood", "#CC79A7", "v"),
+    "sft": ("SFT", "#000000", "*"),
+}
+TICKS = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000)
+
+
+def draw(points, curve, path, kl_end=20.0):
+    """Draws the figure: reward against KL, and below it the share of grammatical samples, if there is a grammar.
+
+    Points on the way are small, those at the end of a training large. curve: the limit's Points, or None. Points beyond
+    a KL of kl_end are named in the figure.
+    """
+    final = set(last_points(points))
+    columns = {"reward": "mean true reward", "grammatical": "grammatical"}
+    if any(math.isnan(p.grammatical) for p in points):
+        del columns["grammatical"]
+    beyond = sorted(p for p in final if p.kl > kl_end)
+    points, final = [p for p in points if p.kl <= kl_end], final - set(beyond)
+    figure = common.figure(path, (7.5, 4.5 + 2 * (len(columns) - 1)))
+    if not figure:
+        return
+    axes = figure.subplots(len(columns), sharex=True, squeeze=False, height_ratios=(5, 2)[: len(columns)])[:, 0]
+    for axis, column in zip(axes, columns, strict=True):
+        for order, (method, (label, colour, marker)) in enumerate(reversed(LOOKS.items())):
+            for chosen, look in (
+                (set(points) - final, dict(s=8, alpha=0.35, linewidths=0)),
+                (final, dict(s=42, edgecolors="white", linewidths=0.6, label=label)),
+            ):
+                shown = [p for p in points if p.method == method and p in chosen]
+                if shown:
+                    x, y = [max(0, p.kl) for p in shown], [getattr(p, column) for p in shown]
+                    axis.scatter(x, y, color=colour, marker=marker, zorder=3 + order, **look)
+        axis.set_ylabel(columns[column])
+        axis.grid(alpha=0.25)
+    if curve:
+        axes[0].plot([p.kl for p in curve], [p.reward for p in curve], "k-", linewidth=1.2, label="the limit")
+        rings = list(theory(points, curve).values())
+        if rings:
+            label, look = "where theory puts DPO", dict(facecolors="none", edgecolors=LOOKS["dpo"][1], s=42)
+            axes[0].scatter(*zip(*rings, strict=True), zorder=2.5, label=label, **look)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right", framealpha=0.9)
+    longest = max(p.kl for p in points)
+    # the limit of a reward of normal distribution is sd sqrt(2 KL): over the root of the KL, a straight line
+    root, square = lambda kl: np.sign(kl) * np.sqrt(np.abs(kl)), lambda x: np.sign(x) * np.square(x)
+    axes[-1].set_xscale("function", functions=(root, square))
+    ticks = [tick for tick in TICKS if tick <= 1.3 * longest]
+    axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[-1].minorticks_off()
+    axes[-1].set_xlim(-0.004, 1.05 * longest)
+    axes[-1].set_xlabel("KL from the SFT model, nats per response (axis: its square root)")
+    if beyond:
+        names = [
+            f"{LOOKS[p.method][0]} {p.setting}, seed {p.seed}: {p.kl:.0f} nats, reward {p.reward:.1f}" for p in beyond
+        ]
+        text = "\n".join(["beyond the right edge:", *names])
+        axes[0].text(0.01, 0.98, text, transform=axes[0].transAxes, va="top", fontsize=7)
+    common.save_figure(path, figure)
+
+
+def theory(points, curve):
+    """Returns {beta: (KL, reward)} of the optima of DPO's betas, where the limit is drawn; {} without a grammar.
+
+    Only the toy has a grammar. Its labels are drawn by Bradley-Terry from the true reward, so that DPO's optimum is the
+    limit's own policy.
+    """
+    if math.isnan(points[0].grammatical):
+        return {}
+    betas = sorted({float(p.setting) for p in points if p.method == "dpo"})
+    return {beta: at for beta in betas if not math.isnan((at := limit.at_beta(curve, beta))[0])}
+
+
+def summary(points, curve):
+    """Returns a table as text: means over the seeds of the last points, and which points lie above the limit.
+
+    "of the limit": the gain in reward over the reference as a share of the limit's gain at the same KL, with the
+    standard error of its mean over the seeds.
+    """
+    groups = defaultdict(list)
+    for point in last_points(points):
+        groups[point.method, point.setting].append(point)
+    lines = [
+        f"{'method':14}{'setting':>8}{'seeds':>6}{'KL':>9}{'reward':>8}{'of the limit':>17}{'grammatical':>13}{'s':>7}"
+    ]
+    for (method, setting), group in groups.items():
+        kl, reward, grammatical, seconds = (
+            statistics.mean(getattr(p, name) for p in group) for name in ("kl", "reward", "grammatical", "seconds")
+        )
+        shares = [math.nan]
+        if curve and method != "sft":
+            shares = [limit.share_of_gain(curve, p.kl, p.reward) for p in group]
+        share = "" if math.isnan(sum(shares)) else f"{statistics.mean(shares):.1%}"
+        if share and len(shares) > 1:
+            share += f" +- {statistics.stdev(shares) / len(shares) ** 0.5:.1%}"
+        accepted = "" if math.isnan(grammatical) else f"{grammatical:.1%}"
+        lines.append(
+            f"{method:14}{setting:>8}{len(group):6}{kl:9.3g}{reward:8.2f}{share:>17}{accepted:>13}{seconds:7.0f}"
+        )
+    if curve:
+        for beta, (kl, reward) in theory(points, curve).items():
+            lines.append(f"DPO's optimum at beta {beta:g} is at a KL of {kl:.2f} and a reward of {reward:.2f}")
+        above = [p for p in points if height(p, curve) > 2]
+        lines += [f"{height(p, curve):.1f} standard errors above the limit, look for the bug: {p}" for p in above]
+        if not above:
+            lines.append("no point is above the limit by more than two standard errors")
+    return "\n".join(lines)
+
+
+def height(point, curve):
+    """Returns how far a point is above the limit at its KL, in standard errors; NaN where the limit is not drawn.
+
+    The errors of reward and KL are taken as independent. In truth they go together along the curve, so the error here is
+    mostly too large, and the result too small.
+    """
+    best, slope = limit.reward_at(curve, point.kl), limit.slope_at(curve, point.kl)
+    return (point.reward - best) / math.hypot(point.reward_se, slope * point.kl_se, curve[0].reward_se)

@@ -1,0 +1,293 @@
+"""One unit of the sweep: one method, one setting, one seed.
+
+    python -m experiments.frontier.unit --method dpo --setting 0.3 --seed 0 --data toy --sft runs/toy/sft \
+        --out runs/frontier/toy
+
+It starts from the SFT model, trains, is evaluated on the way, and writes its points to --out/units/NAME.json. The sweep
+(`python -m experiments.frontier`) runs this command once for each unit. A unit that needs a reward model, or the
+log-probabilities of the reference, finds them in --out: the units "reward-model" and "reference-logps" write them.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import train_dpo
+import train_sft
+from experiments import common
+from experiments.evaluate import sequence_kl
+from experiments.frontier import limit
+from experiments.frontier.baselines import best_of_n, fit, ppo, reward_model
+from experiments.frontier.baselines.unlikelihood import unlikelihood_loss
+from experiments.frontier.sweeps import METHODS, SWEEPS, TRAINED, Unit, training
+from experiments.rewards import load_reward
+from minidpo import checkpoint, dataset
+from minidpo.device import DEVICES, pick_device, pick_dtype
+from minidpo.files import atomic, atomic_write
+from minidpo.run import count_steps
+from minidpo.settings import UserError, knob, parse_settings, run_main
+
+
+@dataclasses.dataclass(kw_only=True)
+class SweepSettings:
+    """What the sweep and each of its units are told: together with the unit it decides the points."""
+
+    data: str = knob("toy", "toy or imdb", choices=tuple(SWEEPS))
+    sft: str = knob("runs/toy/sft", "the SFT model that every method starts from: a run folder, a GPT-2 folder or name")
+    out: str = knob("runs/frontier/toy", "folder for the points, the reward models and the policies")
+    reward: str = knob("", "the true reward: toy, or the file of a trained classifier; empty: the dataset's own")
+    pairs: int = knob(0, "train on the first so many pairs; 0: 30,000 for the toy, all for imdb")
+    prompts: int = knob(500, "evaluate on the first so many held-out prompts", least=2)
+    samples: int = knob(4, "completions per prompt for the last point of a unit; one on the way", least=1)
+    points: int = knob(4, "points along a training, evenly spaced, the last included", least=1)
+    ppo_steps: int = knob(0, "steps of PPO; 0: as many as the dataset's settings say")
+    max_new_tokens: int = knob(0, "longest completion, in tokens; 0: 96 for the toy, 64 for imdb")
+    device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
+
+    def __post_init__(self):
+        for name in ("pairs", "max_new_tokens", "reward"):
+            if self.data in SWEEPS and not getattr(self, name):
+                setattr(self, name, getattr(SWEEPS[self.data], name))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(SweepSettings):
+    method: str = knob(dataclasses.MISSING, "what to run", choices=(*METHODS, "reward-model", "reference-logps"))
+    setting: str = knob("", "alpha of unlikelihood, beta of dpo, KL target of ppo and ppo-gt; empty for all others")
+    seed: int = knob(0, "of the order of the pairs, and of all sampling")
+
+
+# ---- 1. What every unit starts from, and how it is evaluated ----
+
+
+class Setup:
+    """The SFT model, the true reward and the held-out prompts; writes nothing."""
+
+    def __init__(self, settings):
+        if not settings.reward:
+            raise UserError(
+                f"--data {settings.data} has no true reward of its own: give --reward FILE, a classifier's."
+            )
+        self.settings, self.sweep = settings, SWEEPS[settings.data]
+        self.out = Path(settings.out)
+        self.device = pick_device(settings.device)
+        (self.sft,), self.tokenizer = common.load_models(settings.sft, device=self.device)
+        self.sft.set_dropout(0.0)
+        self.dtype = pick_dtype("auto", self.device, self.sft.config.n_embd)
+        self.fingerprint = checkpoint.fingerprint(self.sft)
+        self.reward = load_reward(settings.reward)
+        self.prompts = common.read_prompts(settings.data, "prompts_test", settings.prompts)
+
+    @functools.cached_property
+    def pairs(self):
+        """The training pairs as token rows."""
+        records = self.sweep.records(self.settings.pairs)
+        return dataset.encode_pairs(records, self.tokenizer, self.sft.config.block_size)[0]
+
+    def training(self, unit):
+        """The Settings that a unit trains with, on this device."""
+        return dataclasses.replace(training(unit, self.settings), device=self.device, dtype=self.dtype)
+
+    def sample(self, model, prompts, seed, per_prompt=1, room=None):
+        longest = self.settings.max_new_tokens
+        return common.sample(model, self.tokenizer, prompts, longest, seed, per_prompt, room, batch_size=limit.ROWS)
+
+    def judge(self, prompts, texts, per_prompt):
+        """Mean true reward and share of grammatical texts; `per_prompt` neighbours share a prompt -> columns by name."""
+        reward, se = common.prompt_mean_se(self.reward(prompts, texts), per_prompt)
+        accepted = ""
+        if self.sweep.grammatical:
+            accepted = statistics.mean(self.sweep.grammatical(p + t) for p, t in zip(prompts, texts, strict=True))
+        return {"reward": reward, "reward_se": se, "grammatical": accepted}
+
+    def evaluate(self, policy, per_prompt, seed):
+        """A policy's point, on samples of its own -> columns by name.
+
+        The KL is the plain estimator, on the samples that the reward is of. The sum of exact KLs has the smaller error,
+        but for the distance to the limit the plain one is better: by chance too many samples that are unlikely under
+        the reference mean too high a reward as well, so the point moves along the limit, hardly across it.
+        """
+        samples = self.sample(policy, self.prompts, seed, per_prompt)
+        plain, _ = sequence_kl(policy, self.sft, samples.prompt_ids, samples.ids)
+        kl, se = common.prompt_mean_se(plain, per_prompt)
+        return {"kl": kl, "kl_se": se, **self.judge(samples.prompts, samples.texts, per_prompt)}
+
+
+class Watch:
+    """`on_step` of a training: evaluates at evenly spaced steps, and counts the seconds between the evaluations."""
+
+    def __init__(self, setup, policy, last_step, seed):
+        self.setup, self.policy, self.last_step, self.seed = setup, policy, last_step, seed
+        points = min(setup.settings.points, last_step)
+        self.at = {round(last_step * (i + 1) / points) for i in range(points)}
+        self.rows, self.seconds, self.since = [], 0.0, time.perf_counter()
+
+    def __call__(self, step, *_):
+        if step in self.at:
+            self.seconds += time.perf_counter() - self.since
+            per_prompt = self.setup.settings.samples if step == self.last_step else 1
+            figures = self.setup.evaluate(self.policy, per_prompt, seed=self.seed * 1_000_003 + step)
+            self.rows.append({"step": step, **figures, "seconds": self.seconds})
+            self.since = time.perf_counter()
+
+
+# ---- 2. The methods: each takes the set-up and the unit, and returns its points ----
+
+
+def sft(setup, unit):
+    """The SFT model itself, 0 nats from itself."""
+    figures = setup.evaluate(setup.sft, setup.settings.samples, unit.seed)
+    return [{"step": 0, **figures, "kl": 0.0, "kl_se": 0.0, "seconds": 0.0}]
+
+
+def pairwise(setup, unit):
+    """DPO, Unlikelihood or Preferred-FT: the loop is the same, the step differs."""
+    policy, rows, made = copy.deepcopy(setup.sft), setup.pairs, setup.training(unit)
+    if unit.method == "preferred-ft":  # SFT on the chosen responses
+        rows, step = [(prompt, chosen) for prompt, chosen, _ in rows], train_sft.train_step
+    else:
+        loss = unlikelihood_loss if unit.method == "unlikelihood" else train_dpo.dpo_loss
+        reference = checkpoint.read(setup.out / "reference_logps.pt", keys=("logps",))["logps"]
+        step = functools.partial(train_dpo.train_step, reference=reference, loss=loss)
+    watch = Watch(setup, policy, count_steps(rows, made)[-1], unit.seed)
+    fit(policy, rows, step, made, watch)
+    checkpoint.save(setup.out / "policies" / unit.name, policy, setup.tokenizer)
+    return watch.rows
+
+
+def best_of(setup, unit):
+    """Best-of-N for all N, from one batch of samples. Its KL is the upper bound log N - (N-1)/N."""
+    began = time.perf_counter()
+    sizes = setup.sweep.settings["best-of-n"]
+    k = max(sizes)
+    model = reward_model.load_matching(setup.out / f"reward_model_{unit.seed}", setup.tokenizer).to(setup.device)
+    samples = setup.sample(setup.sft, setup.prompts, unit.seed, k)
+    scores = model.score(samples.prompt_ids, samples.ids, limit.ROWS).view(-1, k)
+    seconds = time.perf_counter() - began
+    points = []
+    for n in sizes:
+        best = best_of_n.best_indices(scores, n)
+        figures = setup.judge([samples.prompts[i] for i in best], [samples.texts[i] for i in best], k // n)
+        kl = {"kl": best_of_n.kl_bound(n), "kl_se": 0.0}
+        points.append({"setting": n, "step": 0, **kl, **figures, "seconds": seconds * n / k})
+    return points
+
+
+def by_ppo(setup, unit):
+    """PPO on the learned reward, or on the true one."""
+    policy, made = copy.deepcopy(setup.sft), training(unit, setup.settings)
+    learned = str(setup.out / f"reward_model_{unit.seed}")
+    reward = ppo.load(learned if unit.method == "ppo" else setup.settings.reward, setup.tokenizer, setup.device)
+    if unit.method == "ppo" and setup.sweep.rescale:
+        reward = to_scale(setup, reward, unit.seed)
+    watch = Watch(setup, policy, made.steps, unit.seed)
+    prompts = common.read_prompts(setup.settings.data, "prompts_train")
+    ppo.train(policy, setup.sft, reward, prompts, setup.tokenizer, made, watch)
+    return watch.rows
+
+
+def to_scale(setup, reward, seed, samples=256):
+    """Returns the reward times the factor that gives it the SD `reward_sd` over samples of the SFT model.
+
+    Labels that are never wrong do not say how large a learned reward is, and PPO's first price of a nat goes by that
+    SD. Ziegler et al. 2019 normalise the learned reward as well.
+    """
+    prompts = common.read_prompts(setup.settings.data, "prompts_train", samples)
+    drawn = setup.sample(setup.sft, prompts, seed, room=ppo.room_for_prompt(setup.sft, setup.settings))
+    scores = reward(drawn.prompts, drawn.texts, drawn.prompt_ids, drawn.ids)
+    factor = setup.sweep.reward_sd / statistics.stdev(scores)
+    return lambda *batch: [factor * score for score in reward(*batch)]
+
+
+def learn_reward(setup, unit):
+    """Trains the reward model of a seed, for best-of-n and ppo. It is no policy, so it has no points."""
+    model = reward_model.RewardModel(copy.deepcopy(setup.sft))
+    reward_model.train(model, setup.pairs, setup.training(unit))
+    reward_model.save(setup.out / f"reward_model_{unit.seed}", model, setup.tokenizer)
+    return []
+
+
+def reference_logps(setup, unit):
+    """The SFT model's log-probabilities of all pairs, for dpo and unlikelihood of every seed; no points."""
+    made = train_dpo.Settings(
+        data="", init="", out="", **{**train_dpo.SETS[setup.sweep.sets], "device": setup.device, "dtype": setup.dtype}
+    )
+    with atomic(setup.out / "reference_logps.pt") as file:
+        torch.save({"logps": train_dpo.reference_logps(setup.sft, setup.pairs, made)}, file)
+    return []
+
+
+RUN = {
+    "sft": sft,
+    "preferred-ft": pairwise,
+    "unlikelihood": pairwise,
+    "dpo": pairwise,
+    "best-of-n": best_of,
+    "ppo": by_ppo,
+    "ppo-gt": by_ppo,
+    "reward-model": learn_reward,
+    "reference-logps": reference_logps,
+}
+
+
+# ---- 3. The file ----
+
+
+def unit_path(out, unit, kind="json"):
+    return Path(out) / "units" / f"{unit.name}.{kind}"
+
+
+def made_of(setup, unit):
+    """What decides a unit's points, by name, as JSON has it."""
+    names = ("data", "reward", "pairs", "prompts", "samples", "points", "max_new_tokens")
+    knobs = dataclasses.asdict(training(unit, setup.settings)) if unit.method in TRAINED else {}
+    elsewhere = {field.name for field in dataclasses.fields(Settings)} | {"init", "dtype"}
+    return {
+        "weights of --sft": setup.fingerprint,
+        **{f"--{name.replace('_', '-')}": getattr(setup.settings, name) for name in names},
+        **{name: value for name, value in knobs.items() if name not in elsewhere},
+    }
+
+
+def is_done(setup, unit):
+    """Whether a unit's points are on disk. UserError if they were made with other settings than those asked for now.
+
+    A knob that only one of the two knows is not compared: it was added or removed since.
+    """
+    path = unit_path(setup.out, unit)
+    if not path.exists():
+        return False
+    before, now = json.loads(path.read_text(encoding="utf-8"))["made_of"], made_of(setup, unit)
+    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]
+    if changed:
+        what = ", ".join(f"{name} {before[name]!r} in place of {now[name]!r}" for name in sorted(changed))
+        raise UserError(f"{path} was made with {what}. Delete it to make it again, or give another --out.")
+    return True
+
+
+def run(setup, unit):
+    """Runs one unit and writes its points."""
+    began = time.perf_counter()
+    points = [
+        {"method": unit.method, "setting": unit.setting, "seed": unit.seed, **row}
+        for row in RUN[unit.method](setup, unit)
+    ]
+    found = {"made_of": made_of(setup, unit), "seconds": time.perf_counter() - began, "points": points}
+    atomic_write(unit_path(setup.out, unit), json.dumps(found, indent=1) + "\n")
+
+
+def main():
+    settings = parse_settings(Settings, __doc__.split("\n\n")[0])
+    torch.set_num_threads(1)  # two processes of one thread get more done than one of two: the matrices are small
+    setting = float(settings.setting) if settings.setting else ""
+    run(Setup(settings), Unit(settings.method, setting, settings.seed))
+
+
+if __name__ == "__main__":
+    run_main(main)
