@@ -21,7 +21,6 @@ import json
 import math
 
 import torch
-from minidpo.report import samples_table
 
 from experiments import common
 from experiments.evaluate import describe
@@ -30,6 +29,7 @@ from experiments.rewards import load_reward
 from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic_write
+from minidpo.report import samples_table
 from minidpo.settings import knob, parse_settings, run_main
 
 
