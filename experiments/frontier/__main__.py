@@ -116,7 +116,7 @@ def sweep(settings):
     write_csv(settings)
 
 
-# ---- 2. The table and the commands ----
+# ---- 2. The table and the command ----
 
 
 def write_csv(settings):
@@ -127,14 +127,6 @@ def write_csv(settings):
     rows.sort(key=lambda r: (METHODS.index(r.method), float(r.setting or 0), r.seed, r.step))
     if rows:
         common.write_csv(settings.csv_path, rows, digits=5)
-
-
-def limit_command(settings):
-    """Returns the command that makes the limit, from this sweep's SFT model and DPO policies."""
-    proposals = sorted((Path(settings.out) / "policies").glob("dpo_*_0"))
-    words = [f"--reference {settings.sft} --data {settings.data} --reward {settings.reward}"]
-    words += [f"--max-new-tokens {settings.max_new_tokens} --out {settings.limit_path}"]
-    return " ".join(["python -m experiments.frontier.limit", *words, *(f"--proposal {folder}" for folder in proposals)])
 
 
 def main():
@@ -148,7 +140,9 @@ def main():
     print(figure.summary(points, curve))
     print(f"{settings.csv_path}, {picture}")
     if not curve:
-        print(f"no limit is drawn: {settings.limit_path} is not there. {limit_command(settings)}")
+        print(
+            f"no limit is drawn: {settings.limit_path} is missing. Make it: python -m experiments.frontier.limit --help"
+        )
 
 
 if __name__ == "__main__":

@@ -46,20 +46,10 @@ class Settings:
 
 
 def accuracy(scores, prompts):
-    """Returns the share of pairs in which the chosen response scores higher, ties one half, and its standard error.
+    """How often the chosen response scores higher, ties one half -> {"accuracy", "se", "ties"}, shares of the pairs.
 
-    Pairs that share a prompt are not independent, so the spread is taken over prompts: the usual cluster-robust error
-    of a mean.
-
-    Args:
-        scores: (N, 2), of the chosen and the rejected response.
-        prompts: N of them, in any form that can be compared.
-
-    Returns:
-        {"accuracy", "se", "ties": the share of them}
-
-    Raises:
-        UserError: there are fewer than two different prompts.
+    scores (N, 2): of the chosen and the rejected response. Pairs that share one of the N `prompts` are not independent,
+    so the spread is taken over prompts: the usual cluster-robust error of a mean. Raises UserError for a single prompt.
     """
     chosen, rejected = scores.unbind(-1)
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()

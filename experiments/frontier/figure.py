@@ -162,7 +162,7 @@ def summary(points, curve):
 def height(point, curve):
     """Returns how far a point is above the limit at its KL, in standard errors; NaN where the limit is not drawn.
 
-    The errors of reward and KL are taken as independent. In truth they go together along the curve, so the error here is
+    The errors of reward and KL are taken as independent. In truth they go together along the curve, so this error is
     mostly too large, and the result too small.
     """
     best, slope = limit.reward_at(curve, point.kl), limit.slope_at(curve, point.kl)

@@ -93,7 +93,7 @@ class Run(NamedTuple):
 
 
 def grammar_pairs(n, seed):
-    """Returns n pairs from the toy's generator. The first of them are the pairs that a smaller n gives."""
+    """Returns n pairs from the toy's generator, the first of them the same for every n."""
     first = seed * max(PAIRS)  # seed 0 begins with the toy's own 10,000
     return list(itertools.islice(toy.rows("pairs_train", first + n), first, None))
 
@@ -118,27 +118,20 @@ def preference(record):
 
 
 def soft_loss(chosen, rejected, reference_chosen, reference_rejected, preferred, **variant):
-    """DPO's loss with each label believed as far as `preferred` (B,) says; 1 everywhere is train_dpo.py's.
+    """DPO's loss, averaged over the label and its reverse with the weights `preferred` (B,) and 1 - `preferred`.
 
-    With Bradley-Terry's probabilities it is the expected loss over the labels that could have been drawn: its gradient
-    has no label noise. Takes and returns what train_dpo.dpo_loss does.
+    With Bradley-Terry's probabilities as weights its gradient has no label noise; with 1 it is train_dpo.dpo_loss,
+    whose arguments and results it has.
     """
     labelled, *rewards = train_dpo.dpo_loss(chosen, rejected, reference_chosen, reference_rejected, **variant)
     reversed_, *_ = train_dpo.dpo_loss(rejected, chosen, reference_rejected, reference_chosen, **variant)
     return preferred * labelled + (1 - preferred) * reversed_, *rewards
 
 
-def train(start, rows, reference, preferred, settings):
-    """Trains a copy of `start` by DPO on token rows -> the policy, its optimiser steps, and the seconds they took."""
-    policy, steps, began = copy.deepcopy(start), [], time.perf_counter()
-
-    def step(model, optimizer, rows, indices, settings):
-        steps.append(indices)
-        loss = functools.partial(soft_loss, preferred=preferred[indices])  # a step is one batch here, in this order
-        return train_dpo.train_step(model, optimizer, rows, reference, indices, settings, loss=loss)
-
-    fit(policy, rows, step, settings)
-    return policy, len(steps), time.perf_counter() - began
+def train_step(model, optimizer, rows, reference, preferred, indices, settings):
+    """train_dpo.train_step with `soft_loss`; preferred: (N,), of all rows. The step must be one micro-batch."""
+    loss = functools.partial(soft_loss, preferred=preferred[indices])
+    return train_dpo.train_step(model, optimizer, rows, reference, indices, settings, loss)
 
 
 @torch.no_grad()
@@ -166,9 +159,7 @@ def judge(policy, reference, tokenizer, prompts, points, seed):
 def training(settings, **knobs):
     """Returns the Settings of one DPO training, in fp32 on the CPU."""
     values = train_dpo.SETS["toy"] | dict(beta=settings.beta, optimizer=settings.optimizer, lr=settings.lr) | knobs
-    return train_dpo.Settings(
-        data="toy", init=settings.init, out="", device="cpu", dtype="float32", fast=True, **values
-    )
+    return train_dpo.Settings(data="toy", init="", out="", device="cpu", dtype="float32", fast=True, **values)
 
 
 @functools.lru_cache(maxsize=1)  # the causes take turns on the same pairs
@@ -180,19 +171,20 @@ def prepared(model, tokenizer, pairs, seed, sampled):
 
 
 def one_run(cause, pairs, seed, model, tokenizer, points, settings):
-    """Trains and judges one policy -> Run."""
+    """Trains a copy of `model` by DPO and judges it -> Run."""
     knobs = dict(CAUSES[cause])
     soft, sampled = knobs.pop("soft", False), knobs.pop("sampled", False)
     records, rows, reference = prepared(model, tokenizer, pairs, seed, sampled)
-    believed = [preference(record) if soft else 1.0 for record, _ in zip(records, rows, strict=soft)]
-    policy, steps, seconds = train(
-        model, rows, reference, torch.tensor(believed), training(settings, seed=seed, **knobs)
-    )
+    preferred = torch.tensor([preference(record) if soft else 1.0 for record, _ in zip(records, rows, strict=soft)])
+    policy, steps, began = copy.deepcopy(model), [], time.perf_counter()
+    step = functools.partial(train_step, reference=reference, preferred=preferred)
+    fit(policy, rows, step, training(settings, seed=seed, **knobs), lambda step, _: steps.append(step))
+    seconds = round(time.perf_counter() - began, 1)
     held_out = toy.rows("prompts_test", toy.ROWS["prompts_test"])
     prompts = [record["prompt"] for record in held_out for _ in range(settings.samples_per_prompt)]
     figures = judge(policy, model, tokenizer, prompts, points, seed)
     figures = {name: round(value, 5) for name, value in figures.items()}
-    return Run(cause, pairs, seed, settings.beta, steps=steps, seconds=round(seconds, 1), **figures)
+    return Run(cause, pairs, seed, settings.beta, steps=len(steps), seconds=seconds, **figures)
 
 
 # ---- 3. The file and the picture ----
@@ -245,10 +237,8 @@ def main():
         if cause not in CAUSES:
             raise unknown("--cause", cause, list(CAUSES))
     points = limit.read(settings.limit)
-    # the gaps of earlier runs, to the limit as it is now
-    runs = [
-        run._replace(gap=round(1 - limit.share_of_gain(points, run.kl, run.reward), 5)) for run in read(settings.csv)
-    ]
+    gap = lambda run: round(1 - limit.share_of_gain(points, run.kl, run.reward), 5)  # noqa: E731
+    runs = [run._replace(gap=gap(run)) for run in read(settings.csv)]  # to the limit as it is now
     if not settings.figure_only:
         (model,), tokenizer = common.load_models(settings.init)
         model.set_dropout(0.0)

@@ -7,28 +7,25 @@ Over a set of prompts, no policy of the same mean KL earns more than (Eq. 4 of t
 
     pi_beta(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)
 
-because it maximises E[r] - beta KL: a policy with more reward and no more KL would have a higher value of that. The
-curve over beta is the limit.
+because it maximises E[r] - beta KL. The curve over beta is the limit.
 
-It is estimated from samples. Mean reward, KL and Z are expectations under pi_ref exp(r / beta), and once beta is small,
-samples of the reference hardly ever reach the responses that matter there: the curve comes out too low, so that other
+It is estimated from samples. Mean reward, KL and Z are expectations under pi_ref exp(r / beta). Once beta is small,
+samples of the reference hardly ever reach the responses that matter there: the curve comes out too low, and other
 policies look better than they are. Therefore trained policies, the proposals, sample too. A response drawn by any of
 the K models counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of model k (the balance
 heuristic of Veach & Guibas 1995), and weighs
 
     u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
 
-with weights divided by their sum, prompt by prompt. These densities are known exactly, so bad proposals cost precision
+with weights divided by their sum, prompt by prompt. The densities are known exactly, so bad proposals cost precision
 and nothing else. Two numbers show whether the samples suffice: the effective sample size (sum w)^2 / sum w^2 of each
-prompt, at least LEAST_ESS wherever `read` gives a point; and how far the curve moves when the samples are doubled,
-which the command prints.
+prompt, at least LEAST_ESS wherever `read` gives a point; and how far the curve moves when the samples are doubled.
 
 The proposals sample at a temperature above 1 (pi_k has logits / temperature), because a weight is large where q is too
-small: a proposal should be too broad rather than too narrow. If a single draw still outweighs all others of its prompt,
-the reward pays for something that no trained policy ever says; docs/frontier.md has an example, and what can be done.
+small. If a single draw still outweighs all others of its prompt, the reward pays for something that no trained policy
+ever says; docs/frontier.md has an example, and what can be done.
 
-Where labels are drawn from Bradley-Terry with the reward r, DPO with this beta has pi_beta as its optimum: theory
-predicts that it ends at this point of the curve, `at_beta`.
+Where labels are drawn from Bradley-Terry with the reward r, the optimum of DPO with this beta is pi_beta: `at_beta`.
 """
 
 import dataclasses
@@ -37,6 +34,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -74,30 +72,20 @@ class Settings:
 
 
 def log_ratios(logps, counts):
-    """Returns log u above, (P, S).
-
-    Args:
-        logps: (K, P, S), of every draw under every model.
-        counts: (K,), how many draws per prompt come from each model.
-    """
+    """log u above: logps (K, P, S) of every draw under every model, counts (K,) draws per prompt of each -> (P, S)."""
     shares = torch.tensor(counts, dtype=logps.dtype) / sum(counts)
     return logps[0] - (logps + shares.log()[:, None, None]).logsumexp(0)
 
 
 class Point(NamedTuple):
-    """pi_beta, averaged over the prompts; a row of the CSV. Rewards in the reward's units, KL in nats per response.
-
-    The standard errors are those of the sampling, for these prompts. Errors of kl and reward go together, mostly along
-    the curve; gain_se is the error of the curve's height over the reference, reward - (reference's reward), at a given
-    KL.
-    """
+    """pi_beta, averaged over the prompts; a row of the CSV. Standard errors are those of the sampling."""
 
     beta: float
-    kl: float
+    kl: float  # nats per response
     kl_se: float
     reward: float
     reward_se: float
-    gain_se: float
+    gain_se: float  # of reward - (reference's reward) at a given KL: errors of kl and reward go along the curve
     ess_min: float  # effective samples of the worst prompt
     ess_median: float
 
@@ -105,8 +93,7 @@ class Point(NamedTuple):
 def point(rewards, log_u, beta):
     """Estimates pi_beta from rewards and log_u, both (P, S) float64 -> Point. beta inf is the reference itself.
 
-    Z is relative to the reference's own weights, Z(x) = sum w / sum u. So the KL is 0 at beta = inf and positive
-    elsewhere, whatever the draws are.
+    With Z(x) = sum w / sum u the KL is 0 at beta = inf and positive elsewhere, whatever the draws are.
     """
     u, v = log_u.softmax(-1), (log_u + rewards / beta).softmax(-1)  # weights that sum to 1: reference, pi_beta
     log_z = (log_u + rewards / beta).logsumexp(-1) - log_u.logsumexp(-1)  # (P,)
@@ -129,21 +116,15 @@ def point(rewards, log_u, beta):
 
 
 def curve(rewards, logps, counts, betas=BETAS):
-    """Returns the limit as a list of Points, one for each of `betas`.
-
-    Args:
-        rewards: (P, S), of the draws, float64.
-        logps: (K, P, S), of each draw under each model, the reference first, float64.
-        counts: (K,), how many of a prompt's S draws come from each model.
-    """
+    """The limit: rewards (P, S) of the draws, logps and counts as in `log_ratios` -> Points, one per beta. float64."""
     log_u = log_ratios(logps, counts)
     return [point(rewards, log_u, beta) for beta in betas]
 
 
 def doubling(rewards, logps, counts, betas=BETAS):
-    """Returns what doubling the samples changes: the largest relative change of the gain over the reference at equal KL.
+    """The largest relative change of the gain over the reference, at equal KL, when the samples are doubled.
 
-    It compares half of each model's draws with all of them, at KLs above 0.1 nats where all together have LEAST_ESS.
+    Half of each model's draws are compared with all, at KLs above 0.1 nats where all together have LEAST_ESS.
     """
     # every other draw of each model; they lie in blocks, one model after the other
     kept = torch.cat([torch.arange(n - n % 2)[::2] + sum(counts[:k]) for k, n in enumerate(counts)])
@@ -203,9 +184,9 @@ def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator)
 
 
 def all_draws(sources, prompts, tokenizer, reward, settings):
-    """`draw` for all prompts, a few at a time, each part kept in a file of OUT.draws -> rewards (P, S), logps (K, P, S).
+    """`draw` for all prompts, a few at a time -> rewards (P, S), logps (K, P, S).
 
-    What is on disk is not drawn again: a stopped run continues where it was.
+    Each part is kept in a file of OUT.draws and not drawn again, so that a stopped run continues where it was.
     """
     counts = shares(settings.samples, len(sources))
     drawn_from = [part for source in sources for part in source]
@@ -247,18 +228,9 @@ def read(path, least_ess=LEAST_ESS):
     return points
 
 
-def interpolate(xs, ys, x):
-    """Interpolates linearly between (xs, ys), xs rising; NaN outside."""
-    for i in range(1, len(xs)):
-        if xs[i - 1] <= x <= xs[i]:
-            part = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-            return ys[i - 1] + part * (ys[i] - ys[i - 1])
-    return math.nan
-
-
 def reward_at(points, kl):
-    """Returns the limit's mean reward at `kl` nats; NaN where the curve is not drawn."""
-    return interpolate([p.kl for p in points], [p.reward for p in points], kl)
+    """Returns the limit's mean reward at `kl` nats, linear between the points; NaN where the curve is not drawn."""
+    return float(np.interp(kl, [p.kl for p in points], [p.reward for p in points], left=math.nan, right=math.nan))
 
 
 def slope_at(points, kl):
@@ -270,13 +242,13 @@ def slope_at(points, kl):
 
 
 def at_beta(points, beta):
-    """Returns (kl, reward) of pi_beta, the optimum of DPO on Bradley-Terry labels; NaNs where the curve is not drawn."""
-    xs = [1 / p.beta for p in points]
-    return tuple(interpolate(xs, [getattr(p, name) for p in points], 1 / beta) for name in ("kl", "reward"))
+    """Returns (kl, reward) of pi_beta, the optimum of DPO on Bradley-Terry labels; NaNs outside the curve."""
+    xs, columns = [1 / p.beta for p in points], ([p.kl for p in points], [p.reward for p in points])
+    return tuple(float(np.interp(1 / beta, xs, ys, left=math.nan, right=math.nan)) for ys in columns)
 
 
 def share_of_gain(points, kl, reward):
-    """Returns a policy's gain in reward over the reference, as a share of the limit's gain at the same KL: 1 is the limit.
+    """Returns a policy's gain in reward over the reference, as a share of the limit's gain at the same KL.
 
     NaN where the curve is not drawn, and at 0 nats. Take reward and kl as means over the same samples, the KL by its
     plain estimator, sum_t log pi - log pi_ref: their errors then run along the curve, and hardly change the share.

@@ -1,4 +1,4 @@
-"""What the sweep covers: for each dataset the settings of every method, the knobs of training, and where pairs come from.
+"""What the sweep covers: for each dataset the settings of every method, the knobs of training, and the pairs.
 
 The DPO paper takes beta 0.05, 0.1, 1, 5 for DPO, alpha 0.05, 0.1, 0.5, 1 for Unlikelihood, and KL targets 3, 6, 9, 12
 for PPO.
@@ -26,6 +26,7 @@ TRAINED = {
     "ppo": (ppo.Settings, ppo.SETS, "kl_target"),
     "ppo-gt": (ppo.Settings, ppo.SETS, "kl_target"),
     "reward-model": (reward_model.Settings, reward_model.SETS, None),
+    "reference-logps": (train_dpo.Settings, train_dpo.SETS, None),
 }
 
 
@@ -50,11 +51,9 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """The sweep of one dataset."""
-
     settings: dict  # method -> list of settings: alpha, N of Best-of-N, PPO's target of the KL in nats, beta
     training: dict  # method -> function of the setting -> knobs of training, over those of `sets`
-    sets: str  # the named set of train_dpo.py's (and ppo.py's) knobs that belongs to the dataset
+    sets: str  # the named set of train_dpo.py's knobs that belongs to the dataset
     records: Callable  # n -> the first n training pairs (0: all) as records
     pairs: int  # how many of them, unless --pairs says otherwise
     max_new_tokens: int  # longest completion
@@ -71,15 +70,11 @@ IMDB_PPO = dict(steps=100, rollouts=256, epochs=2, lr=1e-4, value_lr=2e-4, warmu
 def by_sgd(beta):
     """DPO on the toy by SGD with momentum: AdamW's equal steps for all weights also learn the noise of the labels.
 
-    The gradient of the loss grows with beta, and the log-ratios it has to reach with 1/beta. So lr beta^2 decides how
-    far a run gets. Below beta 0.5 the first steps, which grow with lr beta, would be too long: there lr beta is fixed.
+    The gradient grows with beta, and the log-ratios it has to reach with 1/beta. So lr beta^2 decides how far a run
+    gets. Below beta 0.5 the first steps, which grow with lr beta, would be too long: there lr beta is fixed.
     """
     lr = 0.003 / beta**2 if beta > 0.5 else 0.006 / beta
     return dict(optimizer="sgd", lr=lr, warmup_steps=20, decay=True, fast=True)
-
-
-def imdb_records(n):
-    return dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None]
 
 
 SWEEPS = {
@@ -119,7 +114,7 @@ SWEEPS = {
             **{method: lambda setting: dict(fast=True) for method in ("dpo", "unlikelihood")},
         },
         sets="imdb",
-        records=imdb_records,
+        records=lambda n: dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None],
         pairs=0,
         max_new_tokens=64,
         reward="",

@@ -71,11 +71,8 @@ class Setup:
 
     def __init__(self, settings):
         if not settings.reward:
-            raise UserError(
-                f"--data {settings.data} has no true reward of its own: give --reward FILE, a classifier's."
-            )
-        self.settings, self.sweep = settings, SWEEPS[settings.data]
-        self.out = Path(settings.out)
+            raise UserError(f"--data {settings.data} has no true reward of its own: give a classifier, --reward FILE.")
+        self.settings, self.sweep, self.out = settings, SWEEPS[settings.data], Path(settings.out)
         self.device = pick_device(settings.device)
         (self.sft,), self.tokenizer = common.load_models(settings.sft, device=self.device)
         self.sft.set_dropout(0.0)
@@ -98,25 +95,24 @@ class Setup:
         longest = self.settings.max_new_tokens
         return common.sample(model, self.tokenizer, prompts, longest, seed, per_prompt, room, batch_size=limit.ROWS)
 
-    def judge(self, prompts, texts, per_prompt):
-        """Mean true reward and share of grammatical texts; `per_prompt` neighbours share a prompt -> columns by name."""
-        reward, se = common.prompt_mean_se(self.reward(prompts, texts), per_prompt)
-        accepted = ""
-        if self.sweep.grammatical:
-            accepted = statistics.mean(self.sweep.grammatical(p + t) for p, t in zip(prompts, texts, strict=True))
+    def judge(self, samples, per_prompt):
+        """Mean true reward, and the share of grammatical samples -> columns by name."""
+        reward, se = common.prompt_mean_se(self.reward(samples.prompts, samples.texts), per_prompt)
+        reviews = [prompt + text for prompt, text in zip(samples.prompts, samples.texts, strict=True)]
+        accepted = statistics.mean(map(self.sweep.grammatical, reviews)) if self.sweep.grammatical else ""
         return {"reward": reward, "reward_se": se, "grammatical": accepted}
 
     def evaluate(self, policy, per_prompt, seed):
         """A policy's point, on samples of its own -> columns by name.
 
-        The KL is the plain estimator, on the samples that the reward is of. The sum of exact KLs has the smaller error,
-        but for the distance to the limit the plain one is better: by chance too many samples that are unlikely under
-        the reference mean too high a reward as well, so the point moves along the limit, hardly across it.
+        The KL is the plain estimator, on the same samples as the reward. The sum of exact KLs has a smaller error. But
+        a sample that is by chance unlikely under the reference mostly has a high reward as well: the errors of the
+        plain estimator move a point along the limit, hardly across it.
         """
         samples = self.sample(policy, self.prompts, seed, per_prompt)
         plain, _ = sequence_kl(policy, self.sft, samples.prompt_ids, samples.ids)
         kl, se = common.prompt_mean_se(plain, per_prompt)
-        return {"kl": kl, "kl_se": se, **self.judge(samples.prompts, samples.texts, per_prompt)}
+        return {"kl": kl, "kl_se": se, **self.judge(samples, per_prompt)}
 
 
 class Watch:
@@ -163,17 +159,14 @@ def pairwise(setup, unit):
 
 def best_of(setup, unit):
     """Best-of-N for all N, from one batch of samples. Its KL is the upper bound log N - (N-1)/N."""
-    began = time.perf_counter()
-    sizes = setup.sweep.settings["best-of-n"]
+    began, sizes = time.perf_counter(), setup.sweep.settings["best-of-n"]
     k = max(sizes)
     model = reward_model.load_matching(setup.out / f"reward_model_{unit.seed}", setup.tokenizer).to(setup.device)
     samples = setup.sample(setup.sft, setup.prompts, unit.seed, k)
     scores = model.score(samples.prompt_ids, samples.ids, limit.ROWS).view(-1, k)
-    seconds = time.perf_counter() - began
-    points = []
+    seconds, points = time.perf_counter() - began, []
     for n in sizes:
-        best = best_of_n.best_indices(scores, n)
-        figures = setup.judge([samples.prompts[i] for i in best], [samples.texts[i] for i in best], k // n)
+        figures = setup.judge(best_of_n.best_samples(samples, scores, n), k // n)
         kl = {"kl": best_of_n.kl_bound(n), "kl_se": 0.0}
         points.append({"setting": n, "step": 0, **kl, **figures, "seconds": seconds * n / k})
     return points
@@ -195,7 +188,7 @@ def by_ppo(setup, unit):
 def to_scale(setup, reward, seed, samples=256):
     """Returns the reward times the factor that gives it the SD `reward_sd` over samples of the SFT model.
 
-    Labels that are never wrong do not say how large a learned reward is, and PPO's first price of a nat goes by that
+    Labels that are never wrong do not say how large a learned reward is, and PPO's first price of a nat depends on that
     SD. Ziegler et al. 2019 normalise the learned reward as well.
     """
     prompts = common.read_prompts(setup.settings.data, "prompts_train", samples)
@@ -215,25 +208,14 @@ def learn_reward(setup, unit):
 
 def reference_logps(setup, unit):
     """The SFT model's log-probabilities of all pairs, for dpo and unlikelihood of every seed; no points."""
-    made = train_dpo.Settings(
-        data="", init="", out="", **{**train_dpo.SETS[setup.sweep.sets], "device": setup.device, "dtype": setup.dtype}
-    )
+    logps = train_dpo.reference_logps(setup.sft, setup.pairs, setup.training(unit))
     with atomic(setup.out / "reference_logps.pt") as file:
-        torch.save({"logps": train_dpo.reference_logps(setup.sft, setup.pairs, made)}, file)
+        torch.save({"logps": logps}, file)
     return []
 
 
-RUN = {
-    "sft": sft,
-    "preferred-ft": pairwise,
-    "unlikelihood": pairwise,
-    "dpo": pairwise,
-    "best-of-n": best_of,
-    "ppo": by_ppo,
-    "ppo-gt": by_ppo,
-    "reward-model": learn_reward,
-    "reference-logps": reference_logps,
-}
+RUN = {"sft": sft, "best-of-n": best_of, "reward-model": learn_reward, "reference-logps": reference_logps}
+RUN |= {"preferred-ft": pairwise, "unlikelihood": pairwise, "dpo": pairwise, "ppo": by_ppo, "ppo-gt": by_ppo}
 
 
 # ---- 3. The file ----
@@ -256,17 +238,15 @@ def made_of(setup, unit):
 
 
 def is_done(setup, unit):
-    """Whether a unit's points are on disk. UserError if they were made with other settings than those asked for now.
-
-    A knob that only one of the two knows is not compared: it was added or removed since.
-    """
+    """Whether a unit's points are on disk. UserError if they were made with other settings than those asked for now."""
     path = unit_path(setup.out, unit)
     if not path.exists():
         return False
     before, now = json.loads(path.read_text(encoding="utf-8"))["made_of"], made_of(setup, unit)
-    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]
+    # a knob that only one of the two has was added to the code or removed since: it is not compared
+    changed = [name for name in now if name in before and before[name] != now[name]]
     if changed:
-        what = ", ".join(f"{name} {before[name]!r} in place of {now[name]!r}" for name in sorted(changed))
+        what = ", ".join(f"{name} {before[name]!r} in place of {now[name]!r}" for name in changed)
         raise UserError(f"{path} was made with {what}. Delete it to make it again, or give another --out.")
     return True
 
@@ -274,10 +254,7 @@ def is_done(setup, unit):
 def run(setup, unit):
     """Runs one unit and writes its points."""
     began = time.perf_counter()
-    points = [
-        {"method": unit.method, "setting": unit.setting, "seed": unit.seed, **row}
-        for row in RUN[unit.method](setup, unit)
-    ]
+    points = [{**unit._asdict(), **row} for row in RUN[unit.method](setup, unit)]
     found = {"made_of": made_of(setup, unit), "seconds": time.perf_counter() - began, "points": points}
     atomic_write(unit_path(setup.out, unit), json.dumps(found, indent=1) + "\n")
 

@@ -6,8 +6,8 @@ With a learned reward this is the usual RLHF; with the true reward it is the DPO
 objective that DPO solves in closed form (Eq. 3 of Rafailov et al. 2023), but by trial: sample responses, score them,
 make those that did better than expected more likely, and repeat. Each step of the loop does four things:
 
-ROLL OUT. The policy completes a batch of prompts at temperature 1, from the whole distribution. The samples must be the
-policy's own: PPO corrects for the change of the policy since the sampling, and for nothing else.
+ROLL OUT. The policy completes a batch of prompts at temperature 1, from the whole distribution: PPO corrects for the
+change of the policy since the sampling, and for nothing else.
 
 REWARD. Each token is an action, and the text before it the state. The reward r of the finished response arrives with
 its last token; every token pays for its distance from the reference (Ziegler et al. 2019, arXiv 1909.08593, Eq. 2):
@@ -25,8 +25,8 @@ UPDATE. Several epochs of small steps over the same rollouts. The ratio pi / pi_
 step gains from moving further than that (Schulman et al. 2017, arXiv 1707.06347, Eq. 7).
 
 The value model is a second network, as in Stiennon et al. 2020 (arXiv 2009.01325, section 3.4), and starts with the
-weights of the SFT model. Sharing the policy's body would save a forward pass. But the value loss has the scale of the
-reward and starts large: in a shared body it would damage the policy's language before V is of any use.
+weights of the SFT model. In a body shared with the policy, the value loss, which has the scale of the reward and starts
+large, would damage the policy's language before V is of any use.
 """
 
 import copy
@@ -96,14 +96,14 @@ def whiten(values, mask):
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip):
-    """Schulman et al. 2017, Eq. 7 -> (loss (), share of tokens whose ratio is clipped, so that they do not count ())."""
+    """Schulman et al. 2017, Eq. 7 -> (loss (), share of tokens whose ratio is clipped ())."""
     ratio = (logps - old_logps).exp()
     losses, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     return mean(torch.maximum(losses, clipped), mask), mean((clipped > losses).float(), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """Half the squared error -> (). A value gains nothing by moving further than `clip` from where it was at the rollout.
+    """Half the squared error -> (). A value gains nothing by moving further than `clip` from its value at the rollout.
 
     The clip is not in the paper, but in its authors' code and in most code since.
     """
@@ -175,7 +175,7 @@ class Settings:
 
 
 class ValueModel(nn.Module):
-    """ids (N, T) -> (N, T): at position t, the sum of rewards to come after ids[:, :t + 1]. It starts at 0 everywhere."""
+    """ids (N, T) -> (N, T): at position t, the rewards to come after ids[:, : t + 1], summed. It starts at 0."""
 
     def __init__(self, body):
         super().__init__()
@@ -360,7 +360,8 @@ def main():
     with run.loop(range(run.first_step, run.last_step), tokenizer, save) as steps:
         train(policy, reference, reward, prompts, tokenizer, settings, on_step, state, steps)
     after = complete(policy, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
-    note = f"PPO on the reward {settings.reward} from {settings.init}: {run.last_step} steps of {settings.rollouts} responses."
+    size = f"{run.last_step} steps of {settings.rollouts} responses"
+    note = f"PPO on the reward {settings.reward} from {settings.init}: {size}."
     run.finish({"prompt": shown, "before": before, "after": after}, [note])
 
 

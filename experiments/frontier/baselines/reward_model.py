@@ -11,9 +11,9 @@ log-likelihood:
 This is DPO's loss (7) with r in place of beta log pi/pi_ref: DPO trains a reward model as well, one that is a policy.
 
 Equation (2) sees only differences between responses to one prompt, so it leaves open what depends on the prompt alone.
-The paper normalises that away (section 3: mean 0 for every prompt). It changes neither which of N responses is best nor
-which policy is optimal, so here one number is enough: `score` subtracts the mean over all training responses. The scale
-is left alone: a difference of rewards is a log-odds of Bradley-Terry, in nats.
+The paper sets the mean of every prompt to 0 (section 3). That changes neither which of N responses is best nor which
+policy is optimal, so here one number is enough: `score` subtracts the mean over all training responses. A difference of
+rewards is a log-odds of Bradley-Terry, in nats.
 """
 
 import dataclasses
@@ -40,10 +40,9 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 class RewardModel(nn.Module):
     """The body of a GPT and a linear head: dataset.Rows of B rows -> rewards (B,), before `mean` is subtracted.
 
-    The head starts at 0. The body reads each row without its leading eot, which carries no information: its input is
-    `targets`, not `ids`. So the last token of the response (its eot, if it ended) is an input as well, and the row still
-    fits into the context. The reward is read at that token, the last position that `mask` marks. Padding comes after
-    it, where the causal mask hides it.
+    The body reads each row without its leading eot, which says nothing: its input is `targets`, not `ids`. So the last
+    token of the response (its eot, if it ended) is an input as well, and the row still fits into the context. The
+    reward is read at that token, the last position that `mask` marks. The causal mask hides the padding after it.
     """
 
     def __init__(self, gpt):
@@ -52,9 +51,7 @@ class RewardModel(nn.Module):
         gpt.set_dropout(0.0)
         self.head = nn.Linear(gpt.config.n_embd, 1, bias=False).to(gpt.wte.weight)  # the loss would not see a bias
         nn.init.zeros_(self.head.weight)
-        self.register_buffer(
-            "mean", self.head.weight.new_zeros(())
-        )  # of the rewards of all training responses; set by `centre`
+        self.register_buffer("mean", self.head.weight.new_zeros(()))  # over all training responses; see `centre`
 
     def forward(self, rows):
         hidden = self.gpt.hidden(rows.targets)  # (B, T, C)
@@ -66,14 +63,9 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(self, prompts, responses, batch_size=128, progress=None):
-        """Returns rewards (N,) of responses to prompts, with `mean` subtracted, on the CPU.
+        """Returns rewards (N,) of responses to prompts (lists of ids), with `mean` subtracted, on the CPU.
 
-        Args:
-            prompts, responses: lists of ids as `generate` takes and returns them.
-            progress: a text for a progress bar.
-
-        Raises:
-            UserError: a row is longer than the context.
+        `progress` is a text for a progress bar. Raises UserError for a row longer than the context.
         """
         was_training = self.training
         self.eval()
@@ -88,7 +80,7 @@ class RewardModel(nn.Module):
 
 
 def head_of(model):
-    """Returns what a checkpoint holds of the head, without a copy."""
+    """What a checkpoint holds of the head: the tensors themselves, which training changes in place."""
     return {"weight": model.head.weight.detach(), "mean": model.mean}
 
 
@@ -119,38 +111,36 @@ def with_head(gpt, state, folder):
             "python -m experiments.frontier.baselines.reward_model --data toy --init runs/sft --out runs/reward"
         )
     model = RewardModel(gpt)
-    with torch.no_grad():
-        model.head.weight.copy_(state["reward_head"]["weight"])
-        model.mean.copy_(state["reward_head"]["mean"])
+    for name, tensor in head_of(model).items():
+        tensor.copy_(state["reward_head"][name])
     return model
 
 
 def of_texts(model, tokenizer):
     """Returns the reward model as a function of texts, `reward(prompts, responses) -> list of floats`.
 
-    The texts are encoded, each counts as ended, and one that is too long loses the left of its prompt, as in training.
+    Each text counts as ended, and one that is too long loses the left of its prompt, as in training.
     """
 
     def reward(prompts, responses):
         rows = []
         for texts in zip(prompts, responses, strict=True):
             prompt, response = map(tokenizer.encode, texts)
-            prompt, (response,), *_ = dataset.cut_to_context(
-                prompt, [response], [True], tokenizer.eot, model.config.block_size
-            )
-            rows.append((prompt, response))
+            cut = dataset.cut_to_context(prompt, [response], [True], tokenizer.eot, model.config.block_size)
+            rows.append((cut[0], cut[1][0]))
         return model.score(*zip(*rows, strict=True), progress="reward model").tolist() if rows else []
 
     return reward
 
 
-# ---- 2. Settings. A new head takes larger and more steps: at DPO's own rate it learns nothing for 10,000 pairs ----
+# ---- 2. Settings ----
 
+# a new head takes larger and more steps: at DPO's own rate it learns nothing from the first third of the toy's pairs
 SETS = {**train_dpo.SETS, "toy": {**train_dpo.SETS["toy"], "lr": 2e-3, "batch_size": 32}}
 SETS = {name: {k: v for k, v in values.items() if k != "beta"} for name, values in SETS.items()}
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class Settings(RunSettings):
     data: str = knob(dataclasses.MISSING, "toy, imdb, hh, tldr, or a JSONL file with prompt, chosen, rejected")
     init: str = knob(dataclasses.MISSING, "the SFT model to start from: a run folder, a GPT-2 folder or name")
@@ -160,10 +150,10 @@ class Settings(RunSettings):
     lr: float = knob(1e-6, "learning rate after the warm-up")
     warmup_steps: int = knob(150, "optimiser steps over which the learning rate rises")
     decay: bool = knob(False, "let the learning rate fall linearly to 0 after the warm-up")
-    grad_clip: float = knob(10.0, "longest gradient, in L2 norm")
+    grad_clip: float = knob(10.0, "largest L2 norm of the gradient")
 
 
-# ---- 3. Training ----
+# ---- 3. Training. pairs: a list of (prompt_ids, chosen_ids, rejected_ids) ----
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards):
@@ -191,15 +181,11 @@ def means_of(parts):
 
 
 def train_step(model, optimizer, pairs, indices, settings):
-    """Makes one optimiser step on the pairs `indices`; returns the metrics before it, by name.
-
-    Raises:
-        UserError: a metric is not finite. The weights have not changed.
-    """
+    """One optimiser step on the pairs `indices`. Returns the metrics from before the update, by name."""
     size, parts = settings.micro_batch_size or len(indices), []
     for i in range(0, len(indices), size):
         parts.append(measure(model, pairs, indices[i : i + size], settings))
-        (parts[-1]["loss"].sum() / len(indices)).backward()  # the mean over the step's pairs
+        (parts[-1]["loss"].sum() / len(indices)).backward()  # the mean over the pairs of the step
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
     metrics = {**means_of(parts), "grad_norm": grad_norm.item()}
     if not all(map(math.isfinite, metrics.values())):
@@ -211,7 +197,7 @@ def train_step(model, optimizer, pairs, indices, settings):
 
 @torch.no_grad()
 def evaluate(model, pairs, settings):
-    """Returns the means of the metrics over all of `pairs`, by name, with "eval/" before it."""
+    """Returns the metrics on all of `pairs`, by name."""
     model.eval()
     batches = dataset.batches(pairs, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0)
     means = means_of([measure(model, pairs, indices, settings) for indices in batches])
@@ -225,7 +211,7 @@ def centre(model, pairs, settings):
 
 
 def train(model, pairs, settings, on_step=None):
-    """Trains a RewardModel in place on token rows (prompt_ids, chosen_ids, rejected_ids); on_step is that of `fit`."""
+    """Trains a RewardModel in place; on_step is that of `fit`."""
     fit(model, pairs, train_step, settings, on_step)
     centre(model, pairs, settings)
 
@@ -240,12 +226,11 @@ def main():
     split = data.find_split("pairs", settings.data, settings.eval_data)
     pairs, held_out = dataset.load_pairs(split, tokenizer, max_length)
     run.plan(pairs, saved, pairs, held_out)
-
     prompts = dataset.first_prompts(held_out or pairs, settings.samples)
-    sampling = torch.Generator(settings.device).manual_seed(settings.seed)
     if settings.resume:
         model, before = with_head(gpt, saved, run.path), saved["before"]
     else:
+        sampling = torch.Generator(settings.device).manual_seed(settings.seed)
         before = generate(gpt, prompts, settings.sample_tokens, tokenizer.eot, generator=sampling)
         model = RewardModel(gpt)
     optimizer = make_optimizer(model, settings.optimizer, settings.lr)
