@@ -3,7 +3,6 @@
 The language that can be enumerated is that of tests/test_theory.py: 3 prompts, 121 responses of up to 4 tokens.
 """
 
-import json
 import math
 import os
 import signal
@@ -490,39 +489,19 @@ def test_samples_of_a_prompt_stand_together_with_their_own_scores():
         assert scores[i // 5, i % 5].item() == pytest.approx(reward_of(model, PROMPTS[i // 5], sample) - 0.7, abs=1e-4)
 
 
-def best(home, *flags):
-    files = ("--policy", home / "sft", "--reward-model", home / "reward", "--data", home / "prompts.jsonl")
-    return (*files, "--reward", "toy", "--max-new-tokens", 8, "--device", "cpu", *flags)
-
-
-def test_best_of_n_command(home, tmp_path, capsys, monkeypatch):
-    # the toy's words do not come up in this model's samples: a reward that they differ in
-    letters = lambda prompts, responses: [float(response.count("e")) for response in responses]  # noqa: E731
-    monkeypatch.setattr(best_of_n, "load_reward", lambda name: letters)
-    call(best_of_n.main, *best(home, "--n", 6, "--json", tmp_path / "best.json"))
-    figures = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
-    assert [f["n"] for f in figures] == [1, 2, 4]
-    assert [f["kl_bound"] for f in figures] == pytest.approx([0, 0.193147, 0.636294], abs=1e-6)
-    assert "kl" not in figures[0]
-    learned = [f["learned_reward_mean"] for f in figures]
-    assert learned[0] < learned[1] < learned[2]
-    # the same again from the same samples, by a loop
+def test_the_best_of_each_group_by_a_loop(home):
     policy, tokenizer, _ = checkpoint.load(home / "sft")
     model, _ = reward_model.load(home / "reward")
-    prompts = ["The film", "This story", "Her cast"]
-    drawn = common.sample(policy, tokenizer, prompts, 8, seed=0, per_prompt=6)
-    samples, scores = drawn.ids, model.score(drawn.prompt_ids, drawn.ids)
-    for f in figures:
-        rewards = []
+    samples = common.sample(policy, tokenizer, ["The film", "This story", "Her cast"], 8, seed=0, per_prompt=6)
+    scores, learned = model.score(samples.prompt_ids, samples.ids), []
+    for n in (1, 2, 4):
+        winners = []
         for p in range(3):
-            for group in range(6 // f["n"]):
-                members = range(6 * p + group * f["n"], 6 * p + (group + 1) * f["n"])
-                winner = max(members, key=lambda i: scores.flatten()[i].item())
-                rewards.append(tokenizer.decode(samples[winner]).count("e"))
-        assert f["reward_mean"] == pytest.approx(sum(rewards) / len(rewards))
-    assert "kl_bound" in capsys.readouterr().out
-    assert "is there already" in fails(capsys, best_of_n.main, *best(home, "--json", tmp_path / "best.json"))
-
-
-def test_best_of_n_refuses_what_is_no_reward_model(home, capsys):
-    assert "not a reward model" in fails(capsys, best_of_n.main, *best(home), "--reward-model", home / "sft")
+            for group in range(6 // n):
+                members = range(6 * p + group * n, 6 * p + (group + 1) * n)
+                winners.append(max(members, key=lambda i: scores[i].item()))
+        best = best_of_n.best_samples(samples, scores.view(3, 6), n)
+        assert best.texts == [samples.texts[i] for i in winners] and best.ids == [samples.ids[i] for i in winners]
+        assert best.prompts == [prompt for prompt in samples.prompts[::6] for _ in range(6 // n)]
+        learned.append(scores[winners].mean().item())
+    assert learned[0] < learned[1] < learned[2]

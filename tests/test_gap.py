@@ -82,6 +82,13 @@ def test_loss_without_label_noise_is_the_mean_over_the_labels(model):
             margin = 0.3 * ((logps[0][j] - reference[i, 0]) - (logps[1][j] - reference[i, 1])).item()
             expected = q * math.log(1 + math.exp(-margin)) + (1 - q) * math.log(1 + math.exp(margin))
             assert losses[j].item() == pytest.approx(expected, abs=1e-9)
+        # the step finds the weights of its own pairs
+        weights = torch.tensor([9, p, 9, 9, 1 - p, 9], dtype=torch.float64)
+        knobs = gap.training(gap.Settings(beta=0.3))
+        step = gap.train_step(
+            policy, torch.optim.SGD(policy.parameters(), lr=0.0), rows, reference, weights, [4, 1], knobs
+        )
+        assert step["loss"] == pytest.approx(losses.mean().item(), abs=1e-9)
     own, *_ = dpo_loss(*logps, *reference[[4, 1]].T, 0.3)
     ones = torch.ones(2, dtype=torch.float64)
     torch.testing.assert_close(gap.soft_loss(*logps, *reference[[4, 1]].T, ones, beta=0.3)[0], own)
