@@ -34,9 +34,7 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 @dataclasses.dataclass
 class Settings:
     policy: str = knob(dataclasses.MISSING, "the DPO run whose implicit reward is judged: a run folder")
-    reference: str = knob(
-        dataclasses.MISSING, "the model that it was trained from: a run folder, a GPT-2 folder or name"
-    )
+    reference: str = knob(dataclasses.MISSING, "the model that it was trained from: a run or GPT-2 folder, or a name")
     reward_model: str = knob(dataclasses.MISSING, "run folder of a reward model")
     data: str = knob(dataclasses.MISSING, "a dataset name (its held-out pairs), or a JSONL file of pairs")
     reward: str = knob("", "the true reward: toy, or the file of a trained classifier; empty: none is known")
@@ -72,7 +70,8 @@ def scores_of(pairs, policy, reference, reward, tokenizer, true_reward, batch_si
     prompts, *sides = zip(*pairs, strict=True)
     device = str(policy.wte.weight.device)
     settings = train_dpo.Settings(data="", init="", out="", batch_size=batch_size, device=device, dtype="float32")
-    log_ref, log_pi = (train_dpo.reference_logps(model, pairs, settings) for model in (reference, policy))
+    log_ref = train_dpo.all_logps(reference, pairs, settings, "reference")
+    log_pi = train_dpo.all_logps(policy, pairs, settings, "policy")
     learned = [reward.score(prompts, side, batch_size, "reward model") for side in sides]
     scores = {"implicit reward": log_pi - log_ref, "reward model": torch.stack(learned, dim=-1)}
     if true_reward:

@@ -37,6 +37,7 @@ from experiments.frontier.baselines import fit
 from experiments.make_pairs import pairs_of
 from minidpo import dataset
 from minidpo.optim import OPTIMIZERS
+from minidpo.run import count_steps
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
 # what each line of the figure does differently from DPO as the settings have it: knobs of training, or
@@ -110,7 +111,7 @@ def sampled_pairs(model, tokenizer, n, seed):
 
 
 def preference(record):
-    """Returns Bradley-Terry's probability of the choice that was made (Eq. 1)."""
+    """Bradley-Terry's probability of the choice that was made (Eq. 1)."""
     return 1 / (1 + math.exp(grammar.reward(record["rejected"]) - grammar.reward(record["chosen"])))
 
 
@@ -134,7 +135,6 @@ def train_step(model, optimizer, rows, reference, preferred, indices, settings):
     return train_dpo.train_step(model, optimizer, rows, reference, indices, settings, loss)
 
 
-@torch.no_grad()
 def judge(policy, reference, tokenizer, prompts, points, seed):
     """Samples one completion of each prompt -> kl, reward, gap, gap_se and grammatical, by name.
 
@@ -175,16 +175,17 @@ def one_run(cause, pairs, seed, model, tokenizer, points, settings):
     knobs = dict(CAUSES[cause])
     soft, sampled = knobs.pop("soft", False), knobs.pop("sampled", False)
     records, rows, reference = prepared(model, tokenizer, pairs, seed, sampled)
-    preferred = torch.tensor([preference(record) if soft else 1.0 for record, _ in zip(records, rows, strict=soft)])
-    policy, steps, began = copy.deepcopy(model), [], time.perf_counter()
-    step = functools.partial(train_step, reference=reference, preferred=preferred)
-    fit(policy, rows, step, training(settings, seed=seed, **knobs), lambda step, _: steps.append(step))
+    preferred = torch.ones(len(rows))
+    if soft:
+        preferred = torch.tensor([preference(record) for record, _ in zip(records, rows, strict=True)])
+    policy, made, began = copy.deepcopy(model), training(settings, seed=seed, **knobs), time.perf_counter()
+    fit(policy, rows, functools.partial(train_step, reference=reference, preferred=preferred), made)
     seconds = round(time.perf_counter() - began, 1)
     held_out = toy.rows("prompts_test", toy.ROWS["prompts_test"])
     prompts = [record["prompt"] for record in held_out for _ in range(settings.samples_per_prompt)]
     figures = judge(policy, model, tokenizer, prompts, points, seed)
     figures = {name: round(value, 5) for name, value in figures.items()}
-    return Run(cause, pairs, seed, settings.beta, steps=len(steps), seconds=seconds, **figures)
+    return Run(cause, pairs, seed, settings.beta, steps=count_steps(rows, made)[1], seconds=seconds, **figures)
 
 
 # ---- 3. The file and the picture ----

@@ -7,7 +7,7 @@ Over a set of prompts, no policy of the same mean KL earns more than (Eq. 4 of t
 
     pi_beta(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)
 
-because it maximises E[r] - beta KL. The curve over beta is the limit.
+because pi_beta maximises E[r] - beta KL. The curve over beta is the limit.
 
 It is estimated from samples. Mean reward, KL and Z are expectations under pi_ref exp(r / beta). Once beta is small,
 samples of the reference hardly ever reach the responses that matter there: the curve comes out too low, and other
@@ -53,9 +53,7 @@ ROWS = 512  # samples in one batch
 
 @dataclasses.dataclass
 class Settings:
-    reference: str = knob(
-        dataclasses.MISSING, "the model that KL is measured from: a run folder, a GPT-2 folder or name"
-    )
+    reference: str = knob(dataclasses.MISSING, "the model that KL is measured from: a run or GPT-2 folder, or a name")
     data: str = knob(dataclasses.MISSING, 'a dataset name (its held-out prompts) or a JSONL file with "prompt"')
     reward: str = knob(dataclasses.MISSING, "toy, or the file of a trained classifier")
     out: str = knob(dataclasses.MISSING, "the CSV file to write; the draws are kept beside it, in OUT.draws")

@@ -138,7 +138,7 @@ SETS = {
 class Settings:
     data: str = knob(dataclasses.MISSING, 'a dataset name (its training prompts) or a JSONL file with "prompt"')
     init: str = knob(
-        dataclasses.MISSING, "the model to start from, and the reference: a run folder, a GPT-2 folder or name"
+        dataclasses.MISSING, "the model to start from and the reference: a run or GPT-2 folder, or a name"
     )
     out: str = knob(dataclasses.MISSING, "the run folder to write")
     reward: str = knob("toy", "toy, the file of a trained classifier, or the run folder of a reward model")
@@ -228,7 +228,7 @@ def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, gen
 
 
 def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
-    """Makes the epochs of updates on one rollout; returns the means of losses, clip fraction and gradient norms."""
+    """Makes the epochs of updates on one rollout. Returns the means of losses, clip fraction and gradient norms."""
     ids, targets, mask = rollout.rows
     rewards = penalised_rewards(rollout.scores, rollout.logps, rollout.reference_logps, mask, kl_coef)
     advantages = gae(rewards, rollout.values, mask, settings.lam)
@@ -266,7 +266,7 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
         on_step: on_step(step, metrics, state) after each step, counted from 1. `state` is what to save beside the
             policy, at once, since its tensors change with the next step.
         state: that of an earlier on_step, to continue its training with its policy.
-        steps: the steps to make, counted from 0; None: all that are left.
+        steps: the steps to make, counted from 0; None: all of them.
 
     Raises:
         UserError: the context is too short for a response, or a loss is not finite.
@@ -277,14 +277,14 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
     value = ValueModel(copy.deepcopy(reference)).train()
     value.body.set_dropout(0.0)
     optimizers = [make_optimizer(model, "adamw", settings.lr) for model in (policy, value)]
-    kl_coef, first_step = settings.kl_coef, 0
+    kl_coef = settings.kl_coef
     if state:
         value.load_state_dict(state["value"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        kl_coef, first_step = state["kl_coef"], state["step"]
+        kl_coef = state["kl_coef"]
 
-    for step in steps or range(first_step, last_step(settings)):
+    for step in steps or range(settings.steps):
         started = time.perf_counter()
         # one seed per step, so that a resumed run draws what an uninterrupted run would have drawn
         seed = settings.seed * 1_000_003 + step
@@ -314,15 +314,10 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
             on_step(step + 1, metrics, state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
 
-def last_step(settings):
-    return min(settings.steps, settings.max_steps or settings.steps)
-
-
 def load(name, tokenizer, device):
     """Loads --reward -> the function that `train` takes: a reward model reads the ids, any other reward the texts.
 
-    Raises:
-        UserError: a reward model has another tokenizer than the policy.
+    Raises UserError for a reward model with another tokenizer than the policy.
     """
     if name != "toy" and Path(name).is_dir():
         model = reward_model.load_matching(name, tokenizer).to(device)
@@ -341,12 +336,12 @@ def main():
     if settings.resume:
         policy, _, state = run.load()
     policy.to(settings.device)
+    run.count(state.get("step", 0), settings.steps, min(settings.steps, settings.max_steps or settings.steps))
     prompts = common.read_prompts(settings.data, "prompts_train")
     shown = prompts[: settings.samples]
     shown_ids = common.prompt_ids(tokenizer, shown, room_for_prompt(policy, settings))
     before = complete(reference, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
 
-    run.count(state.get("step", 0), settings.steps, last_step(settings))
     latest = {}
 
     def on_step(step, metrics, state):
