@@ -310,6 +310,39 @@ def test_killed_and_resumed_in_processes_gives_the_same_csv(made, tmp_path):
     assert but_seconds(tmp_path / "a" / "frontier.csv") == but_seconds(tmp_path / "b" / "frontier.csv")
 
 
+def test_a_unit_waits_for_what_it_needs_and_jobs_bounds_how_many_run(made, tmp_path, monkeypatch):
+    done, most = set(), []
+
+    class Slow:
+        """Ends when it is asked for the third time."""
+
+        returncode, asked = 0, 0
+
+        def __init__(self, unit):
+            self.unit = unit
+
+        def poll(self):
+            self.asked += 1
+            if self.asked < 3:
+                return None
+            done.add(self.unit)
+            running.remove(self)
+            return 0
+
+    def start(settings, unit):
+        assert unit.needs is None or unit.needs in done
+        running.append(Slow(unit))
+        most.append(len(running))
+        return running[-1]
+
+    running = []
+    monkeypatch.setattr(frontier, "start", start)
+    monkeypatch.setattr(frontier.time, "sleep", lambda seconds: None)
+    settings = frontier.Settings(sft=str(made / "sft"), out=str(tmp_path), seeds=2, jobs=3, device="cpu")
+    frontier.sweep(settings)
+    assert done == set(frontier.units(settings)) and max(most) == 3
+
+
 def test_a_unit_that_fails_ends_the_sweep_and_the_units_beside_it(made, tmp_path, capsys, monkeypatch):
     started = []
     popen = subprocess.Popen
