@@ -332,7 +332,7 @@ def test_a_reward_model_comes_back_from_its_folder(home, tmp_path, capsys):
     with pytest.raises(UserError, match="language model, not a reward model"):
         reward_model.load(home / "sft")
     with pytest.raises(UserError, match="another tokenizer"):
-        reward_model.load_matching(home / "reward", Tokenizer.train(["abc abc abc"], 260))
+        reward_model.load(home / "reward", Tokenizer.train(["abc abc abc"], 260))
 
 
 def test_a_reward_model_is_a_judge(home):

@@ -87,7 +87,8 @@ def main():
     device = pick_device(settings.device)
     true_reward = load_reward(settings.reward) if settings.reward else None
     (policy, reference), tokenizer = common.load_models(settings.policy, settings.reference, device=device)
-    reward = reward_model.load_matching(settings.reward_model, tokenizer).to(device)
+    reward, _ = reward_model.load(settings.reward_model, tokenizer)
+    reward.to(device)
     max_length = min(model.config.block_size for model in (policy, reference, reward))
     held_out = data.find(settings.data, "pairs_test")
     pairs, _ = dataset.load_pairs((held_out, None), tokenizer, max_length)

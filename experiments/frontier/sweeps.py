@@ -52,8 +52,7 @@ class Unit(NamedTuple):
 @dataclass(frozen=True)
 class Sweep:
     settings: dict  # method -> list of settings: alpha, N of Best-of-N, PPO's target of the KL in nats, beta
-    training: dict  # method -> function of the setting -> knobs of training, over those of `sets`
-    sets: str  # the named set of train_dpo.py's knobs that belongs to the dataset
+    training: dict  # method -> function of the setting -> knobs of training, over those of the dataset's named set
     records: Callable  # n -> the first n training pairs (0: all) as records
     pairs: int  # how many of them, unless --pairs says otherwise
     max_new_tokens: int  # longest completion
@@ -93,7 +92,6 @@ SWEEPS = {
             "unlikelihood": lambda alpha: dict(ADAMW, fast=True),
             "reward-model": lambda _: ADAMW,
         },
-        sets="toy",
         records=lambda n: list(toy.rows("pairs_train", n)),  # the generator makes more than the file holds
         pairs=30_000,
         max_new_tokens=96,
@@ -113,7 +111,6 @@ SWEEPS = {
             **{method: lambda target: IMDB_PPO for method in ("ppo", "ppo-gt")},
             **{method: lambda setting: dict(fast=True) for method in ("dpo", "unlikelihood")},
         },
-        sets="imdb",
         records=lambda n: dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None],
         pairs=0,
         max_new_tokens=64,
@@ -127,7 +124,7 @@ SWEEPS = {
 def training(unit, settings):
     """Returns the Settings that a unit trains with."""
     sweep, (cls, sets, knob) = SWEEPS[settings.data], TRAINED[unit.method]
-    values = {**sets.get(sweep.sets, {}), "seed": unit.seed}
+    values = {**sets.get(settings.data, {}), "seed": unit.seed}
     if knob:
         values[knob] = unit.setting
     if cls is ppo.Settings:

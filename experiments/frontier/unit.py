@@ -161,9 +161,9 @@ def best_of(setup, unit):
     """Best-of-N for all N, from one batch of samples. Its KL is the upper bound log N - (N-1)/N."""
     began, sizes = time.perf_counter(), setup.sweep.settings["best-of-n"]
     k = max(sizes)
-    model = reward_model.load_matching(setup.out / f"reward_model_{unit.seed}", setup.tokenizer).to(setup.device)
+    model, _ = reward_model.load(setup.out / f"reward_model_{unit.seed}")
     samples = setup.sample(setup.sft, setup.prompts, unit.seed, k)
-    scores = model.score(samples.prompt_ids, samples.ids, limit.ROWS).view(-1, k)
+    scores = model.to(setup.device).score(samples.prompt_ids, samples.ids, limit.ROWS).view(-1, k)
     seconds, points = time.perf_counter() - began, []
     for n in sizes:
         figures = setup.judge(best_of_n.best_samples(samples, scores, n), k // n)

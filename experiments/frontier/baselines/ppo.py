@@ -137,9 +137,7 @@ SETS = {
 @dataclasses.dataclass
 class Settings:
     data: str = knob(dataclasses.MISSING, 'a dataset name (its training prompts) or a JSONL file with "prompt"')
-    init: str = knob(
-        dataclasses.MISSING, "the model to start from and the reference: a run or GPT-2 folder, or a name"
-    )
+    init: str = knob(dataclasses.MISSING, "the model to start from and the reference: a run or GPT-2 folder, or a name")
     out: str = knob(dataclasses.MISSING, "the run folder to write")
     reward: str = knob("toy", "toy, the file of a trained classifier, or the run folder of a reward model")
     settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
@@ -320,7 +318,8 @@ def load(name, tokenizer, device):
     Raises UserError for a reward model with another tokenizer than the policy.
     """
     if name != "toy" and Path(name).is_dir():
-        model = reward_model.load_matching(name, tokenizer).to(device)
+        model, _ = reward_model.load(name, tokenizer)
+        model.to(device)
         return lambda prompts, responses, prompt_ids, response_ids: model.score(prompt_ids, response_ids).tolist()
     of_texts = load_reward(name)
     return lambda prompts, responses, prompt_ids, response_ids: of_texts(prompts, responses)

@@ -89,18 +89,16 @@ def save(folder, model, tokenizer):
     checkpoint.save(folder, model.gpt, tokenizer, {"reward_head": head_of(model)})
 
 
-def load(folder):
-    """Loads a reward model -> (RewardModel, tokenizer). UserError if the folder holds something else."""
+def load(folder, policy_tokenizer=None):
+    """Loads a reward model -> (RewardModel, its tokenizer).
+
+    Raises UserError if the folder holds something else, or if the policy's tokenizer is given and differs.
+    """
     gpt, tokenizer, state = checkpoint.load(folder)
-    return with_head(gpt, state, folder), tokenizer
-
-
-def load_matching(folder, tokenizer):
-    """Loads a reward model for the ids of another model. UserError if it has another tokenizer."""
-    model, its_tokenizer = load(folder)
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+    model = with_head(gpt, state, folder)
+    if policy_tokenizer and policy_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{folder} has another tokenizer than the policy. Train it from the same SFT model.")
-    return model
+    return model, tokenizer
 
 
 def with_head(gpt, state, folder):
