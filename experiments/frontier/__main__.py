@@ -3,18 +3,15 @@
     python -m experiments.frontier --data toy --sft runs/toy/sft --out runs/frontier/toy --csv docs/frontier/toy.csv
     python -m experiments.frontier --plot-only --csv docs/frontier/toy.csv
 
-A point of the figure is a policy: its mean true reward on held-out prompts, and its KL from the SFT model it started
-from. A method is better than another if it earns more at the same KL, and none can be above the limit (limit.py).
-
-The sweep is a list of units: one method, one setting, one seed (sweeps.py). Each unit is a command of its own
-(unit.py), of which --jobs run at a time. A sweep that was stopped continues with the units that are missing. All units
-share the SFT model, and so the reference and the limit, and the pairs; the seed is that of the order of the pairs, and
-of all sampling. --out holds
+docs/frontier.md explains the figure. The sweep is a list of units: one method, one setting, one seed (sweeps.py). Each
+unit is a command of its own (unit.py), of which --jobs run at a time. A sweep that was stopped continues with the units
+that are missing. All units share the SFT model and the pairs. The seed decides the order of the pairs and all sampling.
+--out holds
 
     units/NAME.json    the points of a unit, and what they were made with: delete it to make them again
     units/NAME.log     what the unit printed
     policies/NAME      the policies of the methods that learn from pairs: DPO's are the limit's proposals
-    reward_model_SEED, reference_logps.pt
+    reward_model_SEED, reference_logps/
 """
 
 import dataclasses

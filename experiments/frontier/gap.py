@@ -8,9 +8,6 @@ no gap is left. Each of `CAUSES` changes one thing about the pairs or the traini
 the same order, where that is possible. The gap is
 
     1 - (DPO's gain in reward over the reference) / (the limit's gain at DPO's own KL).
-
-Reward and KL are means over the same samples, the KL by its plain estimator. A sample that happens to lie far from the
-reference has a high reward, too: such errors run along the curve, not away from it.
 """
 
 import copy

@@ -9,11 +9,9 @@ Over a set of prompts, no policy of the same mean KL earns more than (Eq. 4 of t
 
 because pi_beta maximises E[r] - beta KL. The curve over beta is the limit.
 
-It is estimated from samples. Mean reward, KL and Z are expectations under pi_ref exp(r / beta). Once beta is small,
-samples of the reference hardly ever reach the responses that matter there: the curve comes out too low, and other
-policies look better than they are. Therefore trained policies, the proposals, sample too. A response drawn by any of
-the K models counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of model k (the balance
-heuristic of Veach & Guibas 1995), and weighs
+It is estimated from samples of the reference and of trained policies, the proposals: docs/frontier.md says why. A
+response drawn by any of the K models counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of
+model k (the balance heuristic of Veach & Guibas 1995), and weighs
 
     u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
 
@@ -23,7 +21,7 @@ prompt, at least LEAST_ESS wherever `read` gives a point; and how far the curve 
 
 The proposals sample at a temperature above 1 (pi_k has logits / temperature), because a weight is large where q is too
 small. If a single draw still outweighs all others of its prompt, the reward pays for something that no trained policy
-ever says; docs/frontier.md has an example, and what can be done.
+ever says; docs/frontier.md has an example.
 
 Where labels are drawn from Bradley-Terry with the reward r, the optimum of DPO with this beta is pi_beta: `at_beta`.
 """
@@ -249,7 +247,9 @@ def share_of_gain(points, kl, reward):
     """Returns a policy's gain in reward over the reference, as a share of the limit's gain at the same KL.
 
     NaN where the curve is not drawn, and at 0 nats. Take reward and kl as means over the same samples, the KL by its
-    plain estimator, sum_t log pi - log pi_ref: their errors then run along the curve, and hardly change the share.
+    plain estimator, sum_t log pi - log pi_ref. The sum of exact KLs has a smaller error. But a sample that is by chance
+    unlikely under the reference mostly has a high reward as well: the errors of the plain estimator move a policy along
+    the curve, and hardly change the share.
     """
     gain = reward_at(points, kl) - points[0].reward
     return (reward - points[0].reward) / gain if gain else math.nan

@@ -26,14 +26,13 @@ TRAINED = {
     "ppo": (ppo.Settings, ppo.SETS, "kl_target"),
     "ppo-gt": (ppo.Settings, ppo.SETS, "kl_target"),
     "reward-model": (reward_model.Settings, reward_model.SETS, None),
-    "reference-logps": (train_dpo.Settings, train_dpo.SETS, None),
 }
 
 
 class Unit(NamedTuple):
     """One method, one setting, one seed."""
 
-    method: str  # one of METHODS, or what others need: "reward-model", "reference-logps"
+    method: str  # one of METHODS, or "reward-model", which others need
     setting: float | str  # "" where the method has none
     seed: int
 
@@ -44,9 +43,7 @@ class Unit(NamedTuple):
     @property
     def needs(self):
         """The unit that must be done before this one, or None."""
-        if self.method in ("best-of-n", "ppo"):
-            return Unit("reward-model", "", self.seed)
-        return Unit("reference-logps", "", 0) if self.method in ("dpo", "unlikelihood") else None
+        return Unit("reward-model", "", self.seed) if self.method in ("best-of-n", "ppo") else None
 
 
 @dataclass(frozen=True)
@@ -135,4 +132,4 @@ def training(unit, settings):
         values |= sweep.training[unit.method](unit.setting)
     if cls is ppo.Settings and settings.ppo_steps:
         values["steps"] = settings.ppo_steps
-    return cls(data=settings.data, init=settings.sft, out="", **values)
+    return cls(data=settings.data, init=settings.sft, out="", device=settings.device, **values)

@@ -4,8 +4,8 @@
         --out runs/frontier/toy
 
 It starts from the SFT model, trains, is evaluated on the way, and writes its points to --out/units/NAME.json. The sweep
-(`python -m experiments.frontier`) runs this command once for each unit. A unit that needs a reward model, or the
-log-probabilities of the reference, finds them in --out: the units "reward-model" and "reference-logps" write them.
+(`python -m experiments.frontier`) runs this command once for each unit. A unit that needs a reward model finds it in
+--out: the unit "reward-model" of the same seed writes it.
 """
 
 import copy
@@ -28,9 +28,9 @@ from experiments.frontier.baselines.unlikelihood import unlikelihood_loss
 from experiments.frontier.sweeps import METHODS, SWEEPS, TRAINED, Unit, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
-from minidpo.device import DEVICES, pick_device, pick_dtype
-from minidpo.files import atomic, atomic_write
-from minidpo.run import count_steps
+from minidpo.device import DEVICES, pick_device
+from minidpo.files import atomic_write
+from minidpo.run import count_steps, place
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
@@ -58,7 +58,7 @@ class SweepSettings:
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(SweepSettings):
-    method: str = knob(dataclasses.MISSING, "what to run", choices=(*METHODS, "reward-model", "reference-logps"))
+    method: str = knob(dataclasses.MISSING, "what to run", choices=(*METHODS, "reward-model"))
     setting: str = knob("", "alpha of unlikelihood, beta of dpo, KL target of ppo and ppo-gt; empty for all others")
     seed: int = knob(0, "of the order of the pairs, and of all sampling")
 
@@ -76,20 +76,14 @@ class Setup:
         self.device = pick_device(settings.device)
         (self.sft,), self.tokenizer = common.load_models(settings.sft, device=self.device)
         self.sft.set_dropout(0.0)
-        self.dtype = pick_dtype("auto", self.device, self.sft.config.n_embd)
         self.fingerprint = checkpoint.fingerprint(self.sft)
         self.reward = load_reward(settings.reward)
         self.prompts = common.read_prompts(settings.data, "prompts_test", settings.prompts)
 
     @functools.cached_property
     def pairs(self):
-        """The training pairs as token rows."""
         records = self.sweep.records(self.settings.pairs)
         return dataset.encode_pairs(records, self.tokenizer, self.sft.config.block_size)[0]
-
-    def training(self, unit):
-        """The Settings that a unit trains with, on this device."""
-        return dataclasses.replace(training(unit, self.settings), device=self.device, dtype=self.dtype)
 
     def sample(self, model, prompts, seed, per_prompt=1, room=None):
         longest = self.settings.max_new_tokens
@@ -103,12 +97,7 @@ class Setup:
         return {"reward": reward, "reward_se": se, "grammatical": accepted}
 
     def evaluate(self, policy, per_prompt, seed):
-        """A policy's point, on samples of its own -> columns by name.
-
-        The KL is the plain estimator, on the same samples as the reward. The sum of exact KLs has a smaller error. But
-        a sample that is by chance unlikely under the reference mostly has a high reward as well: the errors of the
-        plain estimator move a point along the limit, hardly across it.
-        """
+        """A policy's point -> columns by name. KL and reward are of the same samples, for `limit.share_of_gain`."""
         samples = self.sample(policy, self.prompts, seed, per_prompt)
         plain, _ = sequence_kl(policy, self.sft, samples.prompt_ids, samples.ids)
         kl, se = common.prompt_mean_se(plain, per_prompt)
@@ -144,12 +133,15 @@ def sft(setup, unit):
 
 def pairwise(setup, unit):
     """DPO, Unlikelihood or Preferred-FT: the loop is the same, the step differs."""
-    policy, rows, made = copy.deepcopy(setup.sft), setup.pairs, setup.training(unit)
+    policy, rows, made = copy.deepcopy(setup.sft), setup.pairs, training(unit, setup.settings)
+    place(policy, made)
     if unit.method == "preferred-ft":  # SFT on the chosen responses
         rows, step = [(prompt, chosen) for prompt, chosen, _ in rows], train_sft.train_step
     else:
         loss = unlikelihood_loss if unit.method == "unlikelihood" else train_dpo.dpo_loss
-        reference = checkpoint.read(setup.out / "reference_logps.pt", keys=("logps",))["logps"]
+        name = checkpoint.fingerprint(setup.sft, rows, made.device, made.dtype, made.fast)
+        compute = functools.partial(train_dpo.reference_logps, setup.sft, rows, made)
+        reference = checkpoint.cached(setup.out / "reference_logps" / f"{name}.pt", compute)
         step = functools.partial(train_dpo.train_step, reference=reference, loss=loss)
     watch = Watch(setup, policy, count_steps(rows, made)[-1], unit.seed)
     fit(policy, rows, step, made, watch)
@@ -200,22 +192,15 @@ def to_scale(setup, reward, seed, samples=256):
 
 def learn_reward(setup, unit):
     """Trains the reward model of a seed, for best-of-n and ppo. It is no policy, so it has no points."""
-    model = reward_model.RewardModel(copy.deepcopy(setup.sft))
-    reward_model.train(model, setup.pairs, setup.training(unit))
+    model, made = reward_model.RewardModel(copy.deepcopy(setup.sft)), training(unit, setup.settings)
+    place(model, made)
+    reward_model.train(model, setup.pairs, made)
     reward_model.save(setup.out / f"reward_model_{unit.seed}", model, setup.tokenizer)
     return []
 
 
-def reference_logps(setup, unit):
-    """The SFT model's log-probabilities of all pairs, for dpo and unlikelihood of every seed; no points."""
-    logps = train_dpo.reference_logps(setup.sft, setup.pairs, setup.training(unit))
-    with atomic(setup.out / "reference_logps.pt") as file:
-        torch.save({"logps": logps}, file)
-    return []
-
-
-RUN = {"sft": sft, "best-of-n": best_of, "reward-model": learn_reward, "reference-logps": reference_logps}
-RUN |= {"preferred-ft": pairwise, "unlikelihood": pairwise, "dpo": pairwise, "ppo": by_ppo, "ppo-gt": by_ppo}
+RUN = {"sft": sft, "best-of-n": best_of, "reward-model": learn_reward, "ppo": by_ppo, "ppo-gt": by_ppo}
+RUN |= {"preferred-ft": pairwise, "unlikelihood": pairwise, "dpo": pairwise}
 
 
 # ---- 3. The file ----
