@@ -139,8 +139,9 @@ def pairwise(setup, unit):
         rows, step = [(prompt, chosen) for prompt, chosen, _ in rows], train_sft.train_step
     else:
         loss = unlikelihood_loss if unit.method == "unlikelihood" else train_dpo.dpo_loss
-        name = checkpoint.fingerprint(setup.sft, rows, made.device, made.dtype, made.fast)
-        compute = functools.partial(train_dpo.reference_logps, setup.sft, rows, made)
+        name = checkpoint.fingerprint(setup.sft, rows, made.device, made.dtype, made.batch_size)
+        plain = dataclasses.replace(made, fast=False)  # --fast rounds differently
+        compute = functools.partial(train_dpo.reference_logps, setup.sft, rows, plain)
         reference = checkpoint.cached(setup.out / "reference_logps" / f"{name}.pt", compute)
         step = functools.partial(train_dpo.train_step, reference=reference, loss=loss)
     watch = Watch(setup, policy, count_steps(rows, made)[-1], unit.seed)
