@@ -3,14 +3,11 @@
     python -m experiments.frontier.accuracy --policy runs/dpo --reference runs/sft --reward-model runs/reward \
         --data toy --reward toy
 
-DPO trains a reward model, too: beta log pi(y|x)/pi_ref(y|x), up to a term that depends on x alone (Eq. 5 of Rafailov et
-al. 2023). Here each reward prefers one response of each held-out pair, and is right where that one was chosen; a tie is
-half right. Neither beta nor any other scale changes that.
+Each reward prefers one response of each held-out pair, and is right if that one was chosen. A tie is half right.
 
-    implicit reward     log pi(y|x) - log pi_ref(y|x), of --policy
+    implicit reward     log pi(y|x) - log pi_ref(y|x), of --policy (Eq. 5 of Rafailov et al. 2023, without beta)
     reward model        learned from pairs by Bradley-Terry (experiments.frontier.baselines.reward_model)
-    true reward         the labels were drawn by it: where they are noisy it is not always right, and no reward can be
-                        expected to be right more often
+    true reward         the labels were drawn by it. With noisy labels no reward can be expected to be right more often
     reference log-prob  log pi_ref(y|x): the likelier response, before anything was learned from preferences
     longer wins         the response with more tokens
 """
@@ -47,7 +44,7 @@ def accuracy(scores, prompts):
     """How often the chosen response scores higher, ties one half -> {"accuracy", "se", "ties"}, shares of the pairs.
 
     scores (N, 2): of the chosen and the rejected response. Pairs that share one of the N `prompts` are not independent,
-    so the spread is taken over prompts: the usual cluster-robust error of a mean. Raises UserError for a single prompt.
+    so the error of the mean is the cluster-robust one, over prompts.
     """
     chosen, rejected = scores.unbind(-1)
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
@@ -62,10 +59,9 @@ def accuracy(scores, prompts):
 
 
 def scores_of(pairs, policy, reference, reward, tokenizer, true_reward, batch_size):
-    """Returns what each reward says of the token rows `pairs`: {name: (N, 2), of the chosen and the rejected response}.
+    """Returns what each reward says of `pairs`, token rows: {name: (N, 2), of the chosen and the rejected response}.
 
-    All see the same ids, cut to the context where that was needed; true_reward(prompts, responses) gets them as text,
-    and may be None.
+    true_reward(prompts, responses) gets the same tokens as text. It may be None.
     """
     prompts, *sides = zip(*pairs, strict=True)
     device = str(policy.wte.weight.device)

@@ -29,10 +29,9 @@ def kl_bound(n):
 
 
 def best_of(scores, n):
-    """Where the best of each group of n neighbours stands: scores (P, K) of K samples per prompt -> (P, K // n).
+    """The place, among the K samples of a prompt, of the best of each n neighbours: scores (P, K) -> (P, K // n).
 
-    Places count within the K of a prompt. Of a tie the first is taken, which is as good as drawing at random. Where n
-    does not divide K, the samples that are left over are not used.
+    Of a tie the first is taken. Where n does not divide K, the samples that are left over are not used.
     """
     P, K = scores.shape
     groups = K // n

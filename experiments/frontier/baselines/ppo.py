@@ -10,23 +10,22 @@ ROLL OUT. The policy completes a batch of prompts at temperature 1, from the who
 change of the policy since the sampling, and for nothing else.
 
 REWARD. Each token is an action, and the text before it the state. The reward r of the finished response arrives with
-its last token; every token pays for its distance from the reference (Ziegler et al. 2019, arXiv 1909.08593, Eq. 2):
+its last token. Every token pays for its distance from the reference (Ziegler et al. 2019, arXiv 1909.08593, Eq. 2):
 
     R_t  =  -kl_coef (log pi(y_t|s_t) - log pi_ref(y_t|s_t))  +  r if y_t is the last
 
 The sum over t has the mean E[r] - kl_coef KL(pi || pi_ref). kl_coef is DPO's beta. A controller moves it so that the
 KL, in nats per response, reaches --kl-target (the DPO paper's "target KL in {3, 6, 9, 12}").
 
-ADVANTAGE. How much better did token t turn out than was to be expected before it? A value model V(s_t) estimates the
-sum of rewards to come. Generalised advantage estimation (GAE; Schulman et al. 2016, arXiv 1506.02438, Eq. 16) weighs
-the noise of what followed against the errors of V. There is no discount: a response is short.
+ADVANTAGE. How much better was token t than expected? A value model V(s_t) estimates the sum of rewards to come.
+Generalised advantage estimation (GAE; Schulman et al. 2016, arXiv 1506.02438, Eq. 16) weighs the noise of what followed
+against the errors of V. There is no discount: a response is short.
 
 UPDATE. Several epochs of small steps over the same rollouts. The ratio pi / pi_old at each token is clipped, so that no
 step gains from moving further than that (Schulman et al. 2017, arXiv 1707.06347, Eq. 7).
 
 The value model is a second network, as in Stiennon et al. 2020 (arXiv 2009.01325, section 3.4), and starts with the
-weights of the SFT model. In a body shared with the policy, the value loss, which has the scale of the reward and starts
-large, would damage the policy's language before V is of any use.
+weights of the SFT model. In a shared body, the value loss, which starts large, would damage the policy's language.
 """
 
 import copy
@@ -78,20 +77,15 @@ def gae(rewards, values, mask, lam):
 
 
 def mean(values, mask):
-    """Mean over response tokens: (N, T) -> ()."""
     return (values * mask).sum() / mask.sum()
 
 
 def variance(values, mask):
-    """Variance over response tokens: (N, T) -> ()."""
     return mean((values - mean(values, mask)).square(), mask)
 
 
 def whiten(values, mask):
-    """Brings values to mean 0 and variance 1 over response tokens, 0 elsewhere: (N, T) -> (N, T).
-
-    So one learning rate fits rewards of any scale.
-    """
+    """Brings values (N, T) to mean 0 and variance 1, so that one learning rate fits rewards of any scale."""
     return (values - mean(values, mask)) * mask / (variance(values, mask).sqrt() + 1e-8)
 
 
@@ -112,10 +106,9 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def next_kl_coef(kl_coef, kl, target, gain):
-    """The adaptive controller of Ziegler et al. 2019, section 2.2: kl_coef rises while the KL is above its target.
+    """The controller of Ziegler et al. 2019, section 2.2: kl_coef rises while the KL is above its target (0: none).
 
-    kl and target are in nats per response. The relative error counts up to 20 %, so one step changes kl_coef by at most
-    a share of 0.2 * gain. With target 0 it stays as it is.
+    The relative error counts up to 20 %, so one step changes kl_coef by at most a share of 0.2 * gain.
     """
     if target == 0:
         return kl_coef
@@ -207,10 +200,7 @@ def room_for_prompt(policy, settings):
 
 @torch.no_grad()
 def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, generator):
-    """Samples one response to each of `prompts` (texts) and scores it -> Rollout.
-
-    The responses are the ids that were drawn: the final eot is one of them unless the response was cut.
-    """
+    """Samples one response to each of `prompts` (texts) and scores it -> Rollout."""
     room = room_for_prompt(policy, settings)
     samples = common.sample(policy, tokenizer, prompts, settings.max_new_tokens, generator, room=room)
     device = policy.wte.weight.device
@@ -254,20 +244,16 @@ def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
 
 
 def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None, state=None, steps=None):
-    """PPO from the weights that `policy` and `reference` come with. Trains `policy` in place.
+    """Trains `policy` in place.
 
     Args:
         reward: reward(prompts, responses, prompt_ids, response_ids) -> list of floats; texts, and ids as `generate`
             takes and returns them.
         prompts: texts.
-        settings: need not come from a command line: Settings(data="", init="", out="", **SETS["toy"]) is enough.
         on_step: on_step(step, metrics, state) after each step, counted from 1. `state` is what to save beside the
             policy, at once, since its tensors change with the next step.
         state: that of an earlier on_step, to continue its training with its policy.
         steps: the steps to make, counted from 0; None: all of them.
-
-    Raises:
-        UserError: the context is too short for a response, or a loss is not finite.
     """
     policy.set_dropout(0.0)  # the ratio of new to old probabilities must be 1 before the first update
     policy.train(), reference.eval()
@@ -313,10 +299,7 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
 
 
 def load(name, tokenizer, device):
-    """Loads --reward -> the function that `train` takes: a reward model reads the ids, any other reward the texts.
-
-    Raises UserError for a reward model with another tokenizer than the policy.
-    """
+    """Loads --reward -> the function that `train` takes: a reward model reads the ids, any other reward the texts."""
     if name != "toy" and Path(name).is_dir():
         model, _ = reward_model.load(name, tokenizer)
         model.to(device)
@@ -331,26 +314,21 @@ def main():
     settings.device = pick_device(settings.device)
     (reference,), tokenizer = common.load_models(settings.init, device=settings.device)
     reward = load(settings.reward, tokenizer, settings.device)
-    policy, state = copy.deepcopy(reference), {}
-    if settings.resume:
-        policy, _, state = run.load()
+    policy, _, state = run.load()
     policy.to(settings.device)
+    state = state if settings.resume else {}
     run.count(state.get("step", 0), settings.steps, min(settings.steps, settings.max_steps or settings.steps))
     prompts = common.read_prompts(settings.data, "prompts_train")
     shown = prompts[: settings.samples]
     shown_ids = common.prompt_ids(tokenizer, shown, room_for_prompt(policy, settings))
     before = complete(reference, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
 
-    latest = {}
-
-    def on_step(step, metrics, state):
-        latest.update(state)
+    def on_step(step, metrics, now):
+        state.update(now)
         run.log(step - 1, metrics)
         run.bar.set_postfix_str(f"reward {metrics['reward']:.2f}, KL {metrics['kl']:.2f}")
 
-    def save(step):
-        run.save(policy, tokenizer, latest)
-
+    save = lambda step: run.save(policy, tokenizer, state)  # noqa: E731
     with run.loop(range(run.first_step, run.last_step), tokenizer, save) as steps:
         train(policy, reference, reward, prompts, tokenizer, settings, on_step, state, steps)
     after = complete(policy, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)

@@ -40,9 +40,8 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 class RewardModel(nn.Module):
     """The body of a GPT and a linear head: dataset.Rows of B rows -> rewards (B,), before `mean` is subtracted.
 
-    The body reads each row without its leading eot, which says nothing: its input is `targets`, not `ids`. So the last
-    token of the response (its eot, if it ended) is an input as well, and the row still fits into the context. The
-    reward is read at that token, the last position that `mask` marks. The causal mask hides the padding after it.
+    The input is `targets`, not `ids`: each row without its leading eot. So the last token of the response is an input
+    as well, and the row still fits into the context. The reward is read there, at the last position that `mask` marks.
     """
 
     def __init__(self, gpt):
@@ -55,18 +54,14 @@ class RewardModel(nn.Module):
 
     def forward(self, rows):
         hidden = self.gpt.hidden(rows.targets)  # (B, T, C)
-        positions = torch.arange(rows.mask.shape[1], device=rows.mask.device)
-        last = (rows.mask * positions).argmax(dim=1)  # (B,)
+        last = rows.mask.shape[1] - 1 - rows.mask.flip(1).int().argmax(dim=1)  # (B,)
         hidden = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
         with torch.autocast(hidden.device.type, enabled=False):  # the reward in fp32 at least
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
     @torch.no_grad()
     def score(self, prompts, responses, batch_size=128, progress=None):
-        """Returns rewards (N,) of responses to prompts (lists of ids), with `mean` subtracted, on the CPU.
-
-        `progress` is a text for a progress bar. Raises UserError for a row longer than the context.
-        """
+        """Returns rewards (N,) of responses to prompts (lists of ids), with `mean` subtracted, on the CPU."""
         was_training = self.training
         self.eval()
         rows = list(zip(prompts, responses, strict=True))
@@ -85,15 +80,11 @@ def head_of(model):
 
 
 def save(folder, model, tokenizer):
-    """Saves the body as any model's checkpoint, and the head in its state."""
     checkpoint.save(folder, model.gpt, tokenizer, {"reward_head": head_of(model)})
 
 
 def load(folder, policy_tokenizer=None):
-    """Loads a reward model -> (RewardModel, its tokenizer).
-
-    Raises UserError if the folder holds something else, or if the policy's tokenizer is given and differs.
-    """
+    """Returns (RewardModel, its tokenizer). Raises UserError for another kind of model, or another tokenizer."""
     gpt, tokenizer, state = checkpoint.load(folder)
     model = with_head(gpt, state, folder)
     if policy_tokenizer and policy_tokenizer.fingerprint != tokenizer.fingerprint:
@@ -102,7 +93,6 @@ def load(folder, policy_tokenizer=None):
 
 
 def with_head(gpt, state, folder):
-    """Joins a body and the saved head in its state -> RewardModel. UserError if there is none."""
     if "reward_head" not in state:
         raise UserError(
             f"{folder} holds a language model, not a reward model. Train one: "
@@ -133,9 +123,8 @@ def of_texts(model, tokenizer):
 
 # ---- 2. Settings ----
 
-# a new head takes larger and more steps: at DPO's own rate it learns nothing from the first third of the toy's pairs
-SETS = {**train_dpo.SETS, "toy": {**train_dpo.SETS["toy"], "lr": 2e-3, "batch_size": 32}}
-SETS = {name: {k: v for k, v in values.items() if k != "beta"} for name, values in SETS.items()}
+SETS = {name: {k: v for k, v in values.items() if k != "beta"} for name, values in train_dpo.SETS.items()}
+SETS["toy"] |= {"lr": 2e-3, "batch_size": 32}  # the new head learns nothing from a third of the pairs at DPO's own rate
 
 
 @dataclasses.dataclass
@@ -160,7 +149,7 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards):
 
 
 def measure(model, pairs, indices, settings):
-    """Returns the metrics of the pairs `indices`, each (B,), by name; "loss" has a gradient."""
+    """Returns the metrics of the pairs `indices`, each (B,), by name."""
     batch = dataset.preference_batch([pairs[i] for i in indices], settings.device)
     with autocast(settings.device, settings.dtype):
         chosen, rejected = model(batch.chosen), model(batch.rejected)
@@ -174,7 +163,7 @@ def measure(model, pairs, indices, settings):
 
 
 def means_of(parts):
-    """A list of what `measure` returns -> the means over all pairs, by name, however they are cut into batches."""
+    """A list of what `measure` returns -> the means over all pairs, by name."""
     return {name: torch.cat([part[name].detach() for part in parts]).mean().item() for name in parts[0]}
 
 
@@ -203,13 +192,12 @@ def evaluate(model, pairs, settings):
 
 
 def centre(model, pairs, settings):
-    """Sets `mean`, so that the scores of all responses in `pairs` have the mean 0."""
+    """Sets `mean` so that the scores of all responses in `pairs` have the mean 0."""
     means = evaluate(model, pairs, settings)
     model.mean.fill_((means["eval/rewards/chosen"] + means["eval/rewards/rejected"]) / 2)
 
 
 def train(model, pairs, settings, on_step=None):
-    """Trains a RewardModel in place; on_step is that of `fit`."""
     fit(model, pairs, train_step, settings, on_step)
     centre(model, pairs, settings)
 

@@ -9,12 +9,9 @@ the probability of y_w, minimise that of y_l, with a coefficient alpha in [0, 1]
     L(pi)  =  E[ -log pi(y_w|x)  +  alpha log pi(y_l|x) ]
 
 For alpha = 1 its gradient is DPO's (A.4) without the weight beta sigmoid(rejected_reward - chosen_reward), so it shows
-what that weight does. Also, a token of a rejected response is not unwanted by itself: most of them, such as "The film",
-are in chosen responses as well.
-
-The loss has no lower bound: log pi(y_l|x) can fall without end, and nothing makes the next step smaller. No reference
-holds the policy back. So the result depends on learning rate and number of steps as much as on alpha. alpha = 0 is
-maximum likelihood of the chosen: Preferred-FT, but averaged per response, not per token.
+what that weight does. The loss has no lower bound: log pi(y_l|x) can fall without end, and nothing makes the next step
+smaller. So the result depends on learning rate and number of steps as much as on alpha. alpha = 0 is maximum likelihood
+of the chosen: Preferred-FT, but averaged per response, not per token.
 """
 
 import dataclasses
