@@ -53,12 +53,13 @@ class Sweep:
     records: Callable  # n -> the first n training pairs (0: all) as records
     pairs: int  # how many of them, unless --pairs says otherwise
     max_new_tokens: int  # longest completion
-    reward: str  # the true reward, unless --reward says otherwise; "": there is none of its own
-    grammatical: Callable | None  # text -> whether the grammar accepts it
+    reward: str = ""  # the true reward, unless --reward says otherwise; "": there is none of its own
+    grammatical: Callable | None = None  # text -> whether the grammar accepts it
     reward_sd: float = 1.5  # of the SFT model's samples: PPO's first price of a nat goes by it
     rescale: bool = False  # bring a learned reward to `reward_sd` first: its own scale says nothing
 
 
+SETTINGS = {"preferred-ft": [""], "unlikelihood": [0.05, 0.1, 0.5, 1.0], "best-of-n": [2, 4, 16, 64]}
 ADAMW = dict(optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True)
 IMDB_PPO = dict(steps=100, rollouts=256, epochs=2, lr=1e-4, value_lr=2e-4, warmup_steps=5, value_clip=1.0)
 
@@ -76,9 +77,7 @@ def by_sgd(beta):
 SWEEPS = {
     "toy": Sweep(
         settings={
-            "preferred-ft": [""],
-            "unlikelihood": [0.05, 0.1, 0.5, 1.0],
-            "best-of-n": [2, 4, 16, 64],
+            **SETTINGS,
             "ppo": [0.5, 1.0, 2.0, 4.0],
             "ppo-gt": [0.5, 1.0, 2.0, 4.0],
             "dpo": [0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0],
@@ -97,9 +96,7 @@ SWEEPS = {
     ),
     "imdb": Sweep(
         settings={
-            "preferred-ft": [""],
-            "unlikelihood": [0.05, 0.1, 0.5, 1.0],
-            "best-of-n": [2, 4, 16, 64],
+            **SETTINGS,
             "ppo": [3.0, 6.0, 9.0, 12.0],
             "ppo-gt": [3.0, 6.0, 9.0, 12.0],
             "dpo": [0.05, 0.1, 0.3, 1.0, 5.0],
@@ -111,8 +108,6 @@ SWEEPS = {
         records=lambda n: dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None],
         pairs=0,
         max_new_tokens=64,
-        reward="",
-        grammatical=None,
         rescale=True,
     ),
 }
