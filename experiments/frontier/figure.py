@@ -60,8 +60,7 @@ TICKS = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 20
 def draw(points, curve, path, kl_end=20.0):
     """Draws the figure: reward against KL, and below it the share of grammatical samples, if there is a grammar.
 
-    Points on the way are small, those at the end of a training large. curve: the limit's Points, or None. Points beyond
-    a KL of kl_end are named in the figure.
+    curve: the limit's Points, or None. Points beyond a KL of kl_end are named in the figure.
     """
     final = set(last_points(points))
     columns = {"reward": "mean true reward", "grammatical": "grammatical"}
@@ -103,19 +102,17 @@ def draw(points, curve, path, kl_end=20.0):
     axes[-1].set_xlim(-0.004, 1.05 * longest)
     axes[-1].set_xlabel("KL from the SFT model, nats per response (axis: its square root)")
     if beyond:
-        names = [
-            f"{LOOKS[p.method][0]} {p.setting}, seed {p.seed}: {p.kl:.0f} nats, reward {p.reward:.1f}" for p in beyond
-        ]
+        line = "{} {}, seed {}: {:.0f} nats, reward {:.1f}".format
+        names = [line(LOOKS[p.method][0], p.setting, p.seed, p.kl, p.reward) for p in beyond]
         text = "\n".join(["beyond the right edge:", *names])
         axes[0].text(0.01, 0.98, text, transform=axes[0].transAxes, va="top", fontsize=7)
     common.save_figure(path, figure)
 
 
 def theory(points, curve):
-    """Returns {beta: (KL, reward)} of the optima of DPO's betas, where the limit is drawn; {} without a grammar.
+    """Returns {beta: (KL, reward)} of the optima of DPO's betas, where the limit is drawn.
 
-    Only the toy has a grammar. Its labels are drawn by Bradley-Terry from the true reward, so that DPO's optimum is the
-    limit's own policy.
+    {} without a grammar: only the toy has one, and only its labels are drawn by Bradley-Terry from the true reward.
     """
     if math.isnan(points[0].grammatical):
         return {}
@@ -162,8 +159,7 @@ def summary(points, curve):
 def height(point, curve):
     """Returns how far a point is above the limit at its KL, in standard errors; NaN where the limit is not drawn.
 
-    The errors of reward and KL are taken as independent. In truth they go together along the curve, so this error is
-    mostly too large, and the result too small.
+    The errors of reward and KL count as independent. They go together along the curve, so the result is too small.
     """
     best, slope = limit.reward_at(curve, point.kl), limit.slope_at(curve, point.kl)
     return (point.reward - best) / math.hypot(point.reward_se, slope * point.kl_se, curve[0].reward_se)

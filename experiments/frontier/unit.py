@@ -151,7 +151,7 @@ def pairwise(setup, unit):
 
 
 def best_of(setup, unit):
-    """Best-of-N for all N, from one batch of samples. Its KL is the upper bound log N - (N-1)/N."""
+    """Best-of-N for all N, from one batch of samples."""
     began, sizes = time.perf_counter(), setup.sweep.settings["best-of-n"]
     k = max(sizes)
     model, _ = reward_model.load(setup.out / f"reward_model_{unit.seed}")
@@ -159,9 +159,8 @@ def best_of(setup, unit):
     scores = model.to(setup.device).score(samples.prompt_ids, samples.ids, limit.ROWS).view(-1, k)
     seconds, points = time.perf_counter() - began, []
     for n in sizes:
-        figures = setup.judge(best_of_n.best_samples(samples, scores, n), k // n)
-        kl = {"kl": best_of_n.kl_bound(n), "kl_se": 0.0}
-        points.append({"setting": n, "step": 0, **kl, **figures, "seconds": seconds * n / k})
+        point = {"setting": n, "step": 0, "kl": best_of_n.kl_bound(n), "kl_se": 0.0, "seconds": seconds * n / k}
+        points.append(point | setup.judge(best_of_n.best_samples(samples, scores, n), k // n))
     return points
 
 
@@ -181,8 +180,7 @@ def by_ppo(setup, unit):
 def to_scale(setup, reward, seed, samples=256):
     """Returns the reward times the factor that gives it the SD `reward_sd` over samples of the SFT model.
 
-    Labels that are never wrong do not say how large a learned reward is, and PPO's first price of a nat depends on that
-    SD. Ziegler et al. 2019 normalise the learned reward as well.
+    Labels that are never wrong do not say how large a learned reward is. Ziegler et al. 2019 normalise it as well.
     """
     prompts = common.read_prompts(setup.settings.data, "prompts_train", samples)
     drawn = setup.sample(setup.sft, prompts, seed, room=ppo.room_for_prompt(setup.sft, setup.settings))
@@ -212,7 +210,7 @@ def unit_path(out, unit, kind="json"):
 
 
 def made_of(setup, unit):
-    """What decides a unit's points, by name, as JSON has it."""
+    """What decides a unit's points, by name."""
     names = ("data", "reward", "pairs", "prompts", "samples", "points", "max_new_tokens")
     knobs = dataclasses.asdict(training(unit, setup.settings)) if unit.method in TRAINED else {}
     elsewhere = {field.name for field in dataclasses.fields(Settings)} | {"init", "dtype"}
