@@ -17,7 +17,6 @@ import itertools
 import math
 import statistics
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +30,13 @@ from experiments import common
 from experiments.evaluate import sequence_kl
 from experiments.frontier import limit
 from experiments.frontier.baselines import fit
-from experiments.make_pairs import pairs_of
 from minidpo import dataset
 from minidpo.optim import OPTIMIZERS
 from minidpo.run import count_steps
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
-# what each line of the figure does differently from DPO as the settings have it: knobs of training, or
-#   soft     no label noise: the loss is averaged over the labels that Bradley-Terry could have drawn
-#   sampled  both responses are samples of the reference, not the grammar's
+# the knobs that each line of the figure changes. soft: the loss is averaged over the labels that Bradley-Terry could
+# have drawn
 CAUSES = {
     "DPO": {},
     "no label noise": {"soft": True},
@@ -47,7 +44,6 @@ CAUSES = {
     "half the learning rate": {"lr": 0.003},
     "two epochs": {"epochs": 2.0},
     "batches of 32": {"batch_size": 32},
-    "pairs sampled from the reference": {"sampled": True},
 }
 DEFAULT = ("DPO", "no label noise", "AdamW")
 PAIRS = (1000, 3000, 10000, 30000)
@@ -94,17 +90,6 @@ def grammar_pairs(n, seed):
     """Returns n pairs from the toy's generator, the first of them the same for every n."""
     first = seed * max(PAIRS)  # seed 0 begins with the toy's own 10,000
     return list(itertools.islice(toy.rows("pairs_train", first + n), first, None))
-
-
-def sampled_pairs(model, tokenizer, n, seed):
-    """Returns n pairs of two samples of `model`, as experiments.make_pairs makes them with --k 2 --labels bt."""
-    openings = itertools.cycle(record["prompt"] for record in toy.rows("prompts_train", toy.ROWS["prompts_train"]))
-    prompts = list(itertools.islice(openings, n))
-    samples = common.sample(model, tokenizer, prompts, LONGEST, seed, per_prompt=2, batch_size=limit.ROWS)
-    both = list(zip(samples.texts, samples.ended, map(grammar.reward, samples.texts), strict=True))
-    labelling = torch.Generator().manual_seed(seed)
-    pairs = [pairs_of(prompt, both[2 * i : 2 * i + 2], "bt", labelling, Counter()) for i, prompt in enumerate(prompts)]
-    return list(itertools.chain(*pairs))
 
 
 def preference(record):
@@ -160,9 +145,9 @@ def training(settings, **knobs):
 
 
 @functools.lru_cache(maxsize=1)  # the causes take turns on the same pairs
-def prepared(model, tokenizer, pairs, seed, sampled):
+def prepared(model, tokenizer, pairs, seed):
     """Returns records, token rows, and the reference's log-probabilities of both sides (N, 2)."""
-    records = sampled_pairs(model, tokenizer, pairs, seed) if sampled else grammar_pairs(pairs, seed)
+    records = grammar_pairs(pairs, seed)
     rows, _ = dataset.encode_pairs(records, tokenizer, model.config.block_size)
     return records, rows, train_dpo.reference_logps(model, rows, training(Settings()))
 
@@ -170,10 +155,9 @@ def prepared(model, tokenizer, pairs, seed, sampled):
 def one_run(cause, pairs, seed, model, tokenizer, points, settings):
     """Trains a copy of `model` by DPO and judges it -> Run."""
     knobs = dict(CAUSES[cause])
-    soft, sampled = knobs.pop("soft", False), knobs.pop("sampled", False)
-    records, rows, reference = prepared(model, tokenizer, pairs, seed, sampled)
+    records, rows, reference = prepared(model, tokenizer, pairs, seed)
     preferred = torch.ones(len(rows))
-    if soft:
+    if knobs.pop("soft", False):
         preferred = torch.tensor([preference(record) for record, _ in zip(records, rows, strict=True)])
     policy, made, began = copy.deepcopy(model), training(settings, seed=seed, **knobs), time.perf_counter()
     fit(policy, rows, functools.partial(train_step, reference=reference, preferred=preferred), made)
