@@ -16,14 +16,9 @@ model k (the balance heuristic of Veach & Guibas 1995), and weighs
     u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
 
 with weights divided by their sum, prompt by prompt. The densities are known exactly, so bad proposals cost precision
-and nothing else. Two numbers show whether the samples suffice: the effective sample size (sum w)^2 / sum w^2 of each
+and nothing else. They sample at a temperature above 1 (pi_k has logits / temperature), because a weight is large where
+q is too small. Two numbers show whether the samples suffice: the effective sample size (sum w)^2 / sum w^2 of each
 prompt, at least LEAST_ESS wherever `read` gives a point; and how far the curve moves when the samples are doubled.
-
-The proposals sample at a temperature above 1 (pi_k has logits / temperature), because a weight is large where q is too
-small. If a single draw still outweighs all others of its prompt, the reward pays for something that no trained policy
-ever says; docs/frontier.md has an example.
-
-Where labels are drawn from Bradley-Terry with the reward r, the optimum of DPO with this beta is pi_beta: `at_beta`.
 """
 
 import dataclasses
@@ -118,10 +113,7 @@ def curve(rewards, logps, counts, betas=BETAS):
 
 
 def doubling(rewards, logps, counts, betas=BETAS):
-    """The largest relative change of the gain over the reference, at equal KL, when the samples are doubled.
-
-    Half of each model's draws are compared with all, at KLs above 0.1 nats where all together have LEAST_ESS.
-    """
+    """The largest relative change of the gain, at equal KL above 0.1 nats, when half of the draws become all."""
     # every other draw of each model; they lie in blocks, one model after the other
     kept = torch.cat([torch.arange(n - n % 2)[::2] + sum(counts[:k]) for k, n in enumerate(counts)])
     half = curve(rewards[:, kept], logps[:, :, kept], [n // 2 for n in counts], betas)
@@ -146,7 +138,7 @@ class Source(NamedTuple):
 
 @torch.no_grad()
 def sequence_logps(source, prompt_ids, response_ids, batch_size=128):
-    """Returns log of the probability that `source` draws each response, summed over its tokens: (N,) float64, CPU."""
+    """Returns the log-probability with which `source` draws each response: (N,) float64, on the CPU."""
     model, temperature = source
     rows = list(zip(prompt_ids, response_ids, strict=True))
     logps = torch.empty(len(rows), dtype=torch.float64)
@@ -167,7 +159,7 @@ def shares(samples, models):
 def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator):
     """Draws counts[k] responses of sources[k] to each prompt (a text) -> rewards (P, S), logps (K, P, S).
 
-    The draws of one source stand together. A response is the ids that were drawn, with its final eot unless it was cut.
+    The draws of one source stand together.
     """
     rewards, logps = [], []
     for (model, temperature), count in zip(sources, counts, strict=True):
@@ -180,14 +172,10 @@ def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator)
 
 
 def all_draws(sources, prompts, tokenizer, reward, settings):
-    """`draw` for all prompts, a few at a time -> rewards (P, S), logps (K, P, S).
-
-    Each part is kept in a file of OUT.draws and not drawn again, so that a stopped run continues where it was.
-    """
+    """`draw` for all prompts, a few at a time. Each part is kept in OUT.draws, so that a stopped run continues."""
     counts = shares(settings.samples, len(sources))
-    drawn_from = [part for source in sources for part in source]
     knobs = settings.reward, settings.samples, settings.max_new_tokens, settings.seed
-    made_of = checkpoint.fingerprint(*drawn_from, *knobs)
+    made_of = checkpoint.fingerprint(*itertools.chain(*sources), *knobs)
     at_once = max(1, ROWS // counts[-1])
     parts = []
     for first in tqdm(range(0, len(prompts), at_once), desc="draws", unit=f"x {at_once} prompts"):
@@ -207,16 +195,11 @@ def all_draws(sources, prompts, tokenizer, reward, settings):
 
 
 def write(path, points):
-    """Writes Points as a CSV file, the reference (beta inf, KL 0) first."""
     common.write_csv(path, points, digits=6)
 
 
 def read(path, least_ess=LEAST_ESS):
-    """Reads the Points that have `least_ess` effective samples for every prompt, the reference first, the KL rising.
-
-    Raises:
-        UserError: the file is missing, of another kind, or has no point for the reference.
-    """
+    """Reads the Points that have `least_ess` effective samples for every prompt, the reference first, the KL rising."""
     points = common.read_csv(path, Point, "python -m experiments.frontier.limit --help")
     points = sorted((p for p in points if p.ess_min >= least_ess), key=lambda p: -p.beta)
     if not points or points[0].beta < math.inf:
