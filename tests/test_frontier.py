@@ -219,7 +219,7 @@ def test_the_toy_sweep_is_the_papers_and_more():
     units = frontier.units(frontier.Settings())
     for one in units:
         assert one.needs is None or units.index(one.needs) < units.index(one)
-    assert len(units) == len(set(units)) == 3 * (1 + 1 + 1 + 1 + 4 + 4 + 4 + 9)
+    assert len(units) == len(set(units)) == 1 + 3 * (1 + 1 + 1 + 1 + 4 + 4 + 4 + 9)
 
 
 def test_a_learned_reward_is_brought_to_scale(made, tmp_path):

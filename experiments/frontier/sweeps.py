@@ -26,13 +26,14 @@ TRAINED = {
     "ppo": (ppo.Settings, ppo.SETS, "kl_target"),
     "ppo-gt": (ppo.Settings, ppo.SETS, "kl_target"),
     "reward-model": (reward_model.Settings, reward_model.SETS, None),
+    "reference-logps": (train_dpo.Settings, train_dpo.SETS, None),
 }
 
 
 class Unit(NamedTuple):
     """One method, one setting, one seed."""
 
-    method: str  # one of METHODS, or "reward-model", which others need
+    method: str  # one of METHODS, or what others need: "reward-model", "reference-logps"
     setting: float | str  # "" where the method has none
     seed: int
 
@@ -43,7 +44,9 @@ class Unit(NamedTuple):
     @property
     def needs(self):
         """The unit that must be done before this one, or None."""
-        return Unit("reward-model", "", self.seed) if self.method in ("best-of-n", "ppo") else None
+        if self.method in ("best-of-n", "ppo"):
+            return Unit("reward-model", "", self.seed)
+        return Unit("reference-logps", "", 0) if self.method in ("dpo", "unlikelihood") else None
 
 
 @dataclass(frozen=True)

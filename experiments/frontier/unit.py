@@ -4,8 +4,8 @@
         --out runs/frontier/toy
 
 It starts from the SFT model, trains, is evaluated on the way, and writes its points to --out/units/NAME.json. The sweep
-(`python -m experiments.frontier`) runs this command once for each unit. A unit that needs a reward model finds it in
---out: the unit "reward-model" of the same seed writes it.
+(`python -m experiments.frontier`) runs this command once for each unit. A unit that needs a reward model, or the
+log-probabilities of the reference, finds them in --out: the units "reward-model" and "reference-logps" write them.
 """
 
 import copy
@@ -29,7 +29,7 @@ from experiments.frontier.sweeps import METHODS, SWEEPS, TRAINED, Unit, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write
+from minidpo.files import atomic, atomic_write
 from minidpo.run import count_steps, place
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
@@ -58,7 +58,7 @@ class SweepSettings:
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(SweepSettings):
-    method: str = knob(dataclasses.MISSING, "what to run", choices=(*METHODS, "reward-model"))
+    method: str = knob(dataclasses.MISSING, "what to run", choices=(*METHODS, "reward-model", "reference-logps"))
     setting: str = knob("", "alpha of unlikelihood, beta of dpo, KL target of ppo and ppo-gt; empty for all others")
     seed: int = knob(0, "of the order of the pairs, and of all sampling")
 
@@ -139,10 +139,7 @@ def pairwise(setup, unit):
         rows, step = [(prompt, chosen) for prompt, chosen, _ in rows], train_sft.train_step
     else:
         loss = unlikelihood_loss if unit.method == "unlikelihood" else train_dpo.dpo_loss
-        name = checkpoint.fingerprint(setup.sft, rows, made.device, made.dtype, made.batch_size)
-        plain = dataclasses.replace(made, fast=False)  # --fast rounds differently
-        compute = functools.partial(train_dpo.reference_logps, setup.sft, rows, plain)
-        reference = checkpoint.cached(setup.out / "reference_logps" / f"{name}.pt", compute)
+        reference = checkpoint.read(setup.out / "reference_logps.pt", keys=("logps",))["logps"]
         step = functools.partial(train_dpo.train_step, reference=reference, loss=loss)
     watch = Watch(setup, policy, count_steps(rows, made)[-1], unit.seed)
     fit(policy, rows, step, made, watch)
@@ -198,8 +195,17 @@ def learn_reward(setup, unit):
     return []
 
 
-RUN = {"sft": sft, "best-of-n": best_of, "reward-model": learn_reward, "ppo": by_ppo, "ppo-gt": by_ppo}
-RUN |= {"preferred-ft": pairwise, "unlikelihood": pairwise, "dpo": pairwise}
+def reference_logps(setup, unit):
+    """The SFT model's log-probabilities of all pairs, for dpo and unlikelihood of every seed; no points."""
+    made = training(unit, setup.settings)
+    place(setup.sft, made)
+    with atomic(setup.out / "reference_logps.pt") as file:
+        torch.save({"logps": train_dpo.reference_logps(setup.sft, setup.pairs, made)}, file)
+    return []
+
+
+RUN = {"sft": sft, "best-of-n": best_of, "reward-model": learn_reward, "reference-logps": reference_logps}
+RUN |= {"preferred-ft": pairwise, "unlikelihood": pairwise, "dpo": pairwise, "ppo": by_ppo, "ppo-gt": by_ppo}
 
 
 # ---- 3. The file ----
