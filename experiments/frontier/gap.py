@@ -3,11 +3,8 @@
     python -m experiments.frontier.gap --init runs/sft --limit limit.csv      trains what the CSV lacks, and draws
     python -m experiments.frontier.gap --figure-only                          draws the figure from the CSV again
 
-DPO's loss is that of a classifier: with endless pairs its optimum is the limit's own policy (Eq. 4 of the paper), and
-no gap is left. Each of `CAUSES` changes one thing about the pairs or the training and nothing else: the same pairs in
-the same order, where that is possible. The gap is
-
-    1 - (DPO's gain in reward over the reference) / (the limit's gain at DPO's own KL).
+With endless pairs DPO's optimum is the limit's own policy (Eq. 4 of the paper). Each of `CAUSES` changes one thing. The
+gap is 1 - (DPO's gain in reward over the reference) / (the limit's gain at DPO's own KL).
 """
 
 import copy
@@ -35,8 +32,7 @@ from minidpo.optim import OPTIMIZERS
 from minidpo.run import count_steps
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
-# the knobs that each line of the figure changes. soft: the loss is averaged over the labels that Bradley-Terry could
-# have drawn
+# the knobs that each line of the figure changes; soft: with `soft_loss`
 CAUSES = {
     "DPO": {},
     "no label noise": {"soft": True},
@@ -101,10 +97,9 @@ def preference(record):
 
 
 def soft_loss(chosen, rejected, reference_chosen, reference_rejected, preferred, **variant):
-    """DPO's loss, averaged over the label and its reverse with the weights `preferred` (B,) and 1 - `preferred`.
+    """dpo_loss, averaged over the label and its reverse with the weights `preferred` (B,) and 1 - `preferred`.
 
-    With Bradley-Terry's probabilities as weights its gradient has no label noise; with 1 it is train_dpo.dpo_loss,
-    whose arguments and results it has.
+    With Bradley-Terry's probabilities as weights its gradient has no label noise. With 1 it is dpo_loss.
     """
     labelled, *rewards = train_dpo.dpo_loss(chosen, rejected, reference_chosen, reference_rejected, **variant)
     reversed_, *_ = train_dpo.dpo_loss(rejected, chosen, reference_rejected, reference_chosen, **variant)
@@ -112,7 +107,7 @@ def soft_loss(chosen, rejected, reference_chosen, reference_rejected, preferred,
 
 
 def train_step(model, optimizer, rows, reference, preferred, indices, settings):
-    """train_dpo.train_step with `soft_loss`; preferred: (N,), of all rows. The step must be one micro-batch."""
+    """train_dpo.train_step with `soft_loss`; preferred: (N,). The step must be one micro-batch."""
     loss = functools.partial(soft_loss, preferred=preferred[indices])
     return train_dpo.train_step(model, optimizer, rows, reference, indices, settings, loss)
 
@@ -120,8 +115,7 @@ def train_step(model, optimizer, rows, reference, preferred, indices, settings):
 def judge(policy, reference, tokenizer, prompts, points, seed):
     """Samples one completion of each prompt -> kl, reward, gap, gap_se and grammatical, by name.
 
-    gap_se is the sampling's: where the policy is near the limit, the limit's slope beta cancels the noise of the
-    rewards against that of the KL.
+    gap_se is of the sampling. Near the limit its slope cancels the noise of the rewards against that of the KL.
     """
     samples = common.sample(policy, tokenizer, prompts, LONGEST, seed, batch_size=limit.ROWS)
     rewards = torch.tensor([float(grammar.reward(text)) for text in samples.texts], dtype=torch.float64)
@@ -156,9 +150,8 @@ def one_run(cause, pairs, seed, model, tokenizer, points, settings):
     """Trains a copy of `model` by DPO and judges it -> Run."""
     knobs = dict(CAUSES[cause])
     records, rows, reference = prepared(model, tokenizer, pairs, seed)
-    preferred = torch.ones(len(rows))
-    if knobs.pop("soft", False):
-        preferred = torch.tensor([preference(record) for record, _ in zip(records, rows, strict=True)])
+    soft = knobs.pop("soft", False)
+    preferred = torch.tensor([preference(record) if soft else 1.0 for record, _ in zip(records, rows, strict=True)])
     policy, made, began = copy.deepcopy(model), training(settings, seed=seed, **knobs), time.perf_counter()
     fit(policy, rows, functools.partial(train_step, reference=reference, preferred=preferred), made)
     seconds = round(time.perf_counter() - began, 1)
@@ -173,7 +166,6 @@ def one_run(cause, pairs, seed, model, tokenizer, points, settings):
 
 
 def read(path):
-    """Reads the Runs of the CSV; [] if there is no such file."""
     return common.read_csv(path, Run, "python -m experiments.frontier.gap --csv FILE") if Path(path).exists() else []
 
 
@@ -182,7 +174,7 @@ def write(path, runs):
 
 
 def draw(path, runs):
-    """Draws the gap against the number of pairs, one line per cause: the mean over the seeds, and each run as a dot."""
+    """Draws the gap against the number of pairs: per cause the mean over the seeds as a line, and each run as a dot."""
     figure = common.figure(path, (6.4, 4.4))
     if not figure:
         return

@@ -16,11 +16,8 @@ from minidpo.run import count_steps, steps
 def fit(model, rows, train_step, settings, on_step=None):
     """Trains `model` in place on `rows`: the loop of train_sft.py and train_dpo.py without a run folder.
 
-    Args:
-        train_step: takes (model, optimizer, rows, indices=..., settings=...) and returns metrics by name, as
-            train_sft.train_step does, or train_dpo.train_step with its `reference` given.
-        settings: device and dtype are those of the model, not "auto".
-        on_step: called as on_step(step, metrics) after each step, counted from 1.
+    `train_step` is that of train_sft, or of train_dpo with its `reference` given. Device and dtype in `settings` must
+    not be "auto". Calls on_step(step, metrics) after each step, counted from 1.
     """
     optimizer = make_optimizer(model, settings.optimizer, settings.lr)
     total, _ = count_steps(rows, settings)

@@ -10,10 +10,9 @@ log-likelihood:
 
 This is DPO's loss (7) with r in place of beta log pi/pi_ref: DPO trains a reward model as well, one that is a policy.
 
-Equation (2) sees only differences between responses to one prompt, so it leaves open what depends on the prompt alone.
-The paper sets the mean of every prompt to 0 (section 3). That changes neither which of N responses is best nor which
-policy is optimal, so here one number is enough: `score` subtracts the mean over all training responses. A difference of
-rewards is a log-odds of Bradley-Terry, in nats.
+Equation (2) leaves open what depends on the prompt alone. The paper sets the mean of every prompt to 0 (section 3).
+That changes neither the best of N responses nor the optimal policy, so here one number is enough: `score` subtracts the
+mean over all training responses. A difference of rewards is a log-odds of Bradley-Terry, in nats.
 """
 
 import dataclasses
@@ -105,10 +104,7 @@ def with_head(gpt, state, folder):
 
 
 def of_texts(model, tokenizer):
-    """Returns the reward model as a function of texts, `reward(prompts, responses) -> list of floats`.
-
-    Each text counts as ended, and one that is too long loses the left of its prompt, as in training.
-    """
+    """Returns `reward(prompts, responses) -> list of floats` of texts, each of which counts as ended."""
 
     def reward(prompts, responses):
         rows = []
