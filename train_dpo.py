@@ -248,7 +248,8 @@ def cached_reference(policy, parts, settings, run):
     rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes)
     name = checkpoint.fingerprint(policy, run.data, rounding)
     path = run.path.parent / "reference_logps" / f"{name}.pt"
-    return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
+    with memory.advise(settings):
+        return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
 
 
 def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_loss):
@@ -351,7 +352,8 @@ def main(settings_class=Settings, loss=dpo_loss):
 
     # -- the loop
     policy.train()
-    with run.training(policy, tokenizer, optimizer, before=before, reference=reference) as steps:
+    training = run.training(policy, tokenizer, optimizer, before=before, reference=reference)
+    with memory.advise(settings), training as steps:  # if memory runs out, the error names the flags that help
         for step, indices in steps:
             lr = learning_rate(step, run.total_steps, settings.lr, settings.warmup_steps, settings.decay)
             set_learning_rate(optimizer, lr)

@@ -23,7 +23,7 @@ from minidpo.model import GPT, PRESETS, GPTConfig
 from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer, set_learning_rate
 from minidpo.run import Run, RunSettings, place
 from minidpo.sampling import complete
-from minidpo.scale import parallel
+from minidpo.scale import memory, parallel
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from minidpo.tokenizer import Tokenizer
 
@@ -147,7 +147,7 @@ def main():
 
     # -- the loop
     model.train()
-    with run.training(model, tokenizer, optimizer) as steps:
+    with memory.advise(settings), run.training(model, tokenizer, optimizer) as steps:
         for step, indices in steps:
             lr = learning_rate(step, run.total_steps, settings.lr, settings.warmup_steps, decay=True)
             set_learning_rate(optimizer, lr)

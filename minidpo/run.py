@@ -94,9 +94,8 @@ class Run:
         if settings.resume and not checkpoint.exists(self.path):
             raise UserError(f"{self.path / FILE} not found: nothing was saved to resume. Start again with --overwrite.")
         if held and not settings.resume and not settings.overwrite:
-            raise UserError(
-                f"{self.path} already holds a run ({held[0]}). Add --resume to continue, or --overwrite to replace it."
-            )
+            how = "Add --resume to continue, or --overwrite to replace it."
+            raise UserError(f"{self.path} already holds a run ({held[0]}). {how}")
 
     def load(self):
         """Returns (model, tokenizer, saved state) of this run with --resume, else of --init. The state may be {}."""
@@ -111,11 +110,9 @@ class Run:
         if self.settings.resume and saved.get("data") != self.data:
             raise UserError(f"{self.path} was started with other data. Restore it, or start a new run.")
         self.count(saved.get("step", 0) if self.settings.resume else 0, *count_steps(rows, self.settings))
-        if self.total_steps <= self.settings.warmup_steps:
-            print(
-                f"warning: all {self.total_steps} steps are warm-up. Lower --warmup-steps "
-                f"{self.settings.warmup_steps}, or --batch-size."
-            )
+        total, warmup = self.total_steps, self.settings.warmup_steps
+        if total <= warmup:
+            print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size.")
 
     def count(self, first_step, total_steps, last_step):
         """Sets where the loop begins and ends. Raises UserError if it has reached its end and written its report."""
@@ -142,6 +139,7 @@ class Run:
 
         After Ctrl-C or SIGTERM the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
         """
+        parallel.all_sum(0)  # by now every process has checked the folder as it was
         self._open(tokenizer)
         bar = tqdm(total=self.last_step, initial=self.first_step, desc=self.stage, unit="step")
         with CatchInterrupt() as interrupt, bar as self.bar:
@@ -154,9 +152,8 @@ class Run:
                     if done == self.last_step or done % self.settings.save_every == 0 or stop:
                         save(done)
                     if stop and done < self.last_step:
-                        raise UserError(
-                            f"stopped after step {done} and saved. Continue with the same command and --resume."
-                        )
+                        how = "Continue with the same command and --resume."
+                        raise UserError(f"stopped after step {done} and saved. {how}")
 
             yield stepping()
 
