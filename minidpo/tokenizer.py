@@ -188,14 +188,12 @@ def train_bpe(texts, vocab_size):
 
 def _merge(word, pair, new):
     """Replaces every `pair` in `word`, a list of ids, by the id `new`, from left to right: aaa -> (aa)a."""
-    merged, i = [], 0
-    while i < len(word):
-        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
-            merged.append(new)
-            i += 2
+    merged = []
+    for token in word:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] = new
         else:
-            merged.append(word[i])
-            i += 1
+            merged.append(token)
     return merged
 
 
