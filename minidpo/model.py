@@ -150,11 +150,6 @@ class GPT(nn.Module):
     def forward(self, ids):
         return self.logits(self.hidden(ids))
 
-    @property
-    def n_parameters(self):
-        """Number of weights."""
-        return sum(p.numel() for p in self.parameters())
-
     def set_dropout(self, p):
         """Sets the probability of every dropout, including the number inside attention."""
         self.config.dropout = p
@@ -167,9 +162,9 @@ class GPT(nn.Module):
     def prepare(self, compile=False, recompute=False):
         """Sets how the blocks run in training. Results and names of weights stay the same. Returns self.
 
-        recompute: the backward pass computes each block again from its input (activation checkpointing, Chen et al.
-            2016, arXiv 1604.06174): a third more work, a fraction of the memory.
-        compile: torch.compile, block by block, so that all layers share one compilation. Rounding changes.
+        recompute: compute each block again in the backward pass (activation checkpointing, arXiv 1604.06174). That is a
+            third more work, with a fraction of the memory.
+        compile: torch.compile, block by block, so that all layers share one compilation. Only rounding changes.
         """
         for block in self.h:
             block.recompute, block.compiled = recompute, compile

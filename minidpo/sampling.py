@@ -167,16 +167,13 @@ class Settings:
 def main():
     settings = parse_settings(Settings, "Completions by one model, or by several side by side.")
     device = pick_device(settings.device)
-    runs = []
-    for folder in settings.run:
-        model, tokenizer, _ = checkpoint.load(folder)
-        runs.append((folder, model.to(device), tokenizer))
+    runs = [(folder, *checkpoint.load(folder)[:2]) for folder in settings.run]
     knobs = dict(temperature=settings.temperature, top_k=settings.top_k or None, top_p=settings.top_p)
     for prompt in settings.prompt or typed_prompts():
         print(f"prompt: {prompt}")
         for folder, model, tokenizer in runs:
             prompts = [[tokenizer.eot, *tokenizer.encode(prompt)]] * settings.samples
-            for text in complete(model, tokenizer, prompts, settings.max_new_tokens, settings.seed, **knobs):
+            for text in complete(model.to(device), tokenizer, prompts, settings.max_new_tokens, settings.seed, **knobs):
                 print(textwrap.fill(f"{folder}: {prompt}{text}", 100, initial_indent="  ", subsequent_indent="      "))
 
 

@@ -1,9 +1,8 @@
 """Text to token ids and back: GPT-2's byte-level BPE, or a BPE trained on your own texts.
 
-A vocabulary is a list of byte strings: first the 256 single bytes, then one token per merge in the order in which the
-merges were learned. The end-of-text token, eot, is the last id. To encode a text, cut it into words with `PATTERN`. In
-each word, join the two neighbours whose join comes first in the list, until no join is in the list. tiktoken does this
-fast. `train_bpe` makes the list.
+A vocabulary is a list of byte strings: the 256 single bytes, then one token per merge, in the order of learning. The
+last id is the end-of-text token, eot. To encode a text, cut it into words with `PATTERN`. In each word, join the two
+neighbours whose join comes first in the list, until no join is in the list. tiktoken does this fast.
 
 Train on a file:  python -m minidpo.tokenizer --text FILE --vocab-size N
 """
@@ -62,7 +61,7 @@ class Tokenizer:
     @property
     def fingerprint(self):
         """16 hex digits. Different tokenizers have different fingerprints."""
-        return hashlib.sha256(self._json().encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
 
     @classmethod
     def gpt2(cls):
@@ -83,11 +82,8 @@ class Tokenizer:
 
     def save(self, file):
         """Writes a JSON file, one token per line. Each byte is a latin-1 character, so " the" stays readable."""
-        atomic_write(file, self._json())
-
-    def _json(self):
         tokens = [token.decode("latin-1") for token in self.tokens]
-        return json.dumps({"pattern": PATTERN, "eot": self.eot, "tokens": tokens}, indent=1) + "\n"
+        atomic_write(file, json.dumps({"pattern": PATTERN, "eot": self.eot, "tokens": tokens}, indent=1) + "\n")
 
     @classmethod
     def load(cls, file):
@@ -147,17 +143,16 @@ def train_bpe(texts, vocab_size):
     for text in tqdm(texts, desc="counting words", unit=" texts", disable=None):
         occurrences.update(regex.findall(PATTERN, text))
     words, times = [], []  # each different word as a list of ids, and how often it occurs in the texts
-    for word, count in occurrences.items():
-        data = _utf8(word)
-        for start in range(0, len(data), LONGEST):
-            words.append(list(data[start : start + LONGEST]))
-            times.append(count)
-
     pair_counts, where = Counter(), defaultdict(set)  # where: pair -> numbers of the words that contain it, or did
-    for number, word in enumerate(words):
-        for pair in pairwise(word):
-            pair_counts[pair] += times[number]
-            where[pair].add(number)
+    for text, count in occurrences.items():
+        data = _utf8(text)
+        for start in range(0, len(data), LONGEST):
+            word = list(data[start : start + LONGEST])
+            for pair in pairwise(word):
+                pair_counts[pair] += count
+                where[pair].add(len(words))
+            words.append(word)
+            times.append(count)
 
     tokens = [bytes([b]) for b in range(256)]
     heap = [(-count, pair) for pair, count in pair_counts.items()]  # the smallest is the most frequent
