@@ -64,7 +64,7 @@ class Attention(nn.Module):
         # q, k, v: (B, H, T, C/H)
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
-            p = self.dropout if self.training else 0.0  # a number, not a module that knows whether it trains
+            p = self.dropout if self.training else 0.0  # this dropout ignores train and eval mode
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         else:
             k, v, mask = cache.extend(self, k, v)
@@ -119,8 +119,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        # GPT-2's initial weights: matrices N(0, 0.02), biases 0, LayerNorms 1. What each layer adds to the stream,
-        # twice, is smaller, so that the stream's variance does not grow with the depth.
+        # GPT-2's initial weights: matrices N(0, 0.02), biases 0, LayerNorms 1. Each block adds to the stream twice, by
+        # the two c_proj. Their weights are smaller, so that the stream's variance does not grow with the depth.
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -136,7 +136,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=ids.device) if cache is None else cache.start(ids)
         x = self.drop(self.wte(ids) + self.wpe(positions))
         for block in self.h:
-            x = block(x) if cache is None else block.forward(x, cache)  # .forward: without the compiler of `prepare`
+            x = block(x) if cache is None else block.forward(x, cache)  # .forward is not compiled
         return self.ln_f(x)
 
     def logits(self, hidden):

@@ -82,11 +82,11 @@ def generate(
 ):  # fmt: skip
     """Samples one completion of each prompt.
 
-    prompts: list of lists of ids, of any lengths, each with its leading eot. Returns the new ids of each, with an
-    eot at the end if the response ended by itself. A completion has at most max_new_tokens, and stops where the context
-    is full: prompt + new - 1 <= block_size, since the last new token is never fed back. Temperature 0 is greedy.
-    `generator` is on the model's device; the same seed, prompts and batch_size give the same samples. `progress` names
-    a progress bar. Raises UserError for a prompt that is empty or too long, and for a knob out of its range.
+    prompts: list of lists of ids, of any lengths, each with its leading eot. Returns the new ids of each; the last one
+    is eot if the response ended. A completion has at most max_new_tokens, and stops where the context is full: prompt +
+    new - 1 <= block_size, since the last new token is never fed back. Temperature 0 is greedy. `generator` must be on
+    the model's device. The same seed, prompts and batch_size give the same samples. `progress` names a progress bar.
+    Raises UserError for a prompt that is empty or longer than the context, and for a knob out of its range.
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature {temperature}: must be at least 0 (greedy) and finite.")
@@ -118,7 +118,7 @@ def _generate_batch(model, prompts, max_new_tokens, eot, temperature, top_k, top
     limits = [min(max_new_tokens, model.config.block_size - len(p) + 1) for p in prompts]
     cache = Cache(pad, longest + max(limits), model.config.block_size)
     completions = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # rows[j]: the number of the prompt of row j
+    rows = list(range(len(prompts)))  # rows[j]: which prompt row j continues
     live = [limits[i] > 0 for i in rows]
     while any(live):
         logits = model.logits(model.hidden(ids, cache)[:, -1]).float()  # (rows, V)

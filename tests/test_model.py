@@ -265,7 +265,7 @@ def test_trap19_compiled_blocks_change_no_number_and_no_name(recompute, monkeypa
     before = len(compiled)
     samples = [generate(m, [[1, 2, 3]], 4, eot=0, temperature=0) for m in (model, plain)]
     assert samples[0] == samples[1]
-    assert len(compiled) == before  # sampling goes its own way
+    assert len(compiled) == before  # sampling does not use the compiled blocks
     assert list(model.state_dict()) == list(plain.state_dict())
     checkpoint.save(tmp_path, model, tokenizer)
     loaded, *_ = checkpoint.load(tmp_path)

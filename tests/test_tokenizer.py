@@ -1,4 +1,4 @@
-"""The tokenizer against tiktoken, against Hugging Face's, and its trainer against one that counts everything anew."""
+"""The tokenizer against tiktoken, against Hugging Face's, and its trainer against one that counts everything again."""
 
 import json
 import os
