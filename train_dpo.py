@@ -39,8 +39,8 @@ loss is the negative log-likelihood of the labels, as for any classifier. The ex
 
     L(pi)  =  -E[ log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) ) ]        (7)
 
-If the labels follow (1) and the pairs cover all responses, the likelihood is largest where (6) holds with pi in place of
-pi*: at pi = pi*, the optimum of (3). So a supervised loss on pairs solves the problem that we started with.
+If the labels follow (1) and the pairs cover all responses, the likelihood is largest where (6) holds with pi in place
+of pi*: at pi = pi*, the optimum of (3). So a supervised loss on pairs solves the problem that we started with.
 
 THE IMPLICIT REWARD is the term that occurs twice in (7), beta log pi(y|x)/pi_ref(y|x). It is the reward (5) without
 the part that depends on x alone. With it the loss is short:
