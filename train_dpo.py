@@ -15,9 +15,9 @@ WHAT SOLVES IT. For one prompt, write out the KL and collect everything under on
 
     E[ r - beta log(pi / pi_ref) ]  =  -beta E[ log( pi(y|x) / ( pi_ref(y|x) exp(r(x, y) / beta) ) ) ]
 
-The denominator is positive, but its sum over all y is Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not 1. Divide it
-by Z(x), and it is a distribution. Call it pi*. The objective equals -beta KL(pi || pi*) + beta log Z(x). Z does not
-depend on pi, and a KL has its minimum, 0, only where its two distributions are equal. So the optimum is
+The denominator is positive, but its sum over all y is Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not 1. Divided by
+Z(x), it is a distribution. Call it pi*. With pi* Z(x) as the denominator, the objective is -beta KL(pi || pi*) + beta
+log Z(x). Z does not depend on pi, and a KL is smallest, 0, only where its two sides are equal. So the optimum is
 
     pi*(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)                                                       (4)
 
@@ -93,8 +93,8 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 def token_logps(logits, targets):
     """log pi(target_t | all tokens before it) at every position.
 
-    logits (B, T, V), targets (B, T), valid ids everywhere -> (B, T). Half precision is raised to fp32: near -300, the
-    values of bf16 are 2 nats apart.
+    logits (B, T, V), targets (B, T), valid ids everywhere -> (B, T). Half precision is raised to fp32: in bf16, a sum
+    near -300 would be rounded to steps of 2 nats.
     """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
@@ -159,8 +159,8 @@ def dpo_loss(
 
 
 # For another pairwise loss, write a function like dpo_loss: four logps (B,) and keywords -> losses, chosen and rejected
-# rewards, each (B,). Give the keywords in Settings.variant, and call main(Settings, your_loss). An example is
-# experiments/frontier/baselines/unlikelihood.py.
+# rewards, each (B,). Subclass Settings, return the keywords from `variant`, and call main(YourSettings, your_loss).
+# experiments/frontier/baselines/unlikelihood.py is an example.
 
 # ---- 2. Settings. The defaults are the paper's (section B). Each dataset has a set of its own; flags override it ----
 
@@ -259,7 +259,8 @@ def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_
     sums = torch.zeros(6, device=settings.device)
     for micro in settings.cut([parallel.share(indices)], pairs):
         logps = logps_of(policy, pairs, micro, settings)
-        losses, *rewards = loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)
+        reference_chosen, reference_rejected = reference[micro].to(settings.device).T
+        losses, *rewards = loss(*logps, reference_chosen, reference_rejected, **settings.variant)
         (losses.sum() / len(indices)).backward()  # the mean over the pairs of the step, however they are cut
         sums = sums + metric_sums(losses, *rewards, *logps)
     parallel.sum_gradients(policy)
@@ -336,7 +337,7 @@ def main(settings_class=Settings, loss=dpo_loss):
     memory.check(policy, pairs, settings)
 
     # -- the reference is the policy before its first update. We keep only its log-probabilities, not a second model
-    prompts = dataset.first_prompts(held_out or pairs, settings.samples)
+    prompts = dataset.first_prompts(held_out or pairs, settings.samples)  # completed before and after
     if settings.resume:
         reference, before = saved["reference"], saved["before"]
     else:
