@@ -97,7 +97,10 @@ def read_sft(path):
     _, first = next(json_lines(path, ("prompt",)), (None, {}))
     if "chosen" not in first or "completion" in first:
         return read_jsonl(path, SFT)
-    return [{**record, "completion": record["chosen"]} for record in read_jsonl(path, PAIR)]
+    return [
+        {**record, "completion": record["chosen"], "completion_ended": record.get("chosen_ended", True)}
+        for record in read_jsonl(path, PAIR)
+    ]
 
 
 # ---- 2. Rows of token ids ----
@@ -124,8 +127,8 @@ def encode(records, fields, tokenizer, max_length):
     """Records -> (rows, counts). A row is (prompt_ids, *response_ids), with the responses in the order of `fields`.
 
     A record with an empty response, or with two responses that are equal after the cut, is dropped. `counts` says how
-    many were dropped, and what was cut. A pair can hold "chosen_ended": false (or "rejected_ended") for a response that
-    its sampler cut: it gets no eot.
+    many were dropped, and what was cut. A record can hold "chosen_ended": false (the same for any response) where its
+    sampler cut a response: that one gets no eot.
     """
     is_pair = fields == PAIR
     rows, counts = [], Counter({"pairs" if is_pair else "rows": len(records)})
@@ -134,7 +137,7 @@ def encode(records, fields, tokenizer, max_length):
         if not all(responses):
             counts["dropped: empty response"] += 1
             continue
-        ended = [record.get(f"{field}_ended", True) if is_pair else True for field in fields[1:]]
+        ended = [record.get(f"{field}_ended", True) for field in fields[1:]]
         prompt, responses, prompt_cut, n_cut = cut_to_context(prompt, responses, ended, tokenizer.eot, max_length)
         if not all(responses):
             counts["dropped: no room for a response"] += 1
@@ -228,7 +231,7 @@ def sft_batch(rows, device="cpu"):
 
 
 def preference_batch(pairs, device="cpu"):
-    """list of (prompt_ids, chosen_ids, rejected_ids) -> PreferenceBatch. It adds padding and nothing else.
+    """list of (prompt_ids, chosen_ids, rejected_ids) -> PreferenceBatch. It adds no token but padding.
 
     Every eot is already where it belongs. Raises ValueError for empty prompt_ids.
     """
@@ -240,8 +243,9 @@ def preference_batch(pairs, device="cpu"):
 def batches(rows, batch_size, seed, epoch, pool=32):
     """The indices of `rows` in shuffled batches of one epoch. The rows of a batch have similar lengths.
 
-    Pools of `pool` batches are shuffled, sorted by length and cut into batches, which are shuffled again. The order
-    depends on seed and epoch alone, so a resumed run finds its place by counting. The last batch may be short.
+    The rows are shuffled and divided into pools of `pool` batches. Each pool is sorted by length and cut into batches.
+    Then all batches are shuffled. For the same rows the order depends on seed and epoch alone, so a resumed run finds
+    its place by counting. One batch may be short.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(rows), generator=generator).tolist()

@@ -226,6 +226,16 @@ def test_sft_rows_follow_the_same_rules():
     assert (rows, counts) == ([], {"rows": 1, "dropped: no room for a response": 1})
 
 
+def test_preferred_ft_trains_on_the_chosen_which_may_not_have_ended(tmp_path):
+    """A file of preferences as SFT rows: the chosen is the completion, with no eot where its sampler cut it."""
+    records = [pair("p", "good", "bad"), {**pair("p", "go", "bad"), "chosen_ended": False}]
+    rows, _ = encode(dataset.read_sft(write_jsonl(tmp_path / "pairs.jsonl", records)), dataset.SFT, BYTES, 100)
+    eot, spell = BYTES.eot, BYTES.encode
+    assert rows == [([eot, *spell("p")], [*spell("good"), eot]), ([eot, *spell("p")], spell("go"))]
+    (row,) = dataset.read_sft(write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "p", "completion": "c"}]))
+    assert row == {"prompt": "p", "completion": "c"}
+
+
 def test_load_rows_states_the_counts_and_refuses_a_file_with_nothing_usable(tmp_path, capsys):
     path = write_jsonl(tmp_path / "pairs.jsonl", [pair("p", "good", "bad"), pair("p", "same", "same")])
     assert len(dataset.load_rows(path, dataset.PAIR, BYTES, 100)) == 1
