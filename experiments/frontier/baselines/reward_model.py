@@ -120,7 +120,7 @@ def of_texts(model, tokenizer):
 # ---- 2. Settings ----
 
 SETS = {name: {k: v for k, v in values.items() if k != "beta"} for name, values in train_dpo.SETS.items()}
-SETS["toy"] |= {"lr": 2e-3, "batch_size": 32}  # the new head learns nothing from a third of the pairs at DPO's own rate
+SETS["toy"] |= {"lr": 2e-3, "batch_size": 32}  # at DPO's rate, a new head learns nothing from a third of the pairs
 
 
 @dataclasses.dataclass
