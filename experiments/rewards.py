@@ -11,9 +11,9 @@ A reward is a callable, `reward(prompts: list[str], responses: list[str]) -> lis
 trains two classifiers on two halves of the reviews. `labelling.pt` chooses the preferred response, and `reporting.pt`
 judges the result. A policy that has only learned the errors of the first classifier gains little from the second.
 
-The classifier is logistic regression on the words and word pairs of a text, with the naive Bayes scaling of Wang &
-Manning (ACL 2012). It learns from whole reviews and from random excerpts. Trained on whole reviews alone, it is less
-accurate on the few dozen words of a completion, and calls six in ten of them positive.
+The classifier is logistic regression on words and word pairs, with the naive Bayes scaling of Wang & Manning (ACL 2012).
+It learns from whole reviews and from random excerpts. Trained on whole reviews alone, it is less accurate on the few
+dozen words of a completion, and calls six in ten of them positive.
 """
 
 import dataclasses
@@ -98,8 +98,7 @@ class SentimentClassifier:
 def log_count_ratios(documents, labels, size):
     """Wang & Manning's r of each n-gram: log (p / |p|) / (q / |q|) -> (size,) float64.
 
-    p is 1 + the number of positive documents with the n-gram, and q the same of negative documents. documents are lists
-    of different n-gram ids below `size`; labels are 1 (positive) or 0.
+    p is 1 + the number of positive documents (lists of different n-gram ids) with the n-gram, q that of negative ones.
     """
     counts = torch.ones(2, size, dtype=torch.float64)
     for ids, label in zip(documents, labels, strict=True):
@@ -111,8 +110,8 @@ def log_count_ratios(documents, labels, size):
 def fit_logistic(documents, labels, scale, l2):
     """Logistic regression: n-gram i has the feature scale[i] where it occurs -> weights (size,), bias (), float64.
 
-    Minimises the sum of -log p(label) plus l2 * |weights|^2, which is convex. An n-gram with a large naive Bayes ratio
-    `scale` needs only a small weight, so the penalty spares it.
+    Minimises the sum of -log p(label) plus l2 * |weights|^2, which is convex. An n-gram with a large `scale` needs only
+    a small weight, so the penalty spares it.
     """
     # one entry per occurrence: the document and the n-gram's id
     row = torch.tensor([d for d, document in enumerate(documents) for _ in document], dtype=torch.long)
@@ -124,7 +123,6 @@ def fit_logistic(documents, labels, scale, l2):
     optimiser = torch.optim.LBFGS(
         [weights, bias], max_iter=60, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
     )
-    bar = tqdm(desc="fitting", unit=" evaluations")
 
     def closure():
         optimiser.zero_grad()
@@ -135,7 +133,7 @@ def fit_logistic(documents, labels, scale, l2):
         bar.update()
         return loss
 
-    with bar:
+    with tqdm(desc="fitting", unit=" evaluations") as bar:
         optimiser.step(closure)
     return weights.detach(), bias.detach()
 
