@@ -14,7 +14,7 @@ from minidpo.files import atomic, atomic_write
 from minidpo.sampling import generate
 from minidpo.settings import UserError
 
-# ---- 1. Models ----
+# ---- 1. Models, prompts, samples ----
 
 
 def load_models(*names, device="cpu"):
@@ -30,9 +30,6 @@ def load_models(*names, device="cpu"):
                 "Give models that were trained from the same start."
             )
     return [model.to(device).eval() for model in models], tokenizers[0]
-
-
-# ---- 2. Prompts and samples ----
 
 
 def read_prompts(name, file="prompts_test", limit=0):
@@ -55,7 +52,7 @@ class Samples(NamedTuple):
     prompt_ids: list  # lists of ids, each with its leading eot
     ids: list  # of the responses, as they were drawn
     texts: list  # of the responses
-    ended: list  # whether the response ended in eot; False: it was cut at the longest length
+    ended: list  # whether the response ended in eot, and was not cut at the longest length
 
 
 def sample(
@@ -77,7 +74,7 @@ def sample(
     return Samples(prompts, encoded, ids, [tokenizer.decode(response) for response in ids], ended)
 
 
-# ---- 3. Means and tables ----
+# ---- 2. Means, tables, pictures ----
 
 
 def prompt_mean_se(values, per_prompt):
@@ -130,9 +127,6 @@ def read_csv(path, row_class, make):
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}. Make it again: {make}") from error
     return rows
-
-
-# ---- 4. Pictures ----
 
 
 def figure(path, figsize, layout="constrained"):

@@ -4,7 +4,7 @@
 
 Both models complete the same prompts at temperature 1, without top-k or top-p. KL(policy || reference), in nats per
 response, is an expectation over responses of the policy. It is therefore computed on the token ids that the policy
-sampled: not on dataset pairs, and not on the text encoded again, which may give other ids. Both estimators are unbiased:
+sampled: not on dataset pairs, and not on the text encoded again. There are two estimators, both unbiased:
 
     kl         mean of  sum_t log pi(y_t|s_t) - log pi_ref(y_t|s_t)     over samples y; s_t is the prompt and y_<t
     kl_exact   mean of  sum_t KL( pi(.|s_t) || pi_ref(.|s_t) )          over the same samples
@@ -57,11 +57,10 @@ def sequence_kl(policy, reference, prompts, samples, batch_size=128, progress=No
     policy.eval(), reference.eval()
     rows = list(zip(prompts, samples, strict=True))
     plain, exact = torch.empty(2, len(rows), dtype=torch.float64)
-    device = policy.wte.weight.device
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(samples[i]))  # similar lengths: little padding
     for i in tqdm(range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None):
         indices = order[i : i + batch_size]
-        batch = dataset.sft_batch([rows[j] for j in indices], device)
+        batch = dataset.sft_batch([rows[j] for j in indices], policy.wte.weight.device)
         log_pi = policy(batch.ids).log_softmax(-1)  # (B, T, V)
         log_ratio = log_pi - reference(batch.ids).log_softmax(-1)
         at_sample = log_ratio.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # (B, T)

@@ -1,19 +1,17 @@
 """Rewards: what `experiments.make_pairs` labels pairs with, and what `experiments.evaluate` reports.
 
-A reward is a callable, `reward(prompts: list[str], responses: list[str]) -> list[float]`. `load_reward` returns one:
-
-    "toy"    the toy's true reward: positive minus negative sentiment words in the response
-    a file   a sentiment classifier trained here: the log-odds that prompt + response comes from a positive review,
-             log p(positive) / p(negative), in nats. (The probability itself rounds to 1, which makes ties.)
+A reward is a callable, `reward(prompts: list[str], responses: list[str]) -> list[float]`. It is either the toy's true
+reward, or a sentiment classifier trained here: log p(positive) / p(negative) of prompt + response, in nats. (The
+probability itself rounds to 1, which makes ties.)
 
     python -m experiments.rewards --train data/imdb/reviews_train.jsonl --test data/imdb/reviews_heldout.jsonl
 
 trains two classifiers on two halves of the reviews. `labelling.pt` chooses the preferred response, and `reporting.pt`
 judges the result. A policy that has only learned the errors of the first classifier gains little from the second.
 
-The classifier is logistic regression on words and word pairs, with the naive Bayes scaling of Wang & Manning (ACL 2012).
-It learns from whole reviews and from random excerpts. Trained on whole reviews alone, it is less accurate on the few
-dozen words of a completion, and calls six in ten of them positive.
+A classifier is logistic regression on words and word pairs, with the naive Bayes scaling of Wang & Manning (ACL 2012).
+It learns from whole reviews and from random excerpts: with whole reviews alone, it is less accurate on the few dozen
+words of a completion, and calls six in ten of them positive.
 """
 
 import dataclasses
@@ -120,9 +118,8 @@ def fit_logistic(documents, labels, scale, l2):
     weights = torch.zeros(len(scale), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
     tolerance = 1e-6 * len(documents)  # of the gradient's largest entry, which is a sum over documents
-    optimiser = torch.optim.LBFGS(
-        [weights, bias], max_iter=60, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
+    stop = dict(max_iter=60, tolerance_grad=tolerance, tolerance_change=0)
+    optimiser = torch.optim.LBFGS([weights, bias], line_search_fn="strong_wolfe", **stop)
 
     def closure():
         optimiser.zero_grad()

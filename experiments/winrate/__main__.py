@@ -59,8 +59,6 @@ class Settings:
 Row = namedtuple("Row", "judge run temperature win_rate low high wins ties losses unparsed ended tokens distinct")
 Agreement = namedtuple("Agreement", "judge_a judge_b n share kappa")
 
-# ---- 1. The two sides: the dataset's completions and the runs' ----
-
 
 def own_completions(name, limit, seed):
     """The first `limit` (0: all) different prompts of a dataset -> list of (prompt, the dataset's own completion)."""
@@ -81,30 +79,23 @@ def prompt_room(model, max_new_tokens):
 
 
 def completions(journal, name, model, tokenizer, prompts, temperature, settings):
-    """The run's completions of all prompts (texts) at one temperature -> list of {"text", "ended", "tokens"}.
-
-    Each batch has its own seed, so the batches that the journal holds can be taken from there.
-    """
+    """The run's completions of all prompts (texts) at one temperature -> list of {"text", "ended", "tokens"}."""
     weights = checkpoint.fingerprint(model, tokenizer.fingerprint)
     longest, found = settings.max_new_tokens, []
     room = prompt_room(model, longest)
     batches = range(0, len(prompts), settings.batch_size)
     for i in tqdm(batches, desc=f"{name} at temperature {temperature:g}", unit="batch"):
         batch = prompts[i : i + settings.batch_size]
-        key = checkpoint.fingerprint(
-            weights, prompt_ids(tokenizer, batch, room), temperature, longest, settings.seed, i
-        )
+        ids = prompt_ids(tokenizer, batch, room)
+        key = checkpoint.fingerprint(weights, ids, temperature, longest, settings.seed, i)
         if key not in journal.entries:
-            seed = random.Random(f"{settings.seed} {temperature} {i}").getrandbits(63)
+            seed = random.Random(f"{settings.seed} {temperature} {i}").getrandbits(63)  # each batch has its own
             new = sample(model, tokenizer, batch, longest, seed, room=room, temperature=temperature)
             lengths = map(len, new.ids)
             done = [dict(text=t, ended=e, tokens=n) for t, e, n in zip(new.texts, new.ended, lengths, strict=True)]
             journal.add(key, run=name, temperature=temperature, completions=done)
         found += journal.entries[key]["completions"]
     return found
-
-
-# ---- 2. Results ----
 
 
 def draw(path, rows, other_side):
@@ -127,9 +118,6 @@ def draw(path, rows, other_side):
     panels[0].set_ylabel(f"win rate against {other_side}")
     panels[0].legend(loc="lower left", fontsize=8, frameon=False)
     save_figure(path, picture, dpi=130)
-
-
-# ---- 3. The command ----
 
 
 def parse_temperatures(text):
@@ -186,10 +174,8 @@ def main():
             texts = [completion["text"] for completion in done]
             found = compare(judge, prompts, texts, own, settings.seed)
             outcomes[name] += found
-            ended, tokens = (fmean(completion[key] for completion in done) for key in ("ended", "tokens"))
-            rows.append(
-                Row(name, run, temperature, **count(found), ended=ended, tokens=tokens, distinct=len(set(texts)))
-            )
+            shown = {key: fmean(completion[key] for completion in done) for key in ("ended", "tokens")}
+            rows.append(Row(name, run, temperature, **count(found), **shown, distinct=len(set(texts))))
     pairs = itertools.combinations(judges, 2)
     agreements = [Agreement(a, b, **agreement(outcomes[a], outcomes[b])) for a, b in pairs]
     lines = []
@@ -209,10 +195,8 @@ def main():
     cells = {name: [f"{x:.3g}" if isinstance(x, float) else str(x) for x in column] for name, column in columns.items()}
     print("\n" + samples_table(cells))
     for a in agreements:
-        print(
-            f"{a.judge_a} and {a.judge_b}: the same verdict on {a.share:.1%} of {a.n:,} comparisons, "
-            f"Cohen's kappa {a.kappa:.3f}"
-        )
+        same = f"the same verdict on {a.share:.1%} of {a.n:,} comparisons, Cohen's kappa {a.kappa:.3f}"
+        print(f"{a.judge_a} and {a.judge_b}: {same}")
     print(f"results: {out}")
 
 

@@ -1,8 +1,7 @@
 """A judge that asks a chat model, behind an OpenAI-compatible endpoint, which of two responses is better.
 
 The model reads both responses in one message and must choose one, as GPT-4 did in the paper. The questions follow the
-paper's idea (appendix D) in words of our own. Chat models prefer one place in the message, so the caller must swap the
-two responses at random.
+paper's idea (appendix D) in words of our own. Chat models prefer one place, so the caller swaps the two at random.
 """
 
 import datetime
@@ -85,9 +84,9 @@ class ChatJudge:
 
     Equal responses are a tie and are not sent. The same message is never sent twice to a model of the same name.
 
-    `question` is a key of QUESTIONS, `endpoint` a base URL such as https://api.openai.com/v1, `answers` the Journal that
-    keeps the answers, and `timeout` the seconds to wait for one. The key in the environment variable `key_env` is sent
-    in the request's header and stored nowhere.
+    `question` is a key of QUESTIONS, `endpoint` a base URL such as https://api.openai.com/v1, `answers` a Journal, and
+    `timeout` the seconds to wait for one answer. The key in the environment variable `key_env` is sent in the request's
+    header and stored nowhere.
     """
 
     def __init__(self, question, endpoint="", model="", key_env="OPENAI_API_KEY", answers=None, timeout=60.0):
