@@ -6,8 +6,10 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 RUN := runs/toy
 SEED ?= 0
+# one process per core, each with one thread: the tensors of the tests are too small for two
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
-.PHONY: demo test coverage lint clean
+.PHONY: demo test quick coverage lint clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,11 +26,15 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# the mathematics, the data and the loop
+quick: .venv/.installed
+	$(PYTEST) tests/test_loss.py tests/test_theory.py tests/test_data.py tests/test_house.py tests/test_invariants.py
 
 coverage: .venv/.installed
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --ignore=tests/test_mistakes.py  # which runs broken copies
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --ignore=tests/test_mistakes.py  # which runs broken copies
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -7,7 +7,7 @@ response y_w over response y_l". It needs no reward model and no sampling. A num
 equation of the paper; (A.4) is a section of its appendix.
 
 WHAT WE WANT. A policy pi whose responses earn a high reward r(x, y), but which stays near the reference pi_ref, the
-model we start from. beta > 0 is the price of one nat of KL; x comes from the data and y from pi(.|x):
+model we start from. beta > 0 is the price of one nat of KL. x comes from the data and y from pi(.|x):
 
     max_pi  E[ r(x, y) ]  -  beta KL( pi(y|x) || pi_ref(y|x) )                                                  (3)
 
@@ -15,28 +15,32 @@ WHAT SOLVES IT. For one prompt, write out the KL and collect everything under on
 
     E[ r - beta log(pi / pi_ref) ]  =  -beta E[ log( pi(y|x) / ( pi_ref(y|x) exp(r(x, y) / beta) ) ) ]
 
-The denominator is positive, but its sum over all y is Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not 1. Divide it
-by Z(x), and it is a distribution. Call it pi*. The objective is now -beta KL(pi || pi*) + beta log Z(x). Z does not
-depend on pi, and a KL has its minimum, 0, where its two distributions are equal. So the optimum is
+The denominator is positive, but its sum over all y is Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not 1. Divided by
+Z(x), it is a distribution. Call it pi*. With pi* Z(x) as the denominator, the objective is -beta KL(pi || pi*) + beta
+log Z(x). Z does not depend on pi, and a KL is smallest, 0, only where its two sides are equal. So the optimum is
 
     pi*(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)                                                       (4)
 
-WHY NOT STOP HERE. Z(x) is a sum over every possible response. We can write pi* down, but we cannot compute it.
+WHY NOT STOP HERE. We do not know the reward r, only which responses people chose. And Z(x) is a sum over every possible
+response: pi* can be written down, but not computed.
 
-SOLVE FOR THE REWARD. Take the logarithm of (4). The result holds for any policy pi: it names the reward for which this
-pi is the optimum.
+SOLVE FOR THE REWARD. Take the logarithm of (4):
 
-    r(x, y)  =  beta log( pi(y|x) / pi_ref(y|x) )  +  beta log Z(x)                                             (5)
+    r(x, y)  =  beta log( pi*(y|x) / pi_ref(y|x) )  +  beta log Z(x)                                            (5)
 
-WHAT THE LABELS SAY. The Bradley-Terry model: the probability that y_w is chosen depends only on the difference of the
-rewards, p(y_w over y_l | x) = sigmoid( r(x, y_w) - r(x, y_l) ) (1). Put (5) into it. beta log Z(x) is the same for both
-responses to a prompt, so it cancels, and only the policy and the reference are left:
+WHAT THE LABELS SAY. The Bradley-Terry model assumes that the probability of a choice depends only on the difference of
+the rewards, p(y_w over y_l | x) = sigmoid( r(x, y_w) - r(x, y_l) ) (1). Put (5) into it. beta log Z(x) is the same for
+both responses to a prompt, so it cancels, and the reward is gone. Only the optimum and the reference are left:
 
-    p(y_w over y_l | x)  =  sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) )    (6)
+    p(y_w over y_l | x)  =  sigmoid( beta log pi*(y_w|x)/pi_ref(y_w|x) - beta log pi*(y_l|x)/pi_ref(y_l|x) )   (6)
 
-THE LOSS is the negative log-likelihood of the labels, as for any classifier:
+THE LOSS. We do not know pi*, so we put the policy pi that we train in its place and fit it by maximum likelihood. The
+loss is the negative log-likelihood of the labels, as for any classifier. The expectation is over the labelled pairs:
 
     L(pi)  =  -E[ log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) ) ]        (7)
+
+If the labels follow (1) and the pairs cover all responses, the likelihood is largest where (6) holds with pi in place
+of pi*: at pi = pi*, the optimum of (3). So a supervised loss on pairs solves the problem that we started with.
 
 THE IMPLICIT REWARD is the term that occurs twice in (7), beta log pi(y|x)/pi_ref(y|x). It is the reward (5) without
 the part that depends on x alone. With it the loss is short:
@@ -44,27 +48,27 @@ the part that depends on x alone. With it the loss is short:
     chosen_reward = beta (log pi - log pi_ref)(y_w|x),  rejected_reward the same for y_l,
     margin = chosen_reward - rejected_reward,           loss = -log sigmoid(margin).
 
-ITS GRADIENT (A.4) shows what a step does. The derivative of -log sigmoid(m) is -sigmoid(-m), therefore
+ITS GRADIENT (A.4) shows what a step does. The derivative of -log sigmoid(m) is -sigmoid(-m), and pi_ref is constant, so
 
     grad L  =  -beta E[ sigmoid(rejected_reward - chosen_reward) ( grad log pi(y_w|x) - grad log pi(y_l|x) ) ]
 
-A step raises log pi of the chosen response and lowers that of the rejected one. The weight of a pair is large where
+A step pushes log pi of the chosen response up and log pi of the rejected one down. The weight of a pair is large where
 the implicit reward is wrong about it. At the start pi = pi_ref, so both rewards are 0, every loss is ln 2 = 0.693 and
 every weight is 1/2. A loss of ln 2 does not mean that the gradient is 0.
 
 WHERE DID THE KL TERM GO? The objective (3) has a KL term, the loss (7) has none. It became the reference inside the
-logarithms: (4) already is the best trade of reward against KL, and (5) names the reward for which pi is that optimum.
-beta sets the scale of the margin: to move the margin by 1, the log-ratios must move by 1/beta nats. Once the margin is
-as large as the labels justify, the gradient vanishes. So a larger beta keeps pi closer to the reference. This has two
-limits. First, the loss sees only the responses in the pairs: nothing is sampled, so nothing keeps pi near the reference
-on other responses. Second, if the labels are never wrong, no margin is ever large enough. Then the number of epochs and
-the learning rate decide how far pi moves, not beta.
+logarithms, because the optimum (4) of the KL objective contains pi_ref. beta sets the scale of the margin: to move the
+margin by 1, the difference of the log-ratios log(pi / pi_ref) must move by 1/beta nats. Once the margins agree with the
+labels, the gradient is 0 on average. So a larger beta means a policy closer to the reference. This has two limits.
+First, the loss sees only the responses in the pairs. Nothing is sampled, so nothing keeps pi near the reference on
+other responses. Second, if nothing in the data contradicts a label, a larger margin always lowers the loss. Then not
+beta alone, but also the number of epochs and the learning rate decide how far pi moves.
 
-WHY DOES THE CHOSEN REWARD FALL? (7) depends on the margin alone, and the margin also grows when both log-probabilities
-fall and the rejected one falls faster. Chosen and rejected responses share words, so lowering one lowers the other, and
-the probability that both lose goes to responses that are in no pair. So a falling rewards/chosen with growing
-rewards/margins is not a bug. If both responses were drawn from the reference, the mean rewards/chosen is below 0 even
-at the optimum (4) when beta is small (docs/displacement.md counts it).
+WHY DOES THE CHOSEN REWARD FALL? (7) depends on the margin alone. The margin also grows when both log-probabilities fall
+and the rejected one falls faster. Chosen and rejected responses share words, so pushing one down pulls the other down,
+and their probability goes to other responses. So a falling rewards/chosen with growing rewards/margins is not a bug. If
+both responses are drawn from the reference, the mean rewards/chosen is below 0 even at the optimum (4) when beta is
+small (docs/displacement.md computes it).
 """
 
 import dataclasses
@@ -89,13 +93,13 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 def token_logps(logits, targets):
     """log pi(target_t | all tokens before it) at every position.
 
-    logits (B, T, V), targets (B, T), valid ids everywhere -> (B, T). Half precision is raised to fp32: near -300, the
-    values of bf16 are 2 nats apart.
+    logits (B, T, V), targets (B, T), valid ids everywhere -> (B, T). Half precision is raised to fp32: in bf16, a sum
+    near -300 would be rounded to steps of 2 nats.
     """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     logps = F.log_softmax(logits, dim=-1)  # (B, T, V): of every token that could come next
-    return logps.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T): of the token that does
+    return logps.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T): of the token that does come next
 
 
 def response_logps(model, batch):
@@ -141,7 +145,7 @@ def dpo_loss(
         reference_chosen_logps = reference_rejected_logps = 0.0
     chosen_log_ratios = policy_chosen_logps - reference_chosen_logps
     rejected_log_ratios = policy_rejected_logps - reference_rejected_logps
-    h = chosen_log_ratios - rejected_log_ratios  # a difference, in which beta log Z(x) of (5) has cancelled
+    h = chosen_log_ratios - rejected_log_ratios  # Z(x) of (5) has cancelled in this difference
     margins = beta * h  # with a larger beta, a smaller h is enough: the policy stays closer to the reference
     if loss_type == "sigmoid":
         losses = -F.logsigmoid(margins)  # (7)
@@ -150,15 +154,13 @@ def dpo_loss(
     elif loss_type == "ipo" and not label_smoothing:
         losses = (h - 1 / (2 * beta)) ** 2  # a finite target for h, even if the labels are never wrong
     else:
-        raise ValueError(
-            f"no loss {loss_type!r} with label_smoothing {label_smoothing}: sigmoid, or ipo without smoothing"
-        )
+        raise ValueError(f"no loss {loss_type!r} with label_smoothing {label_smoothing}: sigmoid, or ipo without it")
     return losses, (beta * chosen_log_ratios).detach(), (beta * rejected_log_ratios).detach()
 
 
 # For another pairwise loss, write a function like dpo_loss: four logps (B,) and keywords -> losses, chosen and rejected
-# rewards, each (B,). Give the keywords in Settings.variant, and call main(Settings, your_loss). An example is
-# experiments/frontier/baselines/unlikelihood.py.
+# rewards, each (B,). Subclass Settings, return the keywords from `variant`, and call main(YourSettings, your_loss).
+# experiments/frontier/baselines/unlikelihood.py is an example.
 
 # ---- 2. Settings. The defaults are the paper's (section B). Each dataset has a set of its own; flags override it ----
 
@@ -168,7 +170,7 @@ SETS = {
     "paper": {},
     # "For TL;DR summarization, we use beta = 0.5, while rest of the parameters remain the same." (section B)
     "paper-tldr": dict(beta=0.5),
-    # The toy's rewards differ by several units, and exp(r / beta) is steep: at beta 0.1 its text falls apart.
+    # The toy's rewards differ by several units: at beta 0.1, exp(r / beta) is so large that the text loses its grammar.
     "toy": dict(beta=0.7, optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True),
     "imdb": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
 }
@@ -213,7 +215,7 @@ class Settings(RunSettings):
         return {name: getattr(self, name) for name in ("beta", "label_smoothing", "loss_type", "reference_free")}
 
     def cut(self, batches, pairs):
-        """The batches (lists of indices of `pairs`) in micro-batches, each small enough for one forward pass."""
+        """The batches (lists of indices of `pairs`) in micro-batches, as --micro-batch-size and --micro-tokens say."""
         return dataset.micro_batches(batches, pairs, self.micro_batch_size, self.micro_tokens)
 
 
@@ -243,12 +245,13 @@ def reference_logps(model, pairs, settings):
 
 
 def cached_reference(policy, parts, settings, run):
-    """`reference_logps` of all `parts`, kept in a file that runs with the same weights, data and rounding share."""
+    """`reference_logps` of all `parts`, kept in a file. Runs with the same weights, data and rounding share it."""
     sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
     rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes)
     name = checkpoint.fingerprint(policy, run.data, rounding)
     path = run.path.parent / "reference_logps" / f"{name}.pt"
-    return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
+    with memory.advise(settings):
+        return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
 
 
 def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_loss):
@@ -256,7 +259,8 @@ def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_
     sums = torch.zeros(6, device=settings.device)
     for micro in settings.cut([parallel.share(indices)], pairs):
         logps = logps_of(policy, pairs, micro, settings)
-        losses, *rewards = loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)
+        reference_chosen, reference_rejected = reference[micro].to(settings.device).T
+        losses, *rewards = loss(*logps, reference_chosen, reference_rejected, **settings.variant)
         (losses.sum() / len(indices)).backward()  # the mean over the pairs of the step, however they are cut
         sums = sums + metric_sums(losses, *rewards, *logps)
     parallel.sum_gradients(policy)
@@ -310,7 +314,8 @@ def check_start(policy, pairs, reference, indices, settings, loss=dpo_loss):
     losses, *_ = loss(*logps.T, *reference[indices].T, **settings.variant)
     ipo = settings.loss_type == "ipo"
     expected = f"1 / (2 beta)^2 = {1 / (2 * settings.beta) ** 2:.6f}" if ipo else f"ln 2 = {math.log(2):.6f}"
-    print(f"before the first update: log-ratios within {ratio.max():.1g} nats, loss {losses.mean():.6f} ({expected})")
+    expected = f" ({expected})" if loss is dpo_loss else ""
+    print(f"before the first update: log-ratios within {ratio.max():.1g} nats, loss {losses.mean():.6f}{expected}")
 
 
 # ---- 4. The run ----
@@ -331,8 +336,8 @@ def main(settings_class=Settings, loss=dpo_loss):
     run.plan(pairs, saved, pairs, held_out)
     memory.check(policy, pairs, settings)
 
-    # -- the reference is the policy before its first update. It is no second model: its log-probabilities are enough
-    prompts = dataset.first_prompts(held_out or pairs, settings.samples)
+    # -- the reference is the policy before its first update. We keep only its log-probabilities, not a second model
+    prompts = dataset.first_prompts(held_out or pairs, settings.samples)  # completed before and after
     if settings.resume:
         reference, before = saved["reference"], saved["before"]
     else:
@@ -351,7 +356,8 @@ def main(settings_class=Settings, loss=dpo_loss):
 
     # -- the loop
     policy.train()
-    with run.training(policy, tokenizer, optimizer, before=before, reference=reference) as steps:
+    training = run.training(policy, tokenizer, optimizer, before=before, reference=reference)
+    with memory.advise(settings), training as steps:  # if memory runs out, the error names the flags that help
         for step, indices in steps:
             lr = learning_rate(step, run.total_steps, settings.lr, settings.warmup_steps, settings.decay)
             set_learning_rate(optimizer, lr)

@@ -23,7 +23,7 @@ from minidpo.model import GPT, PRESETS, GPTConfig
 from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer, set_learning_rate
 from minidpo.run import Run, RunSettings, place
 from minidpo.sampling import complete
-from minidpo.scale import parallel
+from minidpo.scale import memory, parallel
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from minidpo.tokenizer import Tokenizer
 
@@ -32,8 +32,8 @@ from minidpo.tokenizer import Tokenizer
 SETS = {
     "paper": {},
     "paper-tldr": {},
-    # At 1,232 tokens, every word of the toy is one token. A narrow model and many steps learn its grammar soonest. Each
-    # row is seen twice: with more passes, DPO loses the grammar more easily.
+    # The toy's BPE ends at 1,232 tokens, when every word is one token. A narrow model and many steps learn its grammar
+    # soonest. Each row is seen twice: after more passes, DPO loses the grammar more easily.
     "toy": dict(preset="toy", vocab_size=2048, batch_size=32, lr=4e-3, weight_decay=0.0, epochs=2.0, eval_every=1000),
     "imdb": dict(preset="imdb", batch_size=16, lr=2e-3, warmup_steps=150, epochs=1.0, eval_every=500, sample_tokens=64),
 }
@@ -90,7 +90,7 @@ def response_loss(model, batch, settings):
 
 
 def train_step(model, optimizer, rows, indices, settings):
-    """One optimiser step on the rows `indices`. Returns the metrics from before the update, in nats per token."""
+    """One optimiser step on the rows `indices`. Returns the metrics from before the update; the loss is per token."""
     n = sum(len(rows[i][1]) for i in indices)  # response tokens: each has the same weight, however the step is cut
     share = parallel.share(indices)
     size = settings.micro_batch_size or len(indices)
@@ -147,11 +147,11 @@ def main():
 
     # -- the loop
     model.train()
-    with run.training(model, tokenizer, optimizer) as steps:
+    with memory.advise(settings), run.training(model, tokenizer, optimizer) as steps:
         for step, indices in steps:
             lr = learning_rate(step, run.total_steps, settings.lr, settings.warmup_steps, decay=True)
             set_learning_rate(optimizer, lr)
-            parallel.seed(settings.seed, step)  # dropout, so that a resumed run draws the same
+            parallel.seed(settings.seed, step)  # so that a resumed run draws the same dropout masks
             metrics = train_step(model, optimizer, rows, indices, settings)
             metrics |= {"lr": lr, **run.speed(tokens=dataset.count_tokens(rows, indices))}
             if held_out and run.evaluates_after(step):

@@ -97,7 +97,10 @@ def read_sft(path):
     _, first = next(json_lines(path, ("prompt",)), (None, {}))
     if "chosen" not in first or "completion" in first:
         return read_jsonl(path, SFT)
-    return [{**record, "completion": record["chosen"]} for record in read_jsonl(path, PAIR)]
+    return [
+        {**record, "completion": record["chosen"], "completion_ended": record.get("chosen_ended", True)}
+        for record in read_jsonl(path, PAIR)
+    ]
 
 
 # ---- 2. Rows of token ids ----
@@ -120,57 +123,42 @@ def cut_to_context(prompt, responses, ended, eot, max_length, min_prompt_tokens=
     return [eot, *prompt[len(prompt) - kept :]], fitted, kept < len(prompt), sum(len(r) > room for r in responses)
 
 
-def encode_pairs(records, tokenizer, max_length):
-    """Preference records -> (pairs, counts).
+def encode(records, fields, tokenizer, max_length):
+    """Records -> (rows, counts). A row is (prompt_ids, *response_ids), with the responses in the order of `fields`.
 
-    pairs: list of (prompt_ids, chosen_ids, rejected_ids) for `preference_batch`. A pair with an empty response, or with
-    two responses that are equal after the cut, is dropped. `counts` says how many were dropped, and what was cut. A
-    record can hold "chosen_ended": false (or "rejected_ended") for a response that its sampler cut: it gets no eot.
+    A record with an empty response, or with two responses that are equal after the cut, is dropped. `counts` says how
+    many were dropped, and what was cut. A record can hold "chosen_ended": false (the same for any response) where its
+    sampler cut a response: that one gets no eot.
     """
-    pairs, counts = [], Counter(pairs=len(records))
+    is_pair = fields == PAIR
+    rows, counts = [], Counter({"pairs" if is_pair else "rows": len(records)})
     for record in records:
-        prompt, chosen, rejected = (tokenizer.encode(record[field]) for field in PAIR)
-        if not chosen or not rejected:
+        prompt, *responses = (tokenizer.encode(record[field]) for field in fields)
+        if not all(responses):
             counts["dropped: empty response"] += 1
             continue
-        ended = [record.get(f"{side}_ended", True) for side in ("chosen", "rejected")]
-        prompt, (chosen, rejected), prompt_cut, n_cut = cut_to_context(
-            prompt, (chosen, rejected), ended, tokenizer.eot, max_length
-        )
-        if not chosen or not rejected:
+        ended = [record.get(f"{field}_ended", True) for field in fields[1:]]
+        prompt, responses, prompt_cut, n_cut = cut_to_context(prompt, responses, ended, tokenizer.eot, max_length)
+        if not all(responses):
             counts["dropped: no room for a response"] += 1
-        elif chosen == rejected:
+        elif is_pair and responses[0] == responses[1]:
             counts["dropped: equal responses"] += 1
         else:
             counts["prompt cut"] += prompt_cut
             counts["response cut"] += n_cut
-            pairs.append((prompt, chosen, rejected))
-    return pairs, counts
-
-
-def encode_sft(records, tokenizer, max_length):
-    """SFT records -> (rows, counts). rows: list of (prompt_ids, completion_ids). As `encode_pairs`."""
-    rows, counts = [], Counter(rows=len(records))
-    for record in records:
-        prompt, completion = (tokenizer.encode(record[field]) for field in SFT)
-        if not completion:
-            counts["dropped: empty response"] += 1
-            continue
-        prompt, (completion,), prompt_cut, n_cut = cut_to_context(
-            prompt, (completion,), [True], tokenizer.eot, max_length
-        )
-        if not completion:
-            counts["dropped: no room for a response"] += 1
-            continue
-        counts["prompt cut"] += prompt_cut
-        counts["response cut"] += n_cut
-        rows.append((prompt, completion))
+            rows.append((prompt, *responses))
     return rows, counts
 
 
-def load_rows(path, records, encode, tokenizer, max_length):
-    """Encodes the records of a file, and prints what was cut and dropped. UserError if no usable row is left."""
-    rows, counts = encode(records, tokenizer, max_length)
+def encode_pairs(records, tokenizer, max_length):
+    """Preference records -> (pairs, counts) by `encode`. A pair is (prompt_ids, chosen_ids, rejected_ids)."""
+    return encode(records, PAIR, tokenizer, max_length)
+
+
+def load_rows(path, fields, tokenizer, max_length):
+    """Reads and encodes a file, and prints what was cut and dropped. UserError if no usable row is left."""
+    records = read_sft(path) if fields == SFT else read_jsonl(path, fields)
+    rows, counts = encode(records, fields, tokenizer, max_length)
     print(f"{path}: {len(rows):,} usable of {', '.join(f'{v:,} {k}' for k, v in counts.items() if v)}")
     if not rows:
         raise UserError(f"{path}: no usable record; the counts above say why.")
@@ -178,15 +166,13 @@ def load_rows(path, records, encode, tokenizer, max_length):
 
 
 def load_pairs(split, tokenizer, max_length):
-    """(training file, held-out file or None) of preferences -> (pairs, held-out pairs), by `encode_pairs`."""
-    return [
-        load_rows(path, read_jsonl(path, PAIR), encode_pairs, tokenizer, max_length) if path else [] for path in split
-    ]
+    """(training file, held-out file or None) of preferences -> (pairs, held-out pairs)."""
+    return [load_rows(path, PAIR, tokenizer, max_length) if path else [] for path in split]
 
 
 def load_sft(split, tokenizer, max_length):
-    """(training file, held-out file or None) of SFT rows -> (rows, held-out rows), by `encode_sft`."""
-    return [load_rows(path, read_sft(path), encode_sft, tokenizer, max_length) if path else [] for path in split]
+    """(training file, held-out file or None) of SFT rows -> (rows, held-out rows). A row is (prompt, response) ids."""
+    return [load_rows(path, SFT, tokenizer, max_length) if path else [] for path in split]
 
 
 def first_prompts(rows, n):
@@ -245,7 +231,7 @@ def sft_batch(rows, device="cpu"):
 
 
 def preference_batch(pairs, device="cpu"):
-    """list of (prompt_ids, chosen_ids, rejected_ids) -> PreferenceBatch. It adds padding and nothing else.
+    """list of (prompt_ids, chosen_ids, rejected_ids) -> PreferenceBatch. It adds no token but padding.
 
     Every eot is already where it belongs. Raises ValueError for empty prompt_ids.
     """
@@ -257,8 +243,9 @@ def preference_batch(pairs, device="cpu"):
 def batches(rows, batch_size, seed, epoch, pool=32):
     """The indices of `rows` in shuffled batches of one epoch. The rows of a batch have similar lengths.
 
-    Pools of `pool` batches are shuffled, sorted by length and cut into batches, which are shuffled again. The order
-    depends on seed and epoch alone, so a resumed run finds its place by counting. The last batch may be short.
+    The rows are shuffled and divided into pools of `pool` batches. Each pool is sorted by length and cut into batches.
+    Then all batches are shuffled. For the same rows the order depends on seed and epoch alone, so a resumed run finds
+    its place by counting. One batch may be short.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(rows), generator=generator).tolist()
@@ -296,9 +283,8 @@ def micro_batches(batches, pairs, size, tokens):
 
 def show(path, tokenizer, n, max_length):
     """Prints n decoded rows with the scored tokens marked, and a histogram of the row lengths."""
-    is_pair = "chosen" in read_jsonl(path, ("prompt",))[0]
-    encode, fields = (encode_pairs, PAIR) if is_pair else (encode_sft, SFT)
-    rows = load_rows(path, read_jsonl(path, fields), encode, tokenizer, max_length)
+    fields = PAIR if "chosen" in read_jsonl(path, ("prompt",))[0] else SFT
+    rows = load_rows(path, fields, tokenizer, max_length)
     print("\nScored tokens stand in [brackets], · ends a token that is not scored, ∎ is the end-of-text token.\n")
     for prompt, *responses in rows[:n]:
         for name, response in zip(fields[1:], responses, strict=True):

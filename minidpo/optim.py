@@ -1,4 +1,4 @@
-"""Optimiser and learning rate, the same for both stages."""
+"""Optimiser and learning rate of both stages."""
 
 import torch
 
@@ -8,15 +8,14 @@ OPTIMIZERS = ("adamw", "rmsprop", "sgd")
 
 
 def make_optimizer(model, name, lr, weight_decay=0.0):
-    """Returns the optimiser called `name`.
+    """Returns the optimiser `name`.
 
-    rmsprop: PyTorch's defaults, as in the DPO paper. Its state is half of AdamW's.
-    adamw: betas 0.9 and 0.99. Weight decay is applied to matrices only, not to biases and LayerNorms.
+    rmsprop: PyTorch's defaults, as in the DPO paper. Its state is half as large as AdamW's.
+    adamw: betas 0.9 and 0.99. Weight decay applies to matrices only, not to biases and LayerNorms.
     sgd: momentum 0.9. Unlike the other two, it takes a small step where the gradient is small.
     """
     if name == "rmsprop":
-        # One tensor at a time. The for-each form, PyTorch's default on CUDA, makes a temporary copy of the state
-        # (3.1 GB for gpt2-large) and saves only milliseconds in a step of seconds.
+        # foreach=True, PyTorch's default on CUDA, copies the state (3.1 GB for gpt2-large) and saves only milliseconds
         return torch.optim.RMSprop(model.parameters(), lr=lr, foreach=False)
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
@@ -29,7 +28,7 @@ def make_optimizer(model, name, lr, weight_decay=0.0):
 
 
 def learning_rate(step, total, peak, warmup_steps, decay):
-    """The rate of step `step` of `total`, counted from 0: it rises linearly, then stays, or falls linearly to 0."""
+    """Learning rate of a step, counted from 0: a linear rise to `peak`, then constant, or with `decay` linear to 0."""
     rise = min(1.0, (step + 1) / max(1, warmup_steps))
     fall = (total - step) / max(1, total - warmup_steps) if decay and step >= warmup_steps else 1.0
     return peak * rise * min(1.0, fall)

@@ -37,7 +37,7 @@ class RunSettings:
     recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
     compile: bool = knob(False, "torch.compile the blocks: faster on a GPU, after a minute of compiling")
     max_length: int = knob(0, "longest row in tokens; 0: the model's context")
-    max_steps: int = knob(0, "stop after this many optimiser steps of those that --epochs asks for; 0: make them all")
+    max_steps: int = knob(0, "stop early, after this many optimiser steps; 0: no early stop")
     eval_data: str = knob("", "held-out rows for the curves; empty: the dataset's own, none for a file")
     eval_every: int = knob(50, "optimiser steps between evaluations on the held-out rows; 0: at the end only")
     save_every: int = knob(100, "optimiser steps between checkpoints", least=1)
@@ -76,7 +76,7 @@ def steps(rows, settings, first_step=0):
 
 
 class Run:
-    """The folder of one run. Nothing in it changes before `training`, so an error in the input leaves an older run.
+    """The folder of one run. Nothing in it changes before `training`, so a failed start leaves an existing run intact.
 
     `stage` is the name on the progress bar. Of several processes only process 0 writes.
     """
@@ -94,28 +94,25 @@ class Run:
         if settings.resume and not checkpoint.exists(self.path):
             raise UserError(f"{self.path / FILE} not found: nothing was saved to resume. Start again with --overwrite.")
         if held and not settings.resume and not settings.overwrite:
-            raise UserError(
-                f"{self.path} already holds a run ({held[0]}). Add --resume to continue, or --overwrite to replace it."
-            )
+            how = "Add --resume to continue, or --overwrite to replace it."
+            raise UserError(f"{self.path} already holds a run ({held[0]}). {how}")
 
     def load(self):
         """Returns (model, tokenizer, saved state) of this run with --resume, else of --init. The state may be {}."""
         return checkpoint.load(self.path if self.settings.resume else self.settings.init)
 
     def plan(self, rows, saved, *data):
-        """Counts the steps to come. `data`: everything the run trains and is evaluated on, which a resumed run checks.
+        """Counts the steps to come. `data`: what a resumed run must find unchanged.
 
-        Raises UserError if a resumed run was started with other data, or if no step is left.
+        Raises UserError if a resumed run was started with other data, or if its last step is made and reported.
         """
         self.rows, self.data = rows, checkpoint.fingerprint(*data)
         if self.settings.resume and saved.get("data") != self.data:
             raise UserError(f"{self.path} was started with other data. Restore it, or start a new run.")
         self.count(saved.get("step", 0) if self.settings.resume else 0, *count_steps(rows, self.settings))
-        if self.total_steps <= self.settings.warmup_steps:
-            print(
-                f"warning: all {self.total_steps} steps are warm-up. Lower --warmup-steps "
-                f"{self.settings.warmup_steps}, or --batch-size."
-            )
+        total, warmup = self.total_steps, self.settings.warmup_steps
+        if total <= warmup:
+            print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size.")
 
     def count(self, first_step, total_steps, last_step):
         """Sets where the loop begins and ends. Raises UserError if it has reached its end and written its report."""
@@ -142,6 +139,7 @@ class Run:
 
         After Ctrl-C or SIGTERM the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
         """
+        parallel.all_sum(0)  # wait until every process has checked the folder
         self._open(tokenizer)
         bar = tqdm(total=self.last_step, initial=self.first_step, desc=self.stage, unit="step")
         with CatchInterrupt() as interrupt, bar as self.bar:
@@ -154,9 +152,8 @@ class Run:
                     if done == self.last_step or done % self.settings.save_every == 0 or stop:
                         save(done)
                     if stop and done < self.last_step:
-                        raise UserError(
-                            f"stopped after step {done} and saved. Continue with the same command and --resume."
-                        )
+                        how = "Continue with the same command and --resume."
+                        raise UserError(f"stopped after step {done} and saved. {how}")
 
             yield stepping()
 
@@ -201,7 +198,7 @@ class Run:
     @parallel.by_process_0
     def save(self, model, tokenizer, state):
         """Writes checkpoint.pt."""
-        os.fsync(self._metrics.fileno())  # after a power cut the log may hold steps too many, never too few
+        os.fsync(self._metrics.fileno())  # after a power cut the log may hold extra steps, and never lacks one
         checkpoint.save(self.path, model, tokenizer, state)
 
     @parallel.by_process_0

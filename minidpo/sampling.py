@@ -1,50 +1,51 @@
-"""Sampling completions: batched, with a key/value cache, for prompts of different lengths; and a command to type at.
+"""Samples completions in batches, with a key/value cache, from prompts of different lengths.
 
-    python -m minidpo.sampling --run runs/sft --run runs/dpo --prompt "I watched this film"
+Complete a prompt with two models:  python -m minidpo.sampling --run runs/sft --run runs/dpo --prompt "This film"
 
-Rows are padded on the LEFT here (training pads on the right), so that every row's next token lands in the same column.
+Rows are padded on the left, so that their next tokens share a column. (Training pads on the right.)
 """
 
-import argparse
+import contextlib
+import dataclasses
 import textwrap
 
 import torch
 from tqdm import tqdm
 
 from minidpo import checkpoint
-from minidpo.device import pick_device
-from minidpo.settings import UserError, run_main
+from minidpo.device import DEVICES, pick_device
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, for B left-padded rows.
+    """Keys and values of all tokens so far, for B left-padded rows.
 
-    `pad` (B,) is how many padding columns each row begins with. The model asks `start` for the positions of new
-    tokens, and each attention layer asks `extend` for all keys and values, with the mask that hides padding.
+    The model asks `start` for the positions of new tokens. Then each attention layer asks `extend` for all keys and
+    values, with the mask that hides padding.
     """
 
     def __init__(self, pad, capacity, block_size):
-        self.pad = pad
-        self.capacity = capacity  # columns in all: longest prompt + new tokens
-        self.block_size = block_size  # positions in all
-        self.length = 0  # columns filled
+        self.pad = pad  # (B,): with how many columns of padding each row begins
+        self.capacity = capacity  # number of columns: longest prompt + new tokens
+        self.block_size = block_size  # number of positions that the model has
+        self.length = 0  # columns filled so far
         self.layers = {}  # attention layer -> (keys, values), each (B, H, capacity, C / H)
 
     def start(self, ids):
-        """New ids (B, T) -> their positions (B, T) in their rows, padding not counted."""
+        """New ids (B, T) -> their positions (B, T). Padding does not count."""
         begin, self.length = self.length, self.length + ids.shape[1]
         self.new = slice(begin, self.length)
         query = torch.arange(begin, self.length, device=ids.device)
         key = torch.arange(self.length, device=ids.device)
         real = key >= self.pad[:, None, None]  # (B, 1, length)
         causal = key <= query[:, None]  # (T, length)
-        itself = key == query[:, None]  # a padding column sees at least itself: a softmax over nothing would be NaN
+        itself = key == query[:, None]  # padding sees itself: a softmax over nothing would be NaN
         self.mask = ((real & causal) | itself)[:, None]  # (B, 1, T, length), one for all heads
-        # padding has no position, nor has a finished row that idles beyond the context: any valid one will do
+        # padding and finished rows beyond the context have no position: any valid one will do
         return (query - self.pad[:, None]).clamp(0, self.block_size - 1)
 
     def extend(self, layer, k, v):
-        """Appends k, v (B, H, T, C/H); returns all keys, all values (B, H, length, C/H) and the mask."""
+        """Appends k, v (B, H, T, C/H). Returns all keys, all values (B, H, length, C/H) and the mask."""
         if layer not in self.layers:
             B, H, _, D = k.shape
             self.layers[layer] = k.new_zeros(B, H, self.capacity, D), v.new_zeros(B, H, self.capacity, D)
@@ -53,15 +54,15 @@ class Cache:
         return keys[:, :, : self.length], values[:, :, : self.length], self.mask
 
     def keep(self, rows):
-        """Drops every row but `rows` (indices), so that finished rows cost nothing."""
+        """Keeps only `rows` (indices), so that finished rows cost nothing."""
         self.pad = self.pad[rows]
         self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
 
 
 def truncate(logits, top_k=None, top_p=None):
-    """logits (B, V) -> the same, with -inf outside the k best and outside the smallest set of probability >= p.
+    """Sets logits (B, V) to -inf outside the k best, and outside the smallest set of tokens of probability >= p.
 
-    Holtzman et al. 2020 for top-p. Truncation changes the distribution: never measure a KL on such samples.
+    Top-p is from Holtzman et al. 2020. Truncation changes the distribution: never measure a KL on such samples.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]
@@ -69,7 +70,7 @@ def truncate(logits, top_k=None, top_p=None):
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        before = p.cumsum(-1) - p  # probability of everything better: the best token is always in
+        before = p.cumsum(-1) - p  # probability of all better tokens; the best token always stays
         logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -torch.inf)
     return logits
 
@@ -79,12 +80,12 @@ def generate(
     model, prompts, max_new_tokens, eot, temperature=1.0, top_k=None, top_p=None, generator=None,
     batch_size=256, progress=None,
 ):  # fmt: skip
-    """Samples a completion of each prompt.
+    """Samples one completion of each prompt.
 
-    prompts: list of lists of ids, each with its leading eot, of any lengths. Returns the new ids of each, ending in
-    eot if the response ended; at most max_new_tokens, and no more than the context holds (prompt + new - 1 <=
-    block_size, since the last new token is never fed back). temperature 0 is greedy. `generator` lives on the model's
-    device; the same seed, prompts and batch_size give the same samples. `progress` is a text for a progress bar.
+    prompts: list of lists of ids, of any lengths, each with its leading eot. Returns the new ids of each; the last one
+    is eot if the response ended. A completion has at most max_new_tokens, and stops where the context is full: prompt +
+    new - 1 <= block_size, since the last new token is never fed back. Temperature 0 is greedy. `generator` must be on
+    the model's device. The same seed, prompts and batch_size give the same samples. `progress` names a progress bar.
     Raises UserError for a prompt that is empty or longer than the context, and for a knob out of its range.
     """
     if not 0 <= temperature < float("inf"):
@@ -102,12 +103,9 @@ def generate(
     was_training = model.training
     model.eval()
     completions = []
-    bar = tqdm(total=len(prompts), desc=progress, unit="sample", disable=progress is None)
-    for i in range(0, len(prompts), batch_size):
+    for i in tqdm(range(0, len(prompts), batch_size), desc=progress, unit="batch", disable=progress is None):
         batch = prompts[i : i + batch_size]
         completions += _generate_batch(model, batch, max_new_tokens, eot, temperature, top_k, top_p, generator)
-        bar.update(len(batch))
-    bar.close()
     model.train(was_training)
     return completions
 
@@ -120,10 +118,10 @@ def _generate_batch(model, prompts, max_new_tokens, eot, temperature, top_k, top
     limits = [min(max_new_tokens, model.config.block_size - len(p) + 1) for p in prompts]
     cache = Cache(pad, longest + max(limits), model.config.block_size)
     completions = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # rows[j]: which prompt the j-th live row continues
+    rows = list(range(len(prompts)))  # rows[j]: which prompt row j continues
     live = [limits[i] > 0 for i in rows]
     while any(live):
-        logits = model.logits(model.hidden(ids, cache)[:, -1]).float()  # (live rows, V)
+        logits = model.logits(model.hidden(ids, cache)[:, -1]).float()  # (rows, V)
         if temperature == 0:
             new = logits.argmax(-1)
         else:
@@ -144,58 +142,46 @@ def _generate_batch(model, prompts, max_new_tokens, eot, temperature, top_k, top
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, seed, **knobs):
-    """As `generate`, but returns texts; one that did not end in eot gets " ...".
+    """As `generate`, but returns texts. A text that did not end in eot gets " ...".
 
-    The generator is its own: sampling more or less often changes no training.
+    It has a generator of its own, so sampling does not change the training.
     """
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     completions = generate(model, prompts, max_new_tokens, tokenizer.eot, generator=generator, **knobs)
     return [tokenizer.decode(ids) + ("" if ids[-1:] == [tokenizer.eot] else " ...") for ids in completions]
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Completions of one run, or of several side by side.")
-    parser.add_argument(
-        "--run", action="append", required=True, help="run folder or Hugging Face folder; may be repeated"
-    )
-    parser.add_argument(
-        "--prompt", action="append", help="text to complete; may be repeated (default: ask for prompts)"
-    )
-    parser.add_argument("--samples", type=int, default=1, help="completions per prompt (default 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest completion, in tokens (default 64)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
-    parser.add_argument("--top-k", type=int, default=None, help="sample from the k best tokens only (default: all)")
-    parser.add_argument(
-        "--top-p", type=float, default=None, help="sample from the likeliest tokens up to p (default: all)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    args = parser.parse_args()
-    device = pick_device(args.device)
-    runs = []
-    for folder in args.run:
-        model, tokenizer, _ = checkpoint.load(folder)
-        runs.append((folder, model.to(device), tokenizer))
+@dataclasses.dataclass
+class Settings:
+    run: list = knob(dataclasses.MISSING, "a run folder, a GPT-2 folder or name; may be repeated")
+    prompt: list = knob(None, "text to complete; may be repeated; without it, prompts are read from the keyboard")
+    samples: int = knob(1, "completions per prompt", least=1)
+    max_new_tokens: int = knob(64, "longest completion, in tokens")
+    temperature: float = knob(1.0, "0 is greedy")
+    top_k: int = knob(0, "sample from the k most probable tokens only; 0: all")
+    top_p: float = knob(1.0, "sample from the most probable tokens up to a total probability of p; 1: all")
+    seed: int = knob(0, "seed of the sampling")
+    device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
 
-    for prompt in args.prompt or typed_prompts():
+
+def main():
+    settings = parse_settings(Settings, "Completions by one model, or by several side by side.")
+    device = pick_device(settings.device)
+    runs = [(folder, *checkpoint.load(folder)[:2]) for folder in settings.run]
+    knobs = dict(temperature=settings.temperature, top_k=settings.top_k or None, top_p=settings.top_p)
+    for prompt in settings.prompt or typed_prompts():
         print(f"prompt: {prompt}")
         for folder, model, tokenizer in runs:
-            prompts = [[tokenizer.eot, *tokenizer.encode(prompt)]] * args.samples
-            knobs = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-            for text in complete(model, tokenizer, prompts, args.max_new_tokens, args.seed, **knobs):
+            prompts = [[tokenizer.eot, *tokenizer.encode(prompt)]] * settings.samples
+            for text in complete(model.to(device), tokenizer, prompts, settings.max_new_tokens, settings.seed, **knobs):
                 print(textwrap.fill(f"{folder}: {prompt}{text}", 100, initial_indent="  ", subsequent_indent="      "))
 
 
 def typed_prompts():
-    """Prompts from the keyboard until an empty line or the end of the input."""
-    while True:
-        try:
-            prompt = input("prompt (empty to leave): ")
-        except EOFError:
-            return
-        if not prompt:
-            return
-        yield prompt
+    """Yields prompts from the keyboard until an empty line or the end of the input."""
+    with contextlib.suppress(EOFError):
+        while prompt := input("prompt (empty to leave): "):
+            yield prompt
 
 
 if __name__ == "__main__":

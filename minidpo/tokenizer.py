@@ -1,9 +1,10 @@
-"""Text to token ids and back: GPT-2's byte-level BPE, or one trained here on the corpus at hand.
+"""Text to token ids and back: GPT-2's byte-level BPE, or a BPE trained on your own texts.
 
-A vocabulary is a list of byte strings: the 256 single bytes, then one token per merge in the order the merges were
-learned, then eot as the last id. The list says everything: to encode, cut the text into words with `PATTERN` and, in
-each word, keep joining the two neighbours whose join comes earliest in the list. tiktoken does that fast; `train_bpe`
-below makes the list. As a command it trains on a file: python -m minidpo.tokenizer --text FILE --vocab-size N
+A vocabulary is a list of byte strings: the 256 single bytes, then one token per merge, in the order of learning. The
+last id is the end-of-text token, eot. To encode a text, cut it into words with `PATTERN`. In each word, join the two
+neighbours whose join comes first in the list, until no join is in the list. tiktoken does this fast.
+
+Train on a file:  python -m minidpo.tokenizer --text FILE --vocab-size N
 """
 
 import argparse
@@ -21,51 +22,53 @@ from tqdm import tqdm
 from minidpo.files import atomic_write
 from minidpo.settings import UserError, run_main
 
-# GPT-2's words, which no merge crosses: contractions; letters, digits or other signs with the space before them; blanks
+# GPT-2's words: contractions; letters, digits or other signs with one space before them; blanks. No merge crosses them.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-WORDS = regex.compile(PATTERN)
-# A thousand blanks with more behind them. Cutting there changes GPT-2's ids only if a token of blanks spans the cut.
+# A million blanks in a row overflow the stack of tiktoken's regex engine, so `encode` cuts after every thousand.
 LONG_BLANK = regex.compile(r"(\s{1000})(?=\s)")
-LONGEST = 1000  # bytes: training cuts longer words (a line of base64), which would be walked through at every merge
+LONGEST = 1000  # bytes; training cuts longer words, because each merge walks through a whole word
 EOT = "<|endoftext|>"
+
+# GPT-2's files write each byte as a visible character: itself if printable, else one from U+0100 on (the space is Ġ).
+_unseen = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
+BYTE_TO_CHAR = {b: chr(256 + _unseen.index(b)) if b in _unseen else chr(b) for b in range(256)}
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer:
-    """`vocab_size` counts 256 bytes + merges + eot; `eot`, the last id, starts and ends documents."""
+    """`vocab_size` counts 256 bytes + merges + eot. `eot`, the last id, starts a document and ends a response."""
 
     def __init__(self, tokens):
         """tokens: list of bytes in the order of their ids, without eot."""
         self.tokens = tokens
         self.eot = len(tokens)
         self.vocab_size = len(tokens) + 1
-        # tiktoken never hears of eot, so nothing that a text contains can become it
         ranks = {token: i for i, token in enumerate(tokens)}
         self._encoding = tiktoken.Encoding("minidpo", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
-        """str -> list of ids. All of it is text: "<|endoftext|>" becomes several ordinary tokens, never eot.
+        """str -> list of ids, never eot: "<|endoftext|>" in a text becomes several ordinary tokens.
 
-        UserError for half of a surrogate pair (JSON's "\\ud83d" can hold one): that is no character in any encoding.
+        Raises UserError for half a character (a lone surrogate, such as JSON's "\\ud83d").
         """
-        _utf8(text)  # tiktoken would put U+FFFD in its place without a word
-        # A million blanks in a row overflow the stack of tiktoken's regex engine, hence the cuts.
+        _utf8(text)  # tiktoken would replace it by U+FFFD
         return [i for piece in LONG_BLANK.split(text) for i in self._encoding.encode_ordinary(piece)]
 
     def decode(self, ids):
-        """ids -> str, without eot. Bytes that are not UTF-8 (a sampled half character) come out as U+FFFD."""
+        """ids -> str, without eot. Bytes that are not UTF-8 (half a character was sampled) become U+FFFD."""
         return self._encoding.decode([i for i in ids if i != self.eot], errors="replace")
 
     @property
     def fingerprint(self):
-        """16 hex digits that differ for tokenizers that differ: for caches."""
-        return hashlib.sha256(self._json().encode()).hexdigest()[:16]
+        """16 hex digits. Different tokenizers have different fingerprints."""
+        return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
 
     @classmethod
     def gpt2(cls):
-        """GPT-2's own 50,257 tokens; tiktoken downloads two files (1.5 MB) once and keeps them."""
+        """GPT-2's own 50,257 tokens. tiktoken downloads two files (1.5 MB) once and keeps them."""
         try:
             encoding = tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors); a download cut short
+        except (OSError, ValueError) as error:  # no network; a download that was cut short
             raise UserError(
                 "GPT-2's vocabulary is not on this machine and could not be downloaded. Connect once, or set "
                 f"TIKTOKEN_CACHE_DIR to a folder with tiktoken's files from a machine where this worked. ({error})"
@@ -74,95 +77,91 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A BPE learned from `texts`, any iterable of str; smaller than `vocab_size` if nothing is left to merge."""
+        """Learns a BPE from an iterable of str. It is smaller than `vocab_size` if nothing is left to merge."""
         return cls(train_bpe(texts, vocab_size))
 
     def save(self, file):
-        """One JSON file with a token per line, its bytes as latin-1 characters, so that " the" stays readable."""
-        atomic_write(file, self._json())
-
-    def _json(self):
+        """Writes a JSON file, one token per line. Each byte is a latin-1 character, so " the" stays readable."""
         tokens = [token.decode("latin-1") for token in self.tokens]
-        return json.dumps({"pattern": PATTERN, "eot": self.eot, "tokens": tokens}, indent=1) + "\n"
+        atomic_write(file, json.dumps({"pattern": PATTERN, "eot": self.eot, "tokens": tokens}, indent=1) + "\n")
 
     @classmethod
     def load(cls, file):
-        """Reads what `save` wrote. UserError if the file holds anything else."""
+        """Reads what `save` wrote. Raises UserError if the file holds anything else."""
         try:
-            saved = json.loads(Path(file).read_text(encoding="utf-8"))
+            saved = json.loads(Path(file).read_text(encoding="utf-8", errors="replace"))
             pattern, eot = saved["pattern"], saved["eot"]
             tokens = [token.encode("latin-1") for token in saved["tokens"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is not a tokenizer saved by minidpo, or is damaged: {_why(error)}") from error
+            raise UserError(f"{file} is not a tokenizer saved by minidpo, or is damaged: {error!r}") from error
         if pattern != PATTERN:
-            raise UserError(f"{file}: its pattern is not GPT-2's, the only one known here: {PATTERN}")
+            raise UserError(f"{file}: the pattern is not GPT-2's: {PATTERN}. No other is supported.")
         if eot != len(tokens):
-            raise UserError(f"{file}: eot is {eot!r}, but {len(tokens)} tokens come before it")
-        _merges(tokens, file)
+            raise UserError(f"{file}: eot is {eot!r}, but {len(tokens)} tokens come before it.")
+        _merges_txt(tokens, file)
         return cls(tokens)
 
     @classmethod
     def from_vocab_and_merges(cls, vocab_json, merges_txt):
-        """From Hugging Face's two files for GPT-2, to the same ids.
+        """Reads Hugging Face's two files and gives the same ids.
 
-        UserError unless they are arranged as GPT-2's are: bytes, merges in their order, <|endoftext|>.
+        Raises UserError unless they are arranged as GPT-2's are: bytes, merges in their order, <|endoftext|>.
         """
         try:
-            vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
-            *written, last = sorted(vocab, key=lambda token: vocab[token])
+            vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8", errors="replace"))
+            *written, last = sorted(vocab, key=vocab.get)
             tokens = [bytes(CHAR_TO_BYTE[c] for c in token) for token in written]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{vocab_json} is not GPT-2's kind of vocabulary, or is damaged: {_why(error)}") from error
-        if last != EOT or any(vocab[token] != i for i, token in enumerate(written)) or vocab[EOT] != len(tokens):
-            raise UserError(f"{vocab_json}: the ids must be 0, 1, 2, ... and {EOT} the last; the last is {last!r}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{vocab_json} is not GPT-2's kind of vocabulary, or is damaged: {error!r}") from error
+        if vocab != {token: i for i, token in enumerate([*written, EOT])}:
+            raise UserError(f"{vocab_json}: the ids must be 0, 1, 2, ... and {EOT} the last. The last is {last!r}.")
         lines = Path(merges_txt).read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         if lines[0].startswith("#version"):
             del lines[0]
-        if lines != _merges_txt(_merges(tokens, vocab_json)):
-            raise UserError(f"{merges_txt} does not hold, in order, the merges that make the tokens of {vocab_json}")
+        if lines != _merges_txt(tokens, vocab_json):
+            raise UserError(f"{merges_txt} does not hold, in order, the merges that make the tokens of {vocab_json}.")
         return cls(tokens)
 
     def save_hf(self, folder):
-        """Writes vocab.json and merges.txt; transformers' GPT2Tokenizer of that folder gives the ids `encode` gives."""
+        """Writes vocab.json and merges.txt, from which transformers' GPT2Tokenizer gives the same ids as `encode`."""
         vocab = {_written(token): i for i, token in enumerate(self.tokens)} | {EOT: self.eot}
-        merges = ["#version: 0.2", *_merges_txt(_merges(self.tokens, folder))]
+        merges = ["#version: 0.2", *_merges_txt(self.tokens, folder)]
         atomic_write(Path(folder) / "vocab.json", json.dumps(vocab, ensure_ascii=False))
         atomic_write(Path(folder) / "merges.txt", "\n".join(merges) + "\n")
 
 
 def train_bpe(texts, vocab_size):
-    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2) -> tokens, a list of bytes, without eot.
+    """Learns a byte-pair encoding (Sennrich et al. 2016; on bytes, as GPT-2's). Returns a list of bytes without eot.
 
-    Again and again, the commonest pair of neighbouring tokens becomes a token; of equally common pairs, the one with
-    the smaller ids. Counting all pairs anew for each merge would do, in minutes where this takes seconds: a merge
-    changes only the words that hold its pair, so `where` finds these and the counts are corrected by their changes.
+    Each merge makes the most frequent pair of neighbouring tokens a token; of equally frequent pairs, the one with the
+    smaller ids. A merge changes only the words that contain its pair. So `where` finds these words and their counts are
+    corrected, which takes seconds where counting all pairs again for each merge takes minutes.
     """
     if vocab_size < 257:
-        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 single bytes and eot make 257")
+        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 single bytes and eot make 257.")
     occurrences = Counter()
     for text in tqdm(texts, desc="counting words", unit=" texts", disable=None):
-        occurrences.update(WORDS.findall(text))
-    words, times = [], []  # each different word as a list of ids, and how often it occurs
-    for word, count in occurrences.items():
-        data = _utf8(word)
+        occurrences.update(regex.findall(PATTERN, text))
+    words, times = [], []  # each different word as a list of ids, and how often it occurs in the texts
+    pair_counts, where = Counter(), defaultdict(set)  # where: pair -> numbers of the words that contain it, or did
+    for text, count in occurrences.items():
+        data = _utf8(text)
         for start in range(0, len(data), LONGEST):
-            words.append(list(data[start : start + LONGEST]))
+            word = list(data[start : start + LONGEST])
+            for pair in pairwise(word):
+                pair_counts[pair] += count
+                where[pair].add(len(words))
+            words.append(word)
             times.append(count)
 
-    pair_counts, where = Counter(), defaultdict(set)  # where: pair -> numbers of the words that hold it, or once did
-    for number, word in enumerate(words):
-        for pair in pairwise(word):
-            pair_counts[pair] += times[number]
-            where[pair].add(number)
-
     tokens = [bytes([b]) for b in range(256)]
-    heap = [(-count, pair) for pair, count in pair_counts.items()]  # the smallest comes out: the commonest pair
+    heap = [(-count, pair) for pair, count in pair_counts.items()]  # the smallest is the most frequent
     heapq.heapify(heap)
     with tqdm(total=vocab_size - 257, desc="learning merges", unit=" merges", disable=None) as progress:
         while heap and len(tokens) < vocab_size - 1:
             count, best = heapq.heappop(heap)
             if -count != pair_counts[best]:
-                continue  # the count has changed since, and was pushed anew when it did
+                continue  # an old count: when it changed, the new one was pushed
             changes = Counter()
             for number in where.pop(best):
                 old = words[number]
@@ -183,93 +182,74 @@ def train_bpe(texts, vocab_size):
 
 
 def _merge(word, pair, new):
-    """`word`, a list of ids, with `new` in place of every `pair`, from left to right: aaa -> (aa)a."""
-    merged, i = [], 0
-    while i < len(word):
-        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
-            merged.append(new)
-            i += 2
+    """Replaces every `pair` in `word`, a list of ids, by the id `new`, from left to right: aaa -> (aa)a."""
+    merged = []
+    for token in word:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] = new
         else:
-            merged.append(word[i])
-            i += 1
+            merged.append(token)
     return merged
 
 
-def _merges(tokens, file):
-    """The merges that made `tokens`, pairs of bytes: what is left of each token when all earlier merges are applied.
+def _merges_txt(tokens, file):
+    """Returns the lines of merges.txt: for each token, the two parts that are left when all earlier merges are made.
 
-    UserError, naming the file they came from, if BPE cannot have made them.
+    Raises UserError, with the name of the file, if `tokens` are not the result of merges.
     """
     ranks = {token: i for i, token in enumerate(tokens)}
     if len(ranks) < len(tokens):
-        raise UserError(f"{file}: the token {Counter(tokens).most_common(1)[0][0]} is there twice")
+        raise UserError(f"{file}: the token {Counter(tokens).most_common(1)[0][0]} is there twice.")
     if {bytes([b]) for b in range(256)} != set(tokens[:256]):
-        raise UserError(f"{file}: the first 256 tokens must be the single bytes")
-    merges = []
+        raise UserError(f"{file}: the first 256 tokens must be the single bytes.")
+    lines = []
     for i, token in enumerate(tokens[256:], start=256):
         parts = [token[k : k + 1] for k in range(len(token))]
         while len(parts) > 2:
-            joins = [a + b for a, b in pairwise(parts)]  # one that is no token ranks last, and is refused below
+            joins = [a + b for a, b in pairwise(parts)]
             k = min(range(len(joins)), key=lambda k: ranks.get(joins[k], len(tokens)))
             parts[k : k + 2] = [joins[k]]
         if len(parts) < 2 or any(ranks.get(part, i) >= i for part in parts):
-            raise UserError(f"{file}: token {i}, {token}, is not a join of two tokens that come before it")
-        merges.append(tuple(parts))
-    return merges
-
-
-# GPT-2's files write a byte as a character one can see: itself if printable, else one from U+0100 on (the space is Ġ).
-_unseen = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
-BYTE_TO_CHAR = {b: chr(256 + _unseen.index(b)) if b in _unseen else chr(b) for b in range(256)}
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+            raise UserError(f"{file}: token {i}, {token}, is not a join of two tokens that come before it.")
+        lines.append(" ".join(map(_written, parts)))
+    return lines
 
 
 def _written(token):
     return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
-def _merges_txt(merges):
-    return [f"{_written(left)} {_written(right)}" for left, right in merges]
-
-
-def _why(error):
-    return f"{type(error).__name__}: {error}"  # a KeyError's own words are no more than the key
-
-
 def _utf8(text):
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 20) : error.start + 20]
-        raise UserError(
-            f"half of a surrogate pair, {text[error.start]!a}, at character {error.start} of a text, in {near!a}: "
-            "put the whole character there or take the half out"
-        ) from error
+        raise UserError(f"a text holds half a character (a lone surrogate): {error}. Take it out.") from error
 
 
-def _texts(file):
-    """A text file's lines, or the prompts and responses of a .jsonl file."""
-    with open(file, "rb") as lines:  # bytes, so that a line that is not UTF-8 is known by its number
-        for number, line in enumerate(lines, start=1):
+def texts_of(path):
+    """Yields the lines of a text file, or the prompts and responses of a .jsonl file."""
+    from minidpo.dataset import json_lines
+
+    if path.endswith(".jsonl"):
+        for _, record in json_lines(path, ()):
+            texts = (record.get(field) for field in ("prompt", "completion", "chosen", "rejected"))
+            yield from (text for text in texts if isinstance(text, str))
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
             try:
-                if file.endswith(".jsonl"):
-                    row = json.loads(line)
-                    fields = [row.get(name) for name in ("prompt", "completion", "chosen", "rejected")]
-                    texts = [text for text in fields if isinstance(text, str)]
-                else:
-                    texts = [line.decode("utf-8")]
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{file}:{number}: {error}") from error
-            yield from texts
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: not UTF-8 ({error}). Save the file as UTF-8.") from error
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Learns a byte-level BPE from a text or .jsonl file and saves it.")
+    parser = argparse.ArgumentParser(description="Learns a byte-level BPE from a text file or a .jsonl file.")
     parser.add_argument("--text", required=True, help="UTF-8 text, or .jsonl with prompt, completion, chosen, rejected")
     parser.add_argument("--vocab-size", type=int, default=4096, help="256 bytes + merges + eot (default 4096)")
     parser.add_argument("--out", default="bpe.json", help="where to save it (default bpe.json)")
     args = parser.parse_args()
-    tokenizer = Tokenizer.train(_texts(args.text), args.vocab_size)
+    tokenizer = Tokenizer.train(texts_of(args.text), args.vocab_size)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size} tokens, the last one learned is {tokenizer.tokens[-1]}")
 

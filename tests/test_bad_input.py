@@ -82,8 +82,8 @@ GOOD_LINE = '{"prompt": "a", "completion": " b", "chosen": " b", "rejected": " c
         ("prompt,chosen,rejected", "not JSON"),
         ('{"prompt": "a"} {"prompt": "b"}', "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ('["a", " b", " c"]', "a list where an object with prompt"),
-        ('"text"', "a str where an object with prompt"),
+        ('["a", " b", " c"]', "a list. Each line must be an object with prompt"),
+        ('"text"', "a str. Each line must be an object with prompt"),
         ('{"completion": " b", "chosen": " b", "rejected": " c"}', "no field 'prompt'"),
         ('{"prompt": "a"}', "no field"),
         (
@@ -242,7 +242,7 @@ def test_checkpoint_of_something_else(home, capsys):
     path = home / "sft" / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     torch.save(saved["model"], path)
-    assert f"{path} is not a file of ours: it lacks one of config, model, state" in refused(
+    assert f"{path} is not a file of minidpo: it lacks one of config, model, state" in refused(
         capsys, home, train_dpo.main, *dpo_flags(home)
     )
     torch.save({**saved, "config": {**saved["config"], "n_layer": 2}}, path)
@@ -337,7 +337,7 @@ def test_resume_with_changed_data(home, capsys, main, flags_of, file, name):
     lines = (home / file).read_text(encoding="utf-8").splitlines(keepends=True)
     (home / file).write_text("".join(lines[1:]), encoding="utf-8")
     message = refused(capsys, home, main, *flags_of(home, out=home / name), "--resume", "--max-steps", 3)
-    assert "was started with other" in message and "Restore them" in message
+    assert "was started with other" in message and "Restore it" in message
 
 
 # ---- settings ----

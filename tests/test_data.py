@@ -13,7 +13,7 @@ from tiny import write_jsonl
 import data
 from data.toy_sentiment import generate as toy
 from minidpo import checkpoint, dataset
-from minidpo.dataset import Rows, encode_pairs, encode_sft, preference_batch, read_jsonl, sft_batch
+from minidpo.dataset import Rows, encode, encode_pairs, preference_batch, read_jsonl, sft_batch
 from minidpo.dataset import cut_to_context as cut
 from minidpo.model import GPT, GPTConfig
 from minidpo.settings import UserError
@@ -219,20 +219,30 @@ def test_a_response_its_sampler_cut_gets_no_eot():
 
 def test_sft_rows_follow_the_same_rules():
     records = [{"prompt": "p" * 12, "completion": text} for text in ("good", "", "a good deal longer than that")]
-    rows, counts = encode_sft(records, BYTES, max_length=16)
+    rows, counts = encode(records, dataset.SFT, BYTES, max_length=16)
     assert rows == [([EOT, *ids("p" * 11)], [*ids("good"), EOT]), ([EOT, *ids("p" * 8)], ids("a good "))]
     assert counts == {"rows": 3, "dropped: empty response": 1, "prompt cut": 2, "response cut": 1}
-    rows, counts = encode_sft(records[:1], BYTES, max_length=9)
+    rows, counts = encode(records[:1], dataset.SFT, BYTES, max_length=9)
     assert (rows, counts) == ([], {"rows": 1, "dropped: no room for a response": 1})
+
+
+def test_preferred_ft_trains_on_the_chosen_which_may_not_have_ended(tmp_path):
+    """A file of preferences as SFT rows: the chosen is the completion, with no eot where its sampler cut it."""
+    records = [pair("p", "good", "bad"), {**pair("p", "go", "bad"), "chosen_ended": False}]
+    rows, _ = encode(dataset.read_sft(write_jsonl(tmp_path / "pairs.jsonl", records)), dataset.SFT, BYTES, 100)
+    eot, spell = BYTES.eot, BYTES.encode
+    assert rows == [([eot, *spell("p")], [*spell("good"), eot]), ([eot, *spell("p")], spell("go"))]
+    (row,) = dataset.read_sft(write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "p", "completion": "c"}]))
+    assert row == {"prompt": "p", "completion": "c"}
 
 
 def test_load_rows_states_the_counts_and_refuses_a_file_with_nothing_usable(tmp_path, capsys):
     path = write_jsonl(tmp_path / "pairs.jsonl", [pair("p", "good", "bad"), pair("p", "same", "same")])
-    assert len(dataset.load_rows(path, read_jsonl(path, dataset.PAIR), encode_pairs, BYTES, 100)) == 1
+    assert len(dataset.load_rows(path, dataset.PAIR, BYTES, 100)) == 1
     assert capsys.readouterr().out == f"{path}: 1 usable of 2 pairs, 1 dropped: equal responses\n"
     write_jsonl(path, [pair("p", "same", "same")])
     with pytest.raises(UserError, match="pairs.jsonl: no usable record"):
-        dataset.load_rows(path, read_jsonl(path, dataset.PAIR), encode_pairs, BYTES, 100)
+        dataset.load_rows(path, dataset.PAIR, BYTES, 100)
 
 
 def test_trap02_no_merge_crosses_the_border():
@@ -250,7 +260,7 @@ def test_trap02_no_merge_crosses_the_border():
             assert kept == [tokenizer.eot, *tokenizer.encode(prompt)]
             assert tokenizer.decode(kept) == prompt and tokenizer.decode(response) == text
             assert tokenizer.decode(kept + response) == prompt + text
-        (sft,), _ = encode_sft([{"prompt": prompt, "completion": chosen}], tokenizer, 100)
+        (sft,), _ = encode([{"prompt": prompt, "completion": chosen}], dataset.SFT, tokenizer, 100)
         assert sft == rows[0][:2]
     joint = tokenizer.encode("a wonderful film")  # the trap is there to be fallen into
     assert joint != tokenizer.encode("a wonder") + tokenizer.encode("ful film")

@@ -193,7 +193,7 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak():
 
 def test_a_run_that_may_not_fit_gets_a_warning_with_what_would_help(monkeypatch, capsys):
     model, rows = GPT(GPTConfig(**SHAPE)), pairs_of([(30, 10, 20)] * 64)
-    weights = 4 * model.n_parameters
+    weights = 4 * sum(weight.numel() for weight in model.parameters())
     peak = plan(model.config, rows, optimizer="adamw", accumulate=False).peak
 
     def check(room, **flags):

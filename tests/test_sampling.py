@@ -268,4 +268,4 @@ def test_command_ends_where_the_input_does(run_folder, monkeypatch, capsys):
 
 def test_an_unknown_device_comes_with_the_valid_ones(run_folder, capsys):
     message = fails(capsys, sampling.main, "--run", run_folder / "a", "--prompt", "a", "--device", "cudaa")
-    assert "unknown device 'cudaa'. Did you mean 'cuda'" in message and "Valid: auto, cpu, cuda, mps" in message
+    assert "unknown --device 'cudaa'. Did you mean 'cuda'" in message and "Valid: auto, cpu, cuda, mps" in message

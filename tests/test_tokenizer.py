@@ -1,4 +1,4 @@
-"""The tokenizer against tiktoken, against Hugging Face's, and its trainer against one that counts everything anew."""
+"""The tokenizer against tiktoken, against Hugging Face's, and its trainer against one that counts everything again."""
 
 import json
 import os
@@ -166,7 +166,7 @@ def test_decode_leaves_eot_out_and_replaces_half_characters(trained):
 
 def test_half_a_surrogate_pair_is_refused(trained):
     text = json.loads('"good \\ud83d film"')
-    with pytest.raises(UserError, match=r"ud83d.*character 5"):
+    with pytest.raises(UserError, match=r"ud83d.*position 5"):
         trained.encode(text)
     with pytest.raises(UserError, match="ud83d"):
         Tokenizer.train([text], 300)
@@ -297,7 +297,7 @@ def test_gpt2_without_network_says_what_to_do(tmp_path):
     nobody = "http://127.0.0.1:9"  # a proxy that is not there: no network, wherever the test runs
     result = run_python(
         "-c",
-        "from minidpo.settings import run; from minidpo.tokenizer import Tokenizer; run_main(Tokenizer.gpt2)",
+        "from minidpo.settings import run_main; from minidpo.tokenizer import Tokenizer; run_main(Tokenizer.gpt2)",
         TIKTOKEN_CACHE_DIR=str(tmp_path),
         HTTPS_PROXY=nobody,
         https_proxy=nobody,
@@ -326,4 +326,4 @@ def test_command_names_the_line_it_cannot_read(tmp_path, name, line):
     out = tmp_path / "bpe.json"
     result = run_python("-m", "minidpo.tokenizer", "--text", str(tmp_path / name), "--out", str(out))
     assert (result.returncode, out.exists()) == (2, False)
-    assert f"{name}:2: " in result.stderr and "Traceback" not in result.stderr
+    assert f"{name}, line 2: " in result.stderr and "Traceback" not in result.stderr

@@ -153,10 +153,10 @@ GALLERY = [
         test="tests/test_loss.py::test_both_sides_get_their_gradient"),
     # ---- rows, targets, masks ----
     Mistake("merge-across-the-border", "minidpo/dataset.py", trained=False,
-        old="        prompt, chosen, rejected = (tokenizer.encode(record[field]) for field in PAIR)",
+        old="        prompt, *responses = (tokenizer.encode(record[field]) for field in fields)",
         new="""\
         prompt = tokenizer.encode(record["prompt"])
-        chosen, rejected = (tokenizer.encode(record["prompt"] + record[side])[len(prompt) :] for side in PAIR[1:])""",
+        responses = [tokenizer.encode(record["prompt"] + record[side])[len(prompt) :] for side in fields[1:]]""",
         what="Prompt and response are encoded as one text and cut at the length of the prompt. But a BPE merge can "
              "cross the border, and then the cut removes the first part of the response.",
         see="Nothing where prompts end at the end of a word, as the toy's do. Elsewhere the first word of some "
@@ -239,7 +239,7 @@ GALLERY = [
             "margins would start as noise around 0.",
         test="tests/test_runs.py::test_trap08_log_ratios_are_0_before_the_first_update"),
     Mistake("reference-follows-the-policy", "train_dpo.py", shows="logps/chosen",
-        old="        losses, *rewards = loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)",
+        old="        losses, *rewards = loss(*logps, reference_chosen, reference_rejected, **settings.variant)",
         new="        losses, *rewards = loss(*logps, *(l.detach() for l in logps), **settings.variant)",
         what="Policy and reference are one object (for instance a copy that shares its weights), so each update "
              "changes the reference too.",
