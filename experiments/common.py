@@ -14,34 +14,22 @@ from minidpo.files import atomic, atomic_write
 from minidpo.sampling import generate
 from minidpo.settings import UserError
 
-# ---- 1. Models ----
+# ---- 1. Models, prompts, samples ----
 
 
 def load_models(*names, device="cpu"):
-    """Loads models that share one tokenizer, in evaluation mode -> (list of models, tokenizer).
+    """Loads models (run folders, GPT-2 folders or names) in evaluation mode -> (list of models, their tokenizer).
 
-    A name is what `checkpoint.load` takes: a run folder, a GPT-2 folder or a GPT-2 name.
-
-    Raises:
-        UserError: a model is missing, or two tokenizers differ.
+    Raises UserError if a model is missing, or if two tokenizers differ.
     """
-    loaded = [checkpoint.load(name)[:2] for name in names]
-    tokenizer = same_tokenizer(names, [tokenizer for _, tokenizer in loaded])
-    return [model.to(device).eval() for model, _ in loaded], tokenizer
-
-
-def same_tokenizer(names, tokenizers):
-    """Returns the one tokenizer that all models `names` have. Raises UserError if two differ."""
+    models, tokenizers = zip(*(checkpoint.load(name)[:2] for name in names), strict=True)
     for name, tokenizer in zip(names, tokenizers, strict=True):
         if tokenizer.fingerprint != tokenizers[0].fingerprint:
             raise UserError(
                 f"{names[0]} and {name} have different tokenizers, so their token ids mean different texts. "
                 "Give models that were trained from the same start."
             )
-    return tokenizers[0]
-
-
-# ---- 2. Prompts ----
+    return [model.to(device).eval() for model in models], tokenizers[0]
 
 
 def read_prompts(name, file="prompts_test", limit=0):
@@ -57,17 +45,14 @@ def prompt_ids(tokenizer, prompts, room=None):
     return [[tokenizer.eot, *tokenizer.encode(prompt)[-room if room else None :]] for prompt in prompts]
 
 
-# ---- 3. Samples ----
-
-
 class Samples(NamedTuple):
-    """N sampled responses, one entry per response in each list; the samples of one prompt are neighbours."""
+    """N sampled responses, one entry per response in each list. The samples of one prompt are neighbours."""
 
     prompts: list  # texts
     prompt_ids: list  # lists of ids, each with its leading eot
     ids: list  # of the responses, as they were drawn
     texts: list  # of the responses
-    ended: list  # whether the response ended in eot; False: it was cut at the longest length
+    ended: list  # whether the response ended in eot, and was not cut at the longest length
 
 
 def sample(
@@ -89,27 +74,24 @@ def sample(
     return Samples(prompts, encoded, ids, [tokenizer.decode(response) for response in ids], ended)
 
 
-# ---- 4. Means and tables ----
-
-
-def mean_se(values):
-    """Returns the mean of independent values (N,) and its standard error. Raises UserError for fewer than two."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if len(values) < 2:
-        raise UserError("one prompt has no standard error. Give at least two.")
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+# ---- 2. Means, tables, pictures ----
 
 
 def prompt_mean_se(values, per_prompt):
-    """As `mean_se`, for values where each `per_prompt` neighbours share a prompt: only prompts are independent."""
-    return mean_se(torch.as_tensor(values, dtype=torch.float64).view(-1, per_prompt).mean(-1))
+    """Returns the mean of values (N,) and its standard error. Raises UserError for fewer than two prompts.
+
+    Each `per_prompt` neighbours share a prompt. Only the means of different prompts are independent.
+    """
+    means = torch.as_tensor(values, dtype=torch.float64).view(-1, per_prompt).mean(-1)
+    if len(means) < 2:
+        raise UserError("one prompt has no standard error. Give at least two.")
+    return means.mean().item(), (means.std() / len(means) ** 0.5).item()
 
 
 def write_csv(path, rows, digits=None):
-    """Writes rows, NamedTuples of one class and at least one of them, as a CSV file with the fields' names as header.
+    """Writes one or more NamedTuples of one class as a CSV file, with the fields' names as header.
 
-    Floats get `digits` significant digits; with None, as many as it takes to read the same number back. NaN is an
-    empty cell.
+    Floats get `digits` significant digits; with None, as many as it takes to read the same number back. NaN is empty.
     """
 
     def cell(value):
@@ -127,10 +109,7 @@ def write_csv(path, rows, digits=None):
 def read_csv(path, row_class, make):
     """Reads a file of `write_csv` -> list of row_class, a NamedTuple whose fields are str, int or float.
 
-    `make` is the command that makes such a file, for the messages.
-
-    Raises:
-        UserError: the file is missing, has other columns, or holds something else where a number belongs.
+    Raises UserError if the file is missing or damaged, with the command `make` that makes it again.
     """
     if not Path(path).exists():
         raise UserError(f"{path} not found. Make it first: {make}")
@@ -148,9 +127,6 @@ def read_csv(path, row_class, make):
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}. Make it again: {make}") from error
     return rows
-
-
-# ---- 5. Pictures ----
 
 
 def figure(path, figsize, layout="constrained"):

@@ -4,17 +4,15 @@
 
 Both models complete the same prompts at temperature 1, without top-k or top-p. KL(policy || reference), in nats per
 response, is an expectation over responses of the policy. It is therefore computed on the token ids that the policy
-sampled: not on dataset pairs, and not on the text encoded again, which may give other ids. There are two estimators,
-and both are unbiased:
+sampled: not on dataset pairs, and not on the text encoded again. There are two estimators, both unbiased:
 
     kl         mean of  sum_t log pi(y_t|s_t) - log pi_ref(y_t|s_t)     over samples y; s_t is the prompt and y_<t
     kl_exact   mean of  sum_t KL( pi(.|s_t) || pi_ref(.|s_t) )          over the same samples
 
 Which one to trust: report `kl_exact` for a single policy. At each position it sums over the whole vocabulary, where
 `kl` takes the one token that was sampled, so its standard error is smaller. Use `kl`, though it is noisier, beside a
-reward of the same samples, for example to hold a policy against the limit (experiments/frontier/limit.py). A set of
-samples that holds too many responses unlikely under the reference makes both the reward and `kl` too high, so the point
-moves along the limit and hardly across it.
+reward of the same samples, as in docs/frontier.md: too many samples that are unlikely under the reference make both too
+high, so the point moves along the limit and hardly across it.
 """
 
 import dataclasses
@@ -52,19 +50,17 @@ class Settings:
 
 @torch.no_grad()
 def sequence_kl(policy, reference, prompts, samples, batch_size=128, progress=None):
-    """Both estimators of the KL for each sample, in nats: N lists of ids -> (kl (N,), kl_exact (N,)), float64.
+    """Both estimators of the KL for each sample, in nats -> (kl (N,), kl_exact (N,)), float64.
 
-    prompts and samples are lists of ids as `generate` takes and returns them. Both models run without dropout, in the
-    precision of their weights.
+    prompts and samples are N lists of ids, as `generate` takes and returns them.
     """
     policy.eval(), reference.eval()
     rows = list(zip(prompts, samples, strict=True))
     plain, exact = torch.empty(2, len(rows), dtype=torch.float64)
-    device = policy.wte.weight.device
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(samples[i]))  # similar lengths: little padding
     for i in tqdm(range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None):
         indices = order[i : i + batch_size]
-        batch = dataset.sft_batch([rows[j] for j in indices], device)
+        batch = dataset.sft_batch([rows[j] for j in indices], policy.wte.weight.device)
         log_pi = policy(batch.ids).log_softmax(-1)  # (B, T, V)
         log_ratio = log_pi - reference(batch.ids).log_softmax(-1)
         at_sample = log_ratio.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # (B, T)
@@ -86,10 +82,7 @@ def repeated_ngrams(samples, n=4):
 
 
 def describe(samples, rewards, per_prompt, toy):
-    """Figures of one model's `Samples`, `per_prompt` of each prompt, by name.
-
-    toy: whether the prompts are the toy's, so that its grammar can say which samples are grammatical.
-    """
+    """Figures of one model's `Samples` by name. On the toy, its grammar says which samples are grammatical."""
     n = len(rewards)
     mean, se = prompt_mean_se(rewards, per_prompt)
     figures = {
@@ -108,26 +101,23 @@ def describe(samples, rewards, per_prompt, toy):
 
 
 def evaluate(policy, reference, tokenizer, prompts, reward, settings):
-    """Samples both models and compares them.
+    """Samples both models and compares them -> (figures by name, prompts, {"policy": texts, "reference": texts}).
 
-    Returns:
-        All figures by name, with those of the reference's own samples under "reference"; the prompts, each repeated
-        `samples_per_prompt` times; and the texts of the samples, {"policy": [...], "reference": [...]}.
+    figures["reference"] holds those of the reference's own samples. Prompts are repeated `samples_per_prompt` times.
     """
     per_prompt = settings.samples_per_prompt
     how = prompts, settings.max_new_tokens, settings.seed, per_prompt
     ours = sample(policy, tokenizer, *how, progress="sampling policy")
     theirs = sample(reference, tokenizer, *how, progress="sampling reference")
     rewards, reference_rewards = (reward(samples.prompts, samples.texts) for samples in (ours, theirs))
-    toy = settings.reward == "toy"
-    figures = describe(ours, rewards, per_prompt, toy)
+    figures = describe(ours, rewards, per_prompt, settings.reward == "toy")
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(rewards, reference_rewards, strict=True)]
     figures["win_rate"] = sum(wins) / len(wins)
     plain, exact = sequence_kl(policy, reference, ours.prompt_ids, ours.ids, settings.batch_size, progress="KL")
     figures["kl"], figures["kl_se"] = prompt_mean_se(plain, per_prompt)
     figures["kl_exact"], figures["kl_exact_se"] = prompt_mean_se(exact, per_prompt)
     figures["samples"] = len(wins)
-    figures["reference"] = describe(theirs, reference_rewards, per_prompt, toy)
+    figures["reference"] = describe(theirs, reference_rewards, per_prompt, settings.reward == "toy")
     return figures, ours.prompts, {"policy": ours.texts, "reference": theirs.texts}
 
 

@@ -3,14 +3,12 @@
     python -m experiments.make_pairs --policy runs/sft --prompts toy --reward toy --out runs/pairs.jsonl
 
 For each prompt, K completions are sampled at temperature 1, without top-k or top-p, and scored by a reward. All
-K (K - 1) / 2 pairs are written. There are two kinds of labels:
+K (K - 1) / 2 pairs are written, except pairs of equal texts and ties under hard labels. There are two kinds of labels:
 
     hard   The completion with the higher reward is chosen, as in the paper's IMDb experiment. Such labels are never
            wrong, so the DPO loss has no finite minimum.
     bt     The label is drawn from the Bradley-Terry model with the reward (Eq. 1). Only for these labels is the
            theory's optimum (Eq. 4) what DPO converges to.
-
-A pair of two equal texts is dropped and counted, and so is a tie under hard labels.
 """
 
 import dataclasses
@@ -67,10 +65,11 @@ def pairs_of(prompt, completions, labels, generator, counts):
             continue
         counts["the lower reward chosen"] += (reward_a > reward_b) != a_wins and reward_a != reward_b
         (chosen, chosen_ended, _), (rejected, rejected_ended, _) = both if a_wins else both[::-1]
-        # a completion that was cut at max_new_tokens did not end, so training must not add an eot to it
-        ended = {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended}
-        cut = {name: False for name, value in ended.items() if not value}
-        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **cut}
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for name, ended in (("chosen_ended", chosen_ended), ("rejected_ended", rejected_ended)):
+            if not ended:  # cut at max_new_tokens: training must not add an eot
+                pair[name] = False
+        yield pair
 
 
 def main():

@@ -1,19 +1,17 @@
 """Rewards: what `experiments.make_pairs` labels pairs with, and what `experiments.evaluate` reports.
 
-A reward is a callable, `reward(prompts: list[str], responses: list[str]) -> list[float]`. `load_reward` returns one:
-
-    "toy"    the toy's true reward: positive minus negative sentiment words in the response
-    a file   a sentiment classifier trained here: the log-odds that prompt + response comes from a positive review,
-             log p(positive) / p(negative), in nats. (The probability itself rounds to 1, which makes ties.)
+A reward is a callable, `reward(prompts: list[str], responses: list[str]) -> list[float]`. It is either the toy's true
+reward, or a sentiment classifier trained here: log p(positive) / p(negative) of prompt + response, in nats. (The
+probability itself rounds to 1, which makes ties.)
 
     python -m experiments.rewards --train data/imdb/reviews_train.jsonl --test data/imdb/reviews_heldout.jsonl
 
 trains two classifiers on two halves of the reviews. `labelling.pt` chooses the preferred response, and `reporting.pt`
 judges the result. A policy that has only learned the errors of the first classifier gains little from the second.
 
-The classifier is logistic regression on the words and word pairs of a text, with the naive Bayes scaling of Wang &
-Manning (ACL 2012). It learns from whole reviews and from random excerpts. Trained on whole reviews alone, it is less
-accurate on the few dozen words of a completion, and calls six in ten of them positive.
+A classifier is logistic regression on words and word pairs, with the naive Bayes scaling of Wang & Manning (ACL 2012).
+It learns from whole reviews and from random excerpts: with whole reviews alone, it is less accurate on the few dozen
+words of a completion, and calls six in ten of them positive.
 """
 
 import dataclasses
@@ -98,8 +96,7 @@ class SentimentClassifier:
 def log_count_ratios(documents, labels, size):
     """Wang & Manning's r of each n-gram: log (p / |p|) / (q / |q|) -> (size,) float64.
 
-    p is 1 + the number of positive documents with the n-gram, and q the same of negative documents. documents are lists
-    of different n-gram ids below `size`; labels are 1 (positive) or 0.
+    p is 1 + the number of positive documents (lists of different n-gram ids) with the n-gram, q that of negative ones.
     """
     counts = torch.ones(2, size, dtype=torch.float64)
     for ids, label in zip(documents, labels, strict=True):
@@ -111,8 +108,8 @@ def log_count_ratios(documents, labels, size):
 def fit_logistic(documents, labels, scale, l2):
     """Logistic regression: n-gram i has the feature scale[i] where it occurs -> weights (size,), bias (), float64.
 
-    Minimises the sum of -log p(label) plus l2 * |weights|^2, which is convex. An n-gram with a large naive Bayes ratio
-    `scale` needs only a small weight, so the penalty spares it.
+    Minimises the sum of -log p(label) plus l2 * |weights|^2, which is convex. An n-gram with a large `scale` needs only
+    a small weight, so the penalty spares it.
     """
     # one entry per occurrence: the document and the n-gram's id
     row = torch.tensor([d for d, document in enumerate(documents) for _ in document], dtype=torch.long)
@@ -121,10 +118,8 @@ def fit_logistic(documents, labels, scale, l2):
     weights = torch.zeros(len(scale), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
     tolerance = 1e-6 * len(documents)  # of the gradient's largest entry, which is a sum over documents
-    optimiser = torch.optim.LBFGS(
-        [weights, bias], max_iter=60, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-    bar = tqdm(desc="fitting", unit=" evaluations")
+    stop = dict(max_iter=60, tolerance_grad=tolerance, tolerance_change=0)
+    optimiser = torch.optim.LBFGS([weights, bias], line_search_fn="strong_wolfe", **stop)
 
     def closure():
         optimiser.zero_grad()
@@ -135,7 +130,7 @@ def fit_logistic(documents, labels, scale, l2):
         bar.update()
         return loss
 
-    with bar:
+    with tqdm(desc="fitting", unit=" evaluations") as bar:
         optimiser.step(closure)
     return weights.detach(), bias.detach()
 

@@ -13,12 +13,12 @@ from test_judges import KEY, Server, good
 from tiny import call, contents, fails, write_data, write_jsonl
 
 import experiments.common as common
-import experiments.winrate.winrate as winrate
+import experiments.winrate.__main__ as winrate
 import train_dpo
 import train_sft
 from data.toy_sentiment.grammar import grammatical, reward
+from experiments.winrate.__main__ import own_completions
 from experiments.winrate.scores import agreement, compare, count, interval
-from experiments.winrate.winrate import own_completions
 from minidpo import checkpoint
 from minidpo.sampling import generate
 from minidpo.settings import UserError

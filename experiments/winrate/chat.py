@@ -1,8 +1,7 @@
 """A judge that asks a chat model, behind an OpenAI-compatible endpoint, which of two responses is better.
 
 The model reads both responses in one message and must choose one, as GPT-4 did in the paper. The questions follow the
-paper's idea (appendix D) in words of our own. Chat models prefer one place in the message, so the caller must swap the
-two responses at random.
+paper's idea (appendix D) in words of our own. Chat models prefer one place, so the caller swaps the two at random.
 """
 
 import datetime
@@ -57,9 +56,8 @@ def parse(answer):
 
 def retry_after(value):
     """Seconds to wait according to a Retry-After header, a number or a date (RFC 9110); None if it is neither."""
-    if value is None:
-        return None
-    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+    value = (value or "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
         return float(value)
     try:
         when = email.utils.parsedate_to_datetime(value)
@@ -72,11 +70,13 @@ class TryAgain(Exception):
     """A request failed for a reason that may pass. Arguments: the reason, and the seconds to wait or None."""
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Turns a redirect into an error, because it would send the key to another address."""
+class EveryStatus(urllib.request.HTTPErrorProcessor):
+    """Returns a response of any status. It follows no redirect, which would send the key to another address."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 class ChatJudge:
@@ -84,12 +84,9 @@ class ChatJudge:
 
     Equal responses are a tie and are not sent. The same message is never sent twice to a model of the same name.
 
-    Args:
-        question: a key of QUESTIONS.
-        endpoint, model: the base URL, such as https://api.openai.com/v1, and the name of the model there.
-        key_env: the environment variable with the key. The key is sent in the request's header and stored nowhere.
-        answers: the Journal that keeps the answers.
-        timeout: seconds to wait for one answer.
+    `question` is a key of QUESTIONS, `endpoint` a base URL such as https://api.openai.com/v1, `answers` a Journal, and
+    `timeout` the seconds to wait for one answer. The key in the environment variable `key_env` is sent in the request's
+    header and stored nowhere.
     """
 
     def __init__(self, question, endpoint="", model="", key_env="OPENAI_API_KEY", answers=None, timeout=60.0):
@@ -111,7 +108,7 @@ class ChatJudge:
             )
         if re.search(r"[^!-~]", self.key):
             raise UserError(f"the key in {key_env} holds a space, a line end or another character that no key has.")
-        self.opener = urllib.request.build_opener(NoRedirect)
+        self.opener = urllib.request.build_opener(EveryStatus)
         self.reached = False  # whether this address has answered before
 
     def __call__(self, prompts, a, b):
@@ -155,10 +152,6 @@ class ChatJudge:
         try:
             with self.opener.open(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as reply:
                 text = reply.read().decode("utf-8", "replace")
-        except urllib.error.HTTPError as error:
-            self.reached = True
-            with error:
-                raise self.failure(error) from None
         except (OSError, http.client.HTTPException) as error:
             no_connection = isinstance(error, urllib.error.URLError)  # it wraps its cause
             cause = error.reason if no_connection else error
@@ -166,28 +159,21 @@ class ChatJudge:
                 raise UserError(f"{self.url} cannot be reached ({cause}). Check --endpoint.") from None
             raise TryAgain(f"no answer ({type(cause).__name__})", None) from None
         self.reached = True
+        if reply.status in (401, 403):
+            raise UserError(f"{self.url} refuses the key in {self.key_env} (status {reply.status}).")
+        if reply.status in (408, 429) or reply.status >= 500:
+            raise TryAgain(f"status {reply.status}", retry_after(reply.headers.get("Retry-After")))
+        if reply.status >= 300:
+            redirect = "a redirect, which is not followed: give the final address"
+            detail = redirect if reply.status < 400 else self.shown(text)
+            raise UserError(f"{self.url}: status {reply.status}, {detail}. Check --endpoint and --model.")
         try:
             answer = json.loads(text)["choices"][0]["message"]["content"]
-            if answer is not None and not isinstance(answer, str):
+            if not isinstance(answer, str | None):
                 raise TypeError
         except (ValueError, LookupError, TypeError, RecursionError):
             raise TryAgain(f"the answer is not a chat completion: {self.shown(text)}", None) from None
         return self.without_key(answer or "")  # a refusal is null: an answer, but one that cannot be read
-
-    def failure(self, error):
-        """The exception for an HTTP error: TryAgain if it may pass, else UserError."""
-        if error.code in (401, 403):
-            return UserError(f"{self.url} refuses the key in {self.key_env} (status {error.code}).")
-        if error.code in (408, 429) or error.code >= 500:
-            return TryAgain(f"status {error.code}", retry_after(error.headers.get("Retry-After")))
-        if error.code < 400:
-            detail = "a redirect, which is not followed: give the final address"
-        else:
-            try:
-                detail = self.shown(error.read(10_000).decode("utf-8", "replace"))
-            except (OSError, http.client.HTTPException):
-                detail = "and its text broke off"
-        return UserError(f"{self.url}: status {error.code}, {detail}. Check --endpoint and --model.")
 
     def without_key(self, text):
         """A text from the server without the key. A key under 8 characters is a placeholder, perhaps a common word."""

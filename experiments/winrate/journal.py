@@ -8,15 +8,12 @@ from minidpo.settings import UserError
 
 
 class Journal:
-    """A JSONL file that only grows. `entries` is {key: entry}, and `add` writes an entry to the disk at once.
-
-    A killed process loses at most the line it was writing: an incomplete last line is removed when the file is opened.
-    """
+    """A JSONL file that only grows: `entries` is {key: entry}, and `add` writes an entry to the disk at once."""
 
     def __init__(self, path):
         self.path, self.entries = Path(path), {}
         text = self.path.read_bytes() if self.path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]
+        whole = text[: text.rfind(b"\n") + 1]  # a killed process leaves an incomplete last line
         if whole != text:
             atomic_write(self.path, whole)
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):

@@ -1,15 +1,7 @@
-"""Judges: which of two responses to a prompt is better.
+"""Judges: which of two responses to a prompt is better. docs/winrate.md lists them.
 
 A judge is a callable, `judge(prompts, a, b) -> verdicts`. It takes three lists of texts and returns "a", "b" or "tie"
-for each comparison, or None where an answer of the judge cannot be read. `load_judge` makes one from its name:
-
-    toy                     the toy's true reward
-    FILE                    a reward classifier, a file that `experiments.rewards` loads
-    FOLDER                  a reward model, a run folder of `experiments.frontier.baselines.reward_model`
-    implicit:RUN,REFERENCE  the implicit reward of a run, log pi(y|x) - log pi_ref(y|x)
-    chat:QUESTION           a chat model behind an OpenAI-compatible endpoint (chat.py)
-
-All but the last compare two numbers, and equal numbers are a tie.
+for each comparison, or None where an answer of the judge cannot be read.
 """
 
 from pathlib import Path
@@ -26,18 +18,14 @@ from minidpo.settings import UserError, unknown
 from train_dpo import response_logps
 
 
-def verdict(a, b):
-    """Which of two rewards is higher."""
-    return "tie" if a == b else "a" if a > b else "b"
+def verdicts(rewards):
+    """Pairs of rewards, of response a and of response b -> which is higher; equal rewards are a tie."""
+    return ["tie" if a == b else "a" if a > b else "b" for a, b in rewards]
 
 
 def reward_judge(reward):
     """The judge that compares reward(prompts, responses)."""
-
-    def judge(prompts, a, b):
-        return [verdict(*both) for both in zip(reward(prompts, a), reward(prompts, b), strict=True)]
-
-    return judge
+    return lambda prompts, a, b: verdicts(zip(reward(prompts, a), reward(prompts, b), strict=True))
 
 
 @torch.no_grad()
@@ -61,22 +49,10 @@ def implicit_rewards(policy, reference, tokenizer, prompts, a, b, batch_size=64,
     return torch.cat(rewards)
 
 
-def implicit_judge(run, reference, device="cpu"):
-    """The judge that compares the implicit reward of `run` against `reference`, two folders or names."""
-    models, tokenizer = load_models(run, reference, device=device)
-
-    def judge(prompts, a, b):
-        rewards = implicit_rewards(*models, tokenizer, prompts, a, b, progress=f"implicit reward of {run}")
-        return [verdict(*both) for both in rewards.tolist()]
-
-    return judge
-
-
 def load_judge(name, device="cpu", **chat):
-    """Returns the judge of that name (see the top of this file). `chat` are the arguments of a ChatJudge.
+    """Returns the judge of that name. `chat` are the arguments of a ChatJudge.
 
-    Raises:
-        UserError: the name is unknown, a run or file is missing, or the endpoint or its key cannot work.
+    Raises UserError if the name is unknown, a run or file is missing, or the endpoint or its key cannot work.
     """
     kind, _, rest = name.partition(":")
     if kind == "chat":
@@ -85,7 +61,9 @@ def load_judge(name, device="cpu", **chat):
         run, _, reference = rest.partition(",")
         if not run or not reference:
             raise UserError(f"--judge {name}: write implicit:RUN,REFERENCE, for example implicit:runs/dpo,runs/sft")
-        return implicit_judge(run, reference, device)
+        models, tokenizer = load_models(run, reference, device=device)
+        bar = f"implicit reward of {run}"
+        return lambda *texts: verdicts(implicit_rewards(*models, tokenizer, *texts, progress=bar).tolist())
     if name != "toy" and Path(name).is_dir():
         model, tokenizer = reward_model.load(name)
         return reward_judge(reward_model.of_texts(model.to(device), tokenizer))

@@ -10,16 +10,14 @@ import numpy
 def compare(judge, prompts, ours, theirs, seed):
     """Judges `ours` against `theirs`, in random order -> list of "win", "tie", "loss", or None if unreadable.
 
-    Which text the judge sees first depends only on the texts and the seed. The same comparison is thus always shown in
-    the same order, and an answer that was kept stays valid.
+    The order depends only on the texts and the seed, so a repeated comparison is the same question to a chat model.
     """
     ours_first, sides = [], []
     for prompt, our, their in zip(prompts, ours, theirs, strict=True):
         ours_first.append(random.Random(f"{seed}\n{prompt}\n{our}\n{their}").random() < 0.5)
         sides.append((our, their) if ours_first[-1] else (their, our))
     verdicts = judge(prompts, [a for a, _ in sides], [b for _, b in sides])
-    outcomes = {True: {"a": "win", "b": "loss"}, False: {"a": "loss", "b": "win"}}
-    # "tie" and None stay as they are
+    outcomes = {True: {"a": "win", "b": "loss"}, False: {"a": "loss", "b": "win"}}  # "tie" and None stay as they are
     return [outcomes[first].get(verdict, verdict) for first, verdict in zip(ours_first, verdicts, strict=True)]
 
 
@@ -34,15 +32,13 @@ def interval(wins, ties, losses, seed=0, resamples=10_000):
 
 
 def count(outcomes):
-    """Outcomes for different prompts -> counts, win rate (a tie is one half) and its interval, by name.
-
-    If no outcome could be read, the rate and its interval are NaN.
-    """
+    """Outcomes for different prompts -> counts, win rate (a tie is one half) and its interval, by name."""
     found = Counter(outcomes)
     wins, ties, losses = (found[name] for name in ("win", "tie", "loss"))
-    judged = wins + ties + losses
-    rate = (wins + ties / 2) / judged if judged else math.nan
-    low, high = interval(wins, ties, losses) if judged else (math.nan, math.nan)
+    rate = low = high = math.nan
+    if judged := wins + ties + losses:
+        rate = (wins + ties / 2) / judged
+        low, high = interval(wins, ties, losses)
     return dict(win_rate=rate, low=low, high=high, wins=wins, ties=ties, losses=losses, unparsed=found[None])
 
 
@@ -50,8 +46,7 @@ def agreement(a, b):
     """Agreement of two judges on the same comparisons -> n, the share of equal outcomes, and Cohen's kappa, by name.
 
     kappa = (share - chance) / (1 - chance). chance is the share that two judges with these frequencies would reach if
-    their outcomes were independent (Cohen 1960). kappa is 1 if all outcomes are equal, 0 if they are no more equal than
-    by chance, and NaN if chance is 1. Comparisons that either judge left unreadable are not counted.
+    their outcomes were independent (Cohen 1960). kappa is NaN if chance is 1. Unreadable outcomes are left out.
     """
     both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     n = len(both)
