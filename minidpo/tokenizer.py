@@ -61,7 +61,7 @@ class Tokenizer:
     @property
     def fingerprint(self):
         """16 hex digits. Different tokenizers have different fingerprints."""
-        return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
+        return hashlib.sha256(self._json().encode()).hexdigest()[:16]
 
     @classmethod
     def gpt2(cls):
@@ -82,8 +82,11 @@ class Tokenizer:
 
     def save(self, file):
         """Writes a JSON file, one token per line. Each byte is a latin-1 character, so " the" stays readable."""
+        atomic_write(file, self._json())
+
+    def _json(self):
         tokens = [token.decode("latin-1") for token in self.tokens]
-        atomic_write(file, json.dumps({"pattern": PATTERN, "eot": self.eot, "tokens": tokens}, indent=1) + "\n")
+        return json.dumps({"pattern": PATTERN, "eot": self.eot, "tokens": tokens}, indent=1) + "\n"
 
     @classmethod
     def load(cls, file):
