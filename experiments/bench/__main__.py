@@ -101,8 +101,8 @@ def ablation_report(rows):
         for row in (row for row in rows if row["dtype"] == dtype):
             shape, idea = row["shape"], row["implementation"].partition(" without ")[2]
             whole = next(r for r in rows if (r["implementation"], r["dtype"], r["shape"]) == (OURS, dtype, shape))
-            ratios = [f"{row[name] / whole[name]:.2f}" for name in ("seconds_median", "peak_mb")]
-            time, peak = ratios if idea else (f"{row['seconds_median']:.3g} s", f"{row['peak_mb']:,.0f} MB")
+            multiples = [f"{row[name] / whole[name]:.2f}" for name in ("seconds_median", "peak_mb")]
+            time, peak = multiples if idea else (f"{row['seconds_median']:.3g} s", f"{row['peak_mb']:,.0f} MB")
             lines.setdefault(idea, {"idea": idea or "nothing"}).update({f"{shape} time": time, f"{shape} peak": peak})
             columns |= {f"{shape} {what}": f"{shape} {what}" for what in ("time", "peak")}
         tables.append(table(list(lines.values()), columns))

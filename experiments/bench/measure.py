@@ -70,7 +70,7 @@ def kept(path, work):
 def measure_all(works, settings):
     """Runs a process for each work and round, in turns -> {cell: [what its processes measured]}.
 
-    works: {cell: work}, a cell being a tuple of names. Ctrl-C lets the running process finish and leaves out the others.
+    works: {cell: work}; a cell is a tuple of names. Ctrl-C lets the running process finish and leaves out the others.
     """
     names = {f"{'-'.join(cell).replace(' ', '_')}-{i}": cell for i in range(settings.rounds) for cell in works}
     turns = {Path(settings.cache) / f"{name}.json": cell for name, cell in names.items()}

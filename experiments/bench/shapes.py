@@ -106,8 +106,6 @@ def count(pairs, shared):
 def mfu_flops(model, pairs, shared):
     """Returns the floating-point operations that a training step on these pairs has to do, as MFU counts them.
 
-        6 x parameters of the blocks x tokens + 6 L C x sum of squared lengths + 6 V C x response tokens
-
     A weight takes 2 operations per token, three times: forward, and backward for both factors. Attention counts its
     causal half. Padding and recomputation do not count.
     """

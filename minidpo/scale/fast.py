@@ -3,7 +3,6 @@
 `response_logps` at the end returns the same numbers, but skips work on which they do not depend. Tokens that both rows
 of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has rows and padding.
 Logits are computed only where a response token is predicted, and their gradient overwrites them. There is no dropout.
-
 Three numbers such as (1.77 / 1.14 / 1.26) are the time of a step without an idea over the time with it, for the shapes
 W1 / W2 / W3 of docs/bench.md in bf16 on two CPU cores. docs/fast.md has the table of all ideas.
 
