@@ -1,21 +1,11 @@
 """Time and memory of one training step of DPO: minidpo's and other people's, on the same weights and the same pairs.
 
-    python -m experiments.bench --json docs/bench/bench.json --markdown docs/bench.md      # on a CPU
-    python -m experiments.bench --device cuda --rounds 1 --json gpu.json                   # GPT-2's four sizes
-    python -m experiments.bench --ablation --dtypes bfloat16 --markdown docs/fast.md       # the ideas of the fast path
+    python -m experiments.bench --json docs/bench/bench.json --markdown docs/bench.md            # on a CPU
+    python -m experiments.bench --device cuda --rounds 1 --json gpu.json                         # GPT-2's four sizes
+    python -m experiments.bench --ablation --dtypes bfloat16 --rounds 1 --markdown docs/fast.md  # ideas of --fast
 
-A step is the log-probs of the policy (and of the reference where they were not computed before), loss, backward,
-clipping and optimizer. Each measurement is a process of its own. The processes take turns, for several rounds, so that
-a slow minute of the machine affects all of them. docs/bench.md says what the figures mean.
-
-    minidpo             train_dpo.py --fast (minidpo/scale/fast.py)
-    minidpo-plain       train_dpo.py without --fast
-    minidpo-compiled    train_dpo.py --fast --compile
-    minidpo-lean        train_dpo.py --fast --recompute --micro-batch-size 1
-    trl-precomputed     TRL's DPOTrainer, reference log-probs computed before training
-    trl                 TRL's DPOTrainer with the reference model's forward in each step
-    hf-plain            Hugging Face's GPT-2, both responses padded together, a reference model's forward in each step
-    matmul-floor        the matrix products of the fast path alone: no step that makes them can be faster
+Each measurement is a process of its own. The processes take turns, for several rounds, so that a slow minute of the
+machine affects all of them. docs/bench.md explains the shapes, the implementations and the figures.
 """
 
 import dataclasses
@@ -57,10 +47,7 @@ class BenchSettings(Settings):
 
 
 def disagreements(rows):
-    """Returns a line for each row whose losses differ by more than TOLERANCE from those of the first comparable row.
-
-    Rows are comparable if they have the same shape, precision and optimizer.
-    """
+    """Returns a line for each row whose losses differ from the first of the same shape, precision and optimizer."""
     lines, first = [], {}
     for row in rows:
         if row["implementation"] == FLOOR:
@@ -114,8 +101,8 @@ def ablation_report(rows):
         for row in (row for row in rows if row["dtype"] == dtype):
             shape, idea = row["shape"], row["implementation"].partition(" without ")[2]
             whole = next(r for r in rows if (r["implementation"], r["dtype"], r["shape"]) == (OURS, dtype, shape))
-            ratios = [f"{row[name] / whole[name]:.2f}" for name in ("seconds_median", "peak_mb")]
-            time, peak = ratios if idea else (f"{row['seconds_median']:.3g} s", f"{row['peak_mb']:,.0f} MB")
+            multiples = [f"{row[name] / whole[name]:.2f}" for name in ("seconds_median", "peak_mb")]
+            time, peak = multiples if idea else (f"{row['seconds_median']:.3g} s", f"{row['peak_mb']:,.0f} MB")
             lines.setdefault(idea, {"idea": idea or "nothing"}).update({f"{shape} time": time, f"{shape} peak": peak})
             columns |= {f"{shape} {what}": f"{shape} {what}" for what in ("time", "peak")}
         tables.append(table(list(lines.values()), columns))

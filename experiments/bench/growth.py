@@ -2,10 +2,7 @@
 
     python -m experiments.bench.growth --json docs/bench/growth.json --markdown docs/bench.md
 
-The benchmark over a list of shapes: one quantity at a time is varied from BASE. The bound is the time that the matrix
-products of the fast path would take at the rate that this machine reaches on a large square product alone
-(`shapes.fast_flops` over that rate). No step that makes these products can be faster. The distance from the bound
-is what the rest costs: memory traffic, smaller products, and everything that is not a product.
+The benchmark over a list of shapes: one quantity at a time is varied from BASE. docs/bench.md explains the bound.
 """
 
 import itertools

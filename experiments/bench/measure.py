@@ -70,8 +70,7 @@ def kept(path, work):
 def measure_all(works, settings):
     """Runs a process for each work and round, in turns -> {cell: [what its processes measured]}.
 
-    works: {cell: work}, a cell being a tuple of names. What --cache holds is not measured again. Ctrl-C lets the
-    running process finish and leaves out the others.
+    works: {cell: work}; a cell is a tuple of names. Ctrl-C lets the running process finish and leaves out the others.
     """
     names = {f"{'-'.join(cell).replace(' ', '_')}-{i}": cell for i in range(settings.rounds) for cell in works}
     turns = {Path(settings.cache) / f"{name}.json": cell for name, cell in names.items()}
@@ -96,9 +95,8 @@ def measure_all(works, settings):
 def as_row(shape, dtype, implementation, work, processes):
     """Makes a row of the JSON from what the processes of one cell measured (see worker.py).
 
-    Times are seconds per step, over the timed steps of all rounds. Memory is in MB (1e6 bytes); `plan_mb`, the plan of
-    train_dpo.py, is to be compared with peak less libraries. `mfu` is there if the peak rate of the card is known. A
-    row of what did not fit has an `error` in place of the figures. docs/bench.md says what the figures mean.
+    Times are in seconds per step, memory is in MB (1e6 bytes). `mfu` is there if the peak rate of the card is known. A
+    row of what did not fit has an `error` in place of the figures.
     """
     row = {"shape": shape, "implementation": implementation, "dtype": dtype, "optimizer": work["optimizer"]}
     if failed := next((process for process in processes if "error" in process), None):

@@ -59,11 +59,8 @@ DEFAULTS = {  # device: shapes, implementations, precisions
 
 
 def work_of(shape, implementation, dtype, device="cpu", threads=0):
-    """Returns the work of one process, as worker.py takes it.
-
-    shape: an entry of SHAPES. implementation: a name of IMPLEMENTATIONS, or "minidpo without IDEA" (see ablation.py).
-    """
-    name, _, idea = implementation.partition(" without ")
+    """Returns the work of one process, as worker.py takes it, from an entry of SHAPES and an implementation's name."""
+    name, _, idea = implementation.partition(" without ")  # an idea of ablation.py
     how = dict(implementation=name, without=idea, dtype=dtype, device=device, threads=threads)
     return {**shape, **IMPLEMENTATIONS[name], **how}
 
@@ -109,8 +106,6 @@ def count(pairs, shared):
 def mfu_flops(model, pairs, shared):
     """Returns the floating-point operations that a training step on these pairs has to do, as MFU counts them.
 
-        6 x parameters of the blocks x tokens + 6 L C x sum of squared lengths + 6 V C x response tokens
-
     A weight takes 2 operations per token, three times: forward, and backward for both factors. Attention counts its
     causal half. Padding and recomputation do not count.
     """
@@ -123,8 +118,7 @@ def mfu_flops(model, pairs, shared):
 def products(model, pairs):
     """Returns the matrix products of the fast path's layers: a list of (rows, inputs, outputs) in forward order.
 
-    Each of them comes three times in a step: forward, and backward for both factors. The layers run on each prompt once
-    and without padding; after the last attention, and in the head, they run at the scored tokens only.
+    Each of them comes three times in a step: forward, and backward for both factors.
     """
     L, C, V = (model[name] for name in ("n_layer", "n_embd", "vocab_size"))
     tokens, _, scored = count(pairs, shared=True)

@@ -1,7 +1,5 @@
 """One process of the benchmark: one implementation makes a few training steps of DPO.
 
-    python -m experiments.bench.worker '{"implementation": "minidpo", "folder": ..., ...}'
-
 `measure.child` starts it, so that each implementation has a process, and its memory, to itself. The last line of the
 output is JSON. Read `RUNNERS`, then the runners. All of them load the same weights, see the same pairs in the same
 order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+import train_dpo
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.shapes import IMPLEMENTATIONS, batch_of, products, random_pairs
 from minidpo.device import autocast, pick_dtype
@@ -40,10 +39,7 @@ BETA, CLIP, BETAS = 0.1, 1.0, (0.9, 0.99)  # BETAS are AdamW's, those of minidpo
 
 
 def memory_mb(device, peak=False):
-    """Returns the memory in use, or its peak since `forget_peak`, in MB (1e6 bytes).
-
-    On CUDA, what PyTorch has allocated on the card; on a CPU, the resident memory of this process.
-    """
+    """Returns the memory in use, or its peak since `forget_peak`, in MB: PyTorch's on CUDA, all resident on a CPU."""
     if device == "cuda":
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
     # not ru_maxrss on Linux: it survives exec, so that a small child reports the size of its parent
@@ -71,13 +67,11 @@ class Clock:
         self.work, self.device = work, work["device"]
         self.measured = {"seconds": [], "losses": []}
 
-    def imported(self):
-        """To be called when the libraries are imported and the model is not loaded yet."""
+    def imported(self):  # and no model is loaded yet
         self.measured["libraries_mb"] = memory_mb(self.device)
 
     def loaded(self, policy):
-        """To be called with the model. Counts fp32 weights, gradients and optimizer state: no step does without."""
-        copies = {"adamw": 4, "rmsprop": 3}[self.work["optimizer"]]
+        copies = {"adamw": 4, "rmsprop": 3}[self.work["optimizer"]]  # weights, gradients and optimizer state, in fp32
         self.measured["state_mb"] = 4 * copies * sum(weight.numel() for weight in policy.parameters()) / 1e6
 
     def start(self):
@@ -101,8 +95,6 @@ class Clock:
 
 def train_settings(work, micro_batch):
     """Returns the settings of train_dpo.py for this work."""
-    import train_dpo
-
     return train_dpo.Settings(
         data="", init="", out="", device=work["device"], dtype=work["dtype"], optimizer=work["optimizer"],
         batch_size=work["pairs"], micro_batch_size=micro_batch, beta=BETA, grad_clip=CLIP, **work.get("flags", {}),
@@ -111,8 +103,6 @@ def train_settings(work, micro_batch):
 
 def minidpo(work, pairs, clock, micro_batch):
     """`train_dpo.train_step` as the training loop calls it: making the batch and reading the metrics are timed too."""
-    import train_dpo
-
     clock.imported()
     settings = train_settings(work, micro_batch)
     policy = load_pretrained(work["folder"]).to(work["device"])
@@ -135,12 +125,7 @@ def attention(work):
 
 
 def trl(work, pairs, clock, micro_batch, precomputed):
-    """TRL's DPOTrainer in its own training loop, which sets up its model, optimizer and precision.
-
-    A step is timed from the loop's on_step_begin to its on_step_end: making the batch is not counted, and logging,
-    saving and gradient checkpointing are off. The rest is TRL's default: its head scores response tokens only, in
-    tiles, and keeps no logits.
-    """
+    """TRL's DPOTrainer in its own training loop, without logging, saving and gradient checkpointing."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from torch.utils.data import SequentialSampler

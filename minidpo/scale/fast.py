@@ -1,14 +1,10 @@
 """The log-probabilities of train_dpo.response_logps in less time and memory (--fast).
 
-`response_logps` at the end returns the same numbers, but skips work on which they do not depend. It applies no dropout:
-train_dpo.py sets that to 0. Each factor below is the time of a step without the idea over the time with it, for the
-shapes W1 / W2 / W3 of docs/bench.md in bf16 on two CPU cores. docs/fast.md lists all ideas.
-
-    idea                  factors               what is skipped
-    shared prompt         1.04 / 1.06 / 1.58    tokens that both rows of a pair begin with are computed once per pair
-    padding               1.40 / 1.22 / 1.19    one matrix (N, C) holds all tokens; only attention has rows and padding
-    unscored positions    1.13 / 1.07 / 1.32    logits are computed only where a response token is predicted
-    copies of logits      0.99 / 0.99 / 0.99    the gradient overwrites the logits: 9 % less peak memory for W2
+`response_logps` at the end returns the same numbers, but skips work on which they do not depend. Tokens that both rows
+of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has rows and padding.
+Logits are computed only where a response token is predicted, and their gradient overwrites them. There is no dropout.
+Three numbers such as (1.77 / 1.14 / 1.26) are the time of a step without an idea over the time with it, for the shapes
+W1 / W2 / W3 of docs/bench.md in bf16 on two CPU cores. docs/fast.md has the table of all ideas.
 
 Shapes: B pairs, R = 2B rows, T positions per row, N different tokens, n scored tokens, C channels, V vocabulary.
 """
@@ -91,8 +87,8 @@ def shared_prefix(ids, real):
 class ToRows(torch.autograd.Function):
     """(N, K) -> (R, T, K): copies each token to its positions. Backward sums the gradients of these positions.
 
-    The backward of plain indexing adds every position to zeros. Here only shared tokens need an addition. Factors,
-    together with FromRows: 1.22 / 1.02 / 1.05.
+    The backward of plain indexing adds every position to zeros. Here only shared tokens need an addition (with
+    FromRows: 1.22 / 1.02 / 1.05).
     """
 
     @staticmethod
@@ -125,8 +121,8 @@ class ScoredLogps(torch.autograd.Function):
 
     Backward overwrites the logits (n, V) with their gradient, onehot(target) - softmax, so it can run only once.
 
-    In bf16 the embedding's mean over the vocabulary is subtracted first. This shifts all logits of a token by the same
-    amount, which log-softmax ignores: from GPT-2's -30 to -100 to values near 0, where the steps of bf16 are fine.
+    In bf16 the embedding's mean over the vocabulary is subtracted first: all logits of a token shift by the same
+    amount, which log-softmax ignores, from GPT-2's -30 to -100 to values near 0, where the steps of bf16 are fine.
     """
 
     @staticmethod

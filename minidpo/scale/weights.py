@@ -16,6 +16,7 @@ from minidpo.model import GPT, LAYER_NORM_EPS, PRESETS, GPTConfig
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
+SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields of config.json and of GPTConfig
 # the values that minidpo/model.py computes with; a field that is not listed does not change the forward pass
 ONLY = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -31,9 +32,8 @@ ONLY = {
 def load_pretrained(name_or_folder):
     """Folder in Hugging Face's GPT-2 layout, or a name such as "gpt2-large" to download -> GPT on the CPU, in fp32.
 
-    The model has no dropout. Memory holds the model and at most two tensors beside it. Raises UserError if config.json
-    has a value that changes the forward pass in a way this model does not have, if a tensor is missing, unknown or of
-    another shape, without the extra `hf`, and without a network for a name.
+    The model has no dropout. Memory holds the model and at most two tensors beside it. Raises UserError if the folder
+    does not fit `minidpo.model.GPT`, without the extra `hf`, and without a network for a name.
     """
     folder = _find_folder(str(name_or_folder))
     config, path = _read_config(folder / "config.json"), folder / "model.safetensors"
@@ -71,14 +71,13 @@ def load_pretrained(name_or_folder):
 def save_pretrained(model, folder, tokenizer=None):
     """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given.
 
-    Needs memory for the largest tensor beside the model: safetensors writes a tensor as it lies in memory, so each
-    matrix that the file holds transposed is laid out in the file's order until the file is written. Raises UserError
-    without the extra `hf`, and OSError if a file cannot be written.
+    Raises UserError without the extra `hf`, and OSError if a file cannot be written.
     """
     folder, config, weights = Path(folder), model.config, dict(model.named_parameters())
     path = folder / "model.safetensors"
     safetensors = _import("safetensors.torch", path)
     try:
+        # safetensors writes a tensor as it lies in memory. Changing that in place needs memory for one tensor at a time
         for name, weight in weights.items():
             weight.data = _stored(name, _stored(name, weight.data).contiguous())  # shape and values stay
         stored = ((f"transformer.{name}", _stored(name, weight.data).cpu()) for name, weight in weights.items())
@@ -92,7 +91,7 @@ def save_pretrained(model, folder, tokenizer=None):
         for weight in weights.values():
             weight.data = weight.data.contiguous()
     values = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=config.block_size)
-    values |= {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    values |= {name: getattr(config, name) for name in SHAPE}
     values |= dict(activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS)
     values |= {name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
     if tokenizer is not None:
@@ -136,8 +135,7 @@ def _read_config(path):
         raise UserError(f"{path} not found: a GPT-2 folder holds the shape of the model in that file.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        shape = {name: values[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        config = GPTConfig(block_size=values["n_positions"], **shape)
+        config = GPTConfig(block_size=values["n_positions"], **{name: values[name] for name in SHAPE})
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not a GPT-2 config ({error!r}).") from error
     for name, allowed in {**ONLY, "n_inner": (None, 4 * config.n_embd)}.items():
