@@ -1,6 +1,6 @@
 """Reward and KL of a policy against its reference, on held-out prompts.
 
-    python -m experiments.evaluate --policy runs/dpo --reference runs/sft --data toy --reward toy --json eval.json
+    python -m experiments.evaluate --policy runs/toy/dpo --reference runs/toy/sft --data toy --reward toy
 
 Both models complete the same prompts at temperature 1, without top-k or top-p. KL(policy || reference), in nats per
 response, is an expectation over responses of the policy. It is therefore computed on the token ids that the policy

@@ -1,6 +1,6 @@
 """Preference pairs from a model's own samples, as in the paper's sentiment experiment (section 6).
 
-    python -m experiments.make_pairs --policy runs/sft --prompts toy --reward toy --out runs/pairs.jsonl
+    python -m experiments.make_pairs --policy runs/toy/sft --prompts toy --reward toy --out runs/pairs.jsonl
 
 For each prompt, K completions are sampled at temperature 1, without top-k or top-p, and scored by a reward. All
 K (K - 1) / 2 pairs are written, except pairs of equal texts and ties under hard labels. There are two kinds of labels:

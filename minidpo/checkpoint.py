@@ -74,7 +74,7 @@ def load(folder):
     return model, tokenizer, state
 
 
-_TRAIN_FIRST = "Train one first: python train_sft.py --data toy --out runs/sft"
+_TRAIN_FIRST = "Train one first: python train_sft.py --data toy --out runs/toy/sft"
 
 
 def exists(folder):

@@ -1,6 +1,6 @@
 """Samples completions in batches, with a key/value cache, from prompts of different lengths.
 
-Complete a prompt with two models:  python -m minidpo.sampling --run runs/sft --run runs/dpo --prompt "This film"
+Two models, one prompt:  python -m minidpo.sampling --run runs/toy/sft --run runs/toy/dpo --prompt "This film"
 
 Rows are padded on the left, so that their next tokens share a column. (Training pads on the right.)
 """

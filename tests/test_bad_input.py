@@ -184,7 +184,7 @@ def test_any_text_trains(home, capsys):
 
 def test_no_sft_run_yet(home, capsys):
     message = refused(capsys, home, train_dpo.main, *dpo_flags(home, init=home / "none"))
-    assert f"{home / 'none'} not found" in message and "python train_sft.py --data toy --out runs/sft" in message
+    assert f"{home / 'none'} not found" in message and "python train_sft.py --data toy --out runs/toy/sft" in message
     (home / "empty").mkdir()
     message = refused(capsys, home, train_dpo.main, *dpo_flags(home, init=home / "empty"))
     assert f"{home / 'empty'} holds neither checkpoint.pt nor config.json" in message and "train_sft.py" in message

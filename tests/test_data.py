@@ -382,7 +382,7 @@ def test_batches_follow_from_seed_and_epoch_alone():
 
 
 def look(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["minidpo.data", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["minidpo.dataset", *map(str, argv)])
     dataset.main()
     return capsys.readouterr().out
 

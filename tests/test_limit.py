@@ -137,7 +137,7 @@ def test_standard_errors_are_the_spread_over_repetitions(every):
             gain = p.reward - beta * p.kl - reference.reward  # at the true KL up to a constant: the slope is beta
             seen.append([reference.reward, p.reward, p.kl, gain, reference.reward_se, p.reward_se, p.kl_se, p.gain_se])
         seen = torch.tensor(seen, dtype=torch.float64)
-        ratio = seen[:, 4:].mean(0) / seen[:, :4].std(0)  # draws come in fixed shares, hence a bit above 1
+        ratio = seen[:, 4:].mean(0) / seen[:, :4].std(0)  # draws come in fixed shares, so it is a bit above 1
         assert (ratio > 0.85).all() and (ratio < 1.3).all()
 
 

@@ -107,7 +107,7 @@ def implicit_reward(logps, reference, beta):
 def population_loss(logps, reference, preferred, beta, pairs=(FIRST, SECOND), **knobs):
     """Our `dpo_loss` of each of `pairs`, weighted by the probability `preferred` (X, Y, Y) of that choice -> (...,).
 
-    The mean over prompts and pairs; `pairs` holds each pair both ways round, hence the 2.
+    The mean over prompts and pairs; `pairs` holds each pair in both orders, which explains the factor 2.
     """
     w, l = pairs
     losses, *_ = dpo_loss(logps[..., w], logps[..., l], reference[..., w], reference[..., l], beta, **knobs)

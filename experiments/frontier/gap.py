@@ -1,6 +1,6 @@
 """What DPO's distance to the limit is made of: the gap at equal KL against the number of pairs, on the toy.
 
-    python -m experiments.frontier.gap --init runs/sft --limit limit.csv      trains what the CSV lacks, and draws
+    python -m experiments.frontier.gap --init runs/toy/sft --limit limit.csv      trains what the CSV lacks, and draws
     python -m experiments.frontier.gap --figure-only                          draws the figure from the CSV again
 
 With endless pairs DPO's optimum is the limit's own policy (Eq. 4 of the paper). Each of `CAUSES` changes one thing. The

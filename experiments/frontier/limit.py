@@ -1,6 +1,6 @@
 """The limit: the highest mean reward that any policy can have at a given KL from the reference.
 
-    python -m experiments.frontier.limit --reference runs/sft --proposal runs/dpo_0.4 --proposal runs/dpo_1 \\
+    python -m experiments.frontier.limit --reference runs/toy/sft --proposal runs/dpo_0.4 --proposal runs/dpo_1 \\
         --data toy --reward toy --prompts 50 --samples 1024 --out limit.csv
 
 Over a set of prompts, no policy of the same mean KL earns more than (Eq. 4 of the DPO paper, one beta for all prompts)

@@ -60,7 +60,7 @@ def load_judge(name, device="cpu", **chat):
     if kind == "implicit":
         run, _, reference = rest.partition(",")
         if not run or not reference:
-            raise UserError(f"--judge {name}: write implicit:RUN,REFERENCE, for example implicit:runs/dpo,runs/sft")
+            raise UserError(f"--judge {name}: write implicit:RUN,REFERENCE, as in implicit:runs/toy/dpo,runs/toy/sft")
         models, tokenizer = load_models(run, reference, device=device)
         bar = f"implicit reward of {run}"
         return lambda *texts: verdicts(implicit_rewards(*models, tokenizer, *texts, progress=bar).tolist())

@@ -1,6 +1,6 @@
 """GPT-2 weights in and out, in Hugging Face's layout. Needs the extra `hf`.
 
-python -m minidpo.scale.weights --run runs/dpo --out my_policy      exports a run for transformers
+python -m minidpo.scale.weights --run runs/toy/dpo --out my_policy      exports a run for transformers
 """
 
 import dataclasses

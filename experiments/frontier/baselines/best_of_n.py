@@ -1,6 +1,6 @@
 """Best-of-N: sample N responses from the SFT model, keep the one that a reward model likes best. Nothing is trained.
 
-    python -m experiments.frontier --methods best-of-n --data toy --sft runs/sft --out runs/best_of_n
+    python -m experiments.frontier --methods best-of-n --data toy --sft runs/toy/sft --out runs/best_of_n
 
 Its distance from the SFT model pi is known without its probabilities. Let F(y) be the share of pi's responses to x
 whose learned reward is at most that of y. If no two responses tie, the probability that y is the best of N is

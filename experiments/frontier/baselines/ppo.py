@@ -1,6 +1,6 @@
 """PPO for language models: reinforcement learning on a reward, held near the reference by a KL penalty.
 
-    python -m experiments.frontier.baselines.ppo --data toy --init runs/sft --reward toy --kl-target 2 --out runs/ppo
+    python -m experiments.frontier.baselines.ppo --data toy --init runs/toy/sft --reward toy --out runs/ppo
 
 With a learned reward this is the usual RLHF; with the true reward it is the DPO paper's PPO-GT. Both maximise the
 objective that DPO solves in closed form (Eq. 3 of Rafailov et al. 2023), but by trial: sample responses, score them,

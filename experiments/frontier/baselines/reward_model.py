@@ -1,6 +1,6 @@
 """A reward model: a number for each response, learned from preferences. Best-of-N and PPO maximise it.
 
-    python -m experiments.frontier.baselines.reward_model --data toy --init runs/sft --out runs/reward
+    python -m experiments.frontier.baselines.reward_model --data toy --init runs/toy/sft --out runs/reward
 
 It is the SFT model with a scalar head in place of the vocabulary. Under Bradley-Terry the chosen response wins with
 probability sigmoid( r(x, y_w) - r(x, y_l) ) (Eq. 1 of Rafailov et al. 2023), so the loss is its negative
@@ -95,7 +95,7 @@ def with_head(gpt, state, folder):
     if "reward_head" not in state:
         raise UserError(
             f"{folder} holds a language model, not a reward model. Train one: "
-            "python -m experiments.frontier.baselines.reward_model --data toy --init runs/sft --out runs/reward"
+            "python -m experiments.frontier.baselines.reward_model --data toy --init runs/toy/sft --out runs/reward"
         )
     model = RewardModel(gpt)
     for name, tensor in head_of(model).items():

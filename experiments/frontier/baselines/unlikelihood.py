@@ -1,6 +1,6 @@
 """Unlikelihood: raise log pi of the chosen response, lower alpha times that of the rejected one, and nothing else.
 
-    python -m experiments.frontier.baselines.unlikelihood --data toy --init runs/sft --out runs/unlikelihood --alpha 0.1
+    python -m experiments.frontier.baselines.unlikelihood --data toy --init runs/toy/sft --out runs/unlikelihood
 
 "Unlikelihood" names two losses. Welleck et al. 2020 (arXiv 1908.04319) add -alpha log(1 - p) for each unwanted token,
 which is at least 0. The one here is about whole responses, as the DPO paper describes its baseline (section 6: maximise
