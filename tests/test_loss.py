@@ -400,7 +400,7 @@ def test_policy_equal_to_the_reference_starts_at_ln_2(capsys):
 @pytest.mark.parametrize("dtype, fixed, relative", [("float32", 1e-4, 1e-6), ("bfloat16", 0.0, 1e-3)])
 @pytest.mark.parametrize("side", [0, 1])
 def test_trap08_start_is_refused_just_above_the_bound_and_passes_just_below(dtype, fixed, relative, side):
-    """The bound is fixed + relative |logp|, per response. The model is float64, so nothing is rounded in either dtype."""
+    """The bound is fixed + relative |logp|, per response. The model is float64: nothing is rounded."""
     rows, policy = random_rows(6), random_model()
     logps = logps_of(policy, rows)
     for sign in (1, -1):
