@@ -34,8 +34,7 @@ GALLERY = [
     Mistake("chosen-and-rejected-swapped", "minidpo/dataset.py",
         old="    return PreferenceBatch(chosen, rejected)",
         new="    return PreferenceBatch(rejected, chosen)",
-        what="The two sides change places on the way into the batch, for instance because a dataset lists its worse "
-             "response first.",
+        what="The two sides change places in the batch, for instance because a dataset lists its worse response first.",
         test="tests/test_data.py::test_preference_batch_scores_both_sides_as_they_stand"),
     Mistake("reference-added", "train_dpo.py", shows="rewards/chosen",
         old="""\
@@ -44,8 +43,7 @@ GALLERY = [
         new="""\
     chosen_log_ratios = policy_chosen_logps + reference_chosen_logps
     rejected_log_ratios = policy_rejected_logps + reference_rejected_logps""",
-        what="log pi + log pi_ref instead of log pi - log pi_ref. Code that has all four log-probabilities in one line "
-             "loses this sign easily.",
+        what="log pi + log pi_ref instead of log pi - log pi_ref: a sign is easily lost with all four in one line.",
         test="tests/test_loss.py::test_loss_starts_at_ln_2"),
     Mistake("beta-inverted", "train_dpo.py", flags=("--beta", "0.1"), shows="loss",
         old="    h = chosen_log_ratios - rejected_log_ratios",
@@ -81,15 +79,13 @@ GALLERY = [
     Mistake("ipo-with-beta-in-the-margin", "train_dpo.py", flags=("--loss-type", "ipo"), shows="loss",
         old="        losses = (h - 1 / (2 * beta)) ** 2",
         new="        losses = (margins - 1 / (2 * beta)) ** 2",
-        what="The target of IPO, 1 / (2 beta), is for the log-ratios without beta. Here it is compared with a margin "
-             "that contains beta.",
+        what="IPO's target, 1 / (2 beta), belongs to h. Here it is compared with the margin, which contains beta.",
         test="tests/test_loss.py::test_ipo_by_hand"),
     # ---- log-probabilities ----
     Mistake("mean-over-tokens", "train_dpo.py", shows="logps/chosen",
         old="        sums.append(logps.masked_fill(~side.mask, 0.0).sum(dim=-1))",
         new="        sums.append(logps.masked_fill(~side.mask, 0.0).sum(dim=-1) / side.mask.sum(dim=-1))",
-        what="The mean over the response instead of the sum, as in the loss of a language model. It divides beta by "
-             "the length, response by response.",
+        what="The mean over the response instead of the sum: it divides beta by the length of each response.",
         test="tests/test_loss.py::test_trap01_response_logps_are_sums_over_the_response"),
     Mistake("mask-left-out", "train_dpo.py", shows="logps/chosen",
         old="        sums.append(logps.masked_fill(~side.mask, 0.0).sum(dim=-1))",
@@ -99,8 +95,7 @@ GALLERY = [
     Mistake("softmax-over-positions", "train_dpo.py", shows="logps/chosen",
         old="    logps = F.log_softmax(logits, dim=-1)",
         new="    logps = F.log_softmax(logits, dim=1)",
-        what="Normalised over the positions of the row instead of over the vocabulary: dim=1 would be right for logits "
-             "of shape (B, V).",
+        what="Normalised over the positions, not over the vocabulary: dim=1 would be right for logits of shape (B, V).",
         test="tests/test_loss.py::test_token_logps_by_loop"),
     Mistake("raw-logits", "train_dpo.py", shows="logps/chosen",
         old="    logps = F.log_softmax(logits, dim=-1)",
@@ -135,8 +130,7 @@ GALLERY = [
     Mistake("targets-not-shifted", "minidpo/dataset.py", shows="logps/chosen",
         old="        targets[i, :n] = row[1:]",
         new="        targets[i, :n] = row[:-1]",
-        what="The target of a position is its own token. The shift by one was left to the model; the models of some "
-             "libraries do it, ours does not.",
+        what="The target of a position is its own token. Some libraries shift inside the model; ours does not.",
         test="tests/test_data.py::test_trap05_targets_and_mask_are_shifted_alike"),
     Mistake("mask-off-by-one", "minidpo/dataset.py", shows="logps/chosen",
         old="        mask[i, len(prompt) - 1 : n] = True  # the last prompt token predicts the first response token",
@@ -183,20 +177,17 @@ GALLERY = [
     Mistake("dropout-left-on", "train_dpo.py",
         old="    policy.set_dropout(0.0)",
         new="    policy.set_dropout(0.1)",
-        what="Policy and reference run in train mode with the dropout of the SFT stage, so they differ on the same row "
-             "by chance.",
+        what="The dropout of the SFT stage stays on, so policy and reference differ on the same row by chance.",
         test="tests/test_runs.py::test_trap08_log_ratios_are_0_before_the_first_update"),
     Mistake("reference-follows-the-policy", "train_dpo.py", shows="logps/chosen",
         old="        losses, *rewards = loss(*logps, *reference[micro].to(settings.device).T, **settings.variant)",
         new="        losses, *rewards = loss(*logps, *(l.detach() for l in logps), **settings.variant)",
-        what="Policy and reference are one object (for instance a copy that shares its weights), so each update "
-             "changes the reference too.",
+        what="Policy and reference are one object, or share their weights, so each update changes the reference too.",
         test="tests/test_loss.py::test_trap10_a_step_is_the_gradient_of_the_mean_over_its_pairs"),
     Mistake("cache-without-the-weights", "train_dpo.py", trained=False,
         old="    name = checkpoint.fingerprint(policy, run.data, rounding)",
         new="    name = checkpoint.fingerprint(run.data, rounding)",
-        what="The reference's log-probabilities are kept on disk under the name of the data alone, and are found again "
-             "after the SFT model has changed.",
+        what="The cache of the reference is named after the data alone, and is used for another SFT model too.",
         test="tests/test_runs.py::test_trap09_fingerprint_names_all_that_the_numbers_depend_on"),
     Mistake("optimizer-of-another-copy", "train_dpo.py", shows="grad_norm",
         old="    optimizer = make_optimizer(policy, settings.optimizer, settings.lr)",
@@ -211,8 +202,7 @@ GALLERY = [
     Mistake("head-tied-by-its-data", "minidpo/model.py",
         old="            return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)",
         new="            return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight.data)",
-        what="The output head reads the embedding through .data, so no gradient comes back through it: the two share "
-             "their values and not their training.",
+        what="The head reads the embedding through .data: the two share their values, but the head gives no gradient.",
         test="tests/test_model.py::test_trap14_the_head_is_the_embedding"),
     # ---- the step ----
     Mistake("mean-of-each-micro-batch", "train_dpo.py", flags=("--micro-batch-size", "8"), shows="grad_norm",
@@ -252,8 +242,7 @@ GALLERY = [
     Mistake("kl-on-the-references-samples", "experiments/evaluate.py", trained=False,
         old="sequence_kl(policy, reference, ours.prompt_ids, ours.ids,",
         new="sequence_kl(policy, reference, theirs.prompt_ids, theirs.ids,",
-        what="The KL is an expectation under the policy, but it is computed on other texts: samples of the reference, "
-             "or the pairs of the dataset.",
+        what="The KL is an expectation over the policy's samples, but it is computed on those of the reference.",
         test="tests/test_experiments.py::test_trap15_sampled_ids_are_never_encoded_again"),
     Mistake("kl-per-token", "experiments/evaluate.py", trained=False,
         old="        plain[indices] = (at_sample.cpu().double() * mask).sum(-1)",
@@ -274,7 +263,6 @@ GALLERY = [
     Mistake("wrapped-names-saved", "minidpo/checkpoint.py", trained=False,
         old='        name.replace("_orig_mod.", "").replace("module.", ""): weight.detach().cpu()',
         new="        name: weight.detach().cpu()",
-        what="torch.compile and wrappers for several GPUs put a prefix in front of the name of every weight, and it is "
-             "saved too.",
+        what="torch.compile and wrappers for several GPUs put a prefix on the name of every weight. It is saved too.",
         test="tests/test_model.py::test_trap19_a_wrappers_name_is_not_saved"),
 ]
