@@ -2,9 +2,8 @@
 
     python -m experiments.displacement --out runs/displacement
 
-Four words and the end-of-text token make 1,365 responses of up to five tokens. At every step the probability of the
-chosen responses, of the rejected ones, and of all that are in no pair is an exact sum, not an estimate from samples.
-Three questions, one function each, in this order (docs/displacement.md discusses the answers):
+Four words and the end-of-text token make 1,365 responses of up to five tokens, so every probability is an exact sum.
+Three questions, one function each (docs/displacement.md discusses the answers):
 
     displaced   DPO as in train_dpo.py, from four starts: what happens to log pi(chosen) while the margin grows?
     at_optimum  the best policy of Eq. 4, computed exactly: are its chosen rewards above 0?
@@ -79,10 +78,7 @@ class Free(nn.Module):
 
 
 def twin_pairs(n, seed):
-    """Draws n pairs (chosen, rejected) of 2 to 4 words that differ in one word; chance decides which one is chosen.
-
-    No response is in two pairs. Neither side is more usual than the other, and they share all words but one.
-    """
+    """n pairs (chosen, rejected) of 2 to 4 random words that differ in one word. No response is in two pairs."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(choices):
@@ -101,15 +97,13 @@ def twin_pairs(n, seed):
 
 
 def length_pairs(seed):
-    """32 pairs, two of each combination of 1 to 4 words: chosen starts with "good", rejected with "bad".
-
-    The other words are random, so which side is chosen says nothing about which side is longer.
-    """
+    """32 pairs, two of each combination of 1 to 4 words: chosen starts with "good", rejected with "bad"."""
     draw = torch.Generator().manual_seed(seed)
-    return [
-        tuple((first, *(1 + torch.randint(4, (n - 1,), generator=draw)).tolist(), EOT) for first, n in ((1, a), (2, b)))
-        for a, b in list(itertools.product((1, 2, 3, 4), repeat=2)) * 2
-    ]
+
+    def response(first, words):
+        return (first, *(1 + torch.randint(4, (words - 1,), generator=draw)).tolist(), EOT)
+
+    return [(response(1, a), response(2, b)) for a, b in [*itertools.product((1, 2, 3, 4), repeat=2)] * 2]
 
 
 # ---- 2. The two stages ----
@@ -139,9 +133,9 @@ def pair_logps(model, pairs):
 def dpo(model, pairs, beta, lr, steps, mean=False, until=math.inf):
     """Trains the model by DPO, with itself as the reference -> list of dicts, one before each step and one at the end.
 
-    Stops after `steps` steps, or at the margin `until`. Margin and logps are averages over the pairs; a mass is the
-    probability of all different responses on that side together. With `mean`, log-probabilities are divided by the
-    length of the response: that is THE MISTAKE to look at (the logps reported are still sums).
+    Stops after `steps` steps, or at the margin `until`. A mass is the probability of all different responses on that
+    side together; "fallen" is the share of the pairs whose chosen reward is below 0; the rest are means over the pairs.
+    With `mean`, the loss (but not the reported logps) divides log-probabilities by the length: THE MISTAKE to look at.
     """
     different = [list({pair[side]: i for i, pair in enumerate(pairs)}.values()) for side in (0, 1)]  # one place of each
     lengths = [torch.tensor([len(pair[side]) if mean else 1 for pair in pairs]) for side in (0, 1)]
@@ -157,7 +151,7 @@ def dpo(model, pairs, beta, lr, steps, mean=False, until=math.inf):
             "step": step, "loss": losses.mean().item(), "margin": (chosen - rejected).mean().item(),
             "logps/chosen": logps[0].mean().item(), "logps/rejected": logps[1].mean().item(),
             "mass/chosen": masses[0], "mass/rejected": masses[1], "mass/neither": 1 - sum(masses),
-            "fallen": (chosen < 0).double().mean().item(),  # share of the pairs
+            "fallen": (chosen < 0).double().mean().item(),
         })  # fmt: skip
         if step == steps or curve[-1]["margin"] >= until:
             return curve
@@ -174,8 +168,7 @@ STARTS = ("fresh GPT", "GPT after SFT", "GPT after SFT, one pair", "free control
 def displaced(start, seed, settings):
     """DPO on pairs that differ in one word, from one of STARTS -> the curve, and the two responses that gained most.
 
-    The fresh GPT gives the pairs as little probability as other responses. The GPT after SFT was trained on the chosen
-    responses first, as in the paper. "compared" is the first point of the curve with the margin asked for, or the last.
+    "compared" is the first point of the curve with the margin asked for, or the last.
     """
     pairs = twin_pairs(1 if "one pair" in start else settings.pairs, seed)
     model = Free() if start == "free control" else tiny_gpt(seed)
@@ -185,16 +178,11 @@ def displaced(start, seed, settings):
     # Adam moves a weight by about lr per step. In the GPT, many weights make up a logit; in the control it is one.
     curve = dpo(model, pairs, settings.beta, settings.lr * (25 if start == "free control" else 1), settings.steps)
     after = every_logp(model).exp()
-    column = {response: name for pair in pairs for response, name in zip(pair, ("chosen", "rejected"), strict=True)}
-    gained = [
-        {
-            "response": " ".join(NAMES[word] for word in RESPONSES[i]),
-            "column": column.get(RESPONSES[i], "neither"),
-            "before": before[i].item(),
-            "after": after[i].item(),
-        }
-        for i in (after - before).topk(2).indices.tolist()
-    ]
+    column = {chosen: "chosen" for chosen, _ in pairs} | {rejected: "rejected" for _, rejected in pairs}
+    gained = []
+    for i in (after - before).topk(2).indices.tolist():
+        name, where = " ".join(NAMES[word] for word in RESPONSES[i]), column.get(RESPONSES[i], "neither")
+        gained.append({"response": name, "column": where, "before": before[i].item(), "after": after[i].item()})
     compared = next((point for point in curve if point["margin"] >= settings.margin), curve[-1])
     return {"start": start, "seed": seed, "curve": curve, "compared": compared, "gained": gained}
 
@@ -208,8 +196,7 @@ def at_optimum(seed, settings):
     """What a perfect DPO run would log, summed over every pair of responses -> list of dicts, one per beta.
 
     The reference is an SFT model. Both responses of a pair come from it, each response has a reward drawn from N(0, 1),
-    the choices follow Bradley-Terry (Eq. 1), and the policy is pi* itself. An average over both columns is an average
-    over the reference, and the average of log pi*/pi_ref over the reference is -KL(pi_ref || pi*): never positive.
+    the choices follow Bradley-Terry (Eq. 1), and the policy is pi* itself.
     """
     model = sft(tiny_gpt(seed), [chosen for chosen, _ in twin_pairs(settings.pairs, seed)], settings.sft_steps)
     reference = every_logp(model)
@@ -233,8 +220,7 @@ def at_optimum(seed, settings):
 def mean_optimum(reference, reward, lengths, beta):
     """The optimum of averaged log-probabilities, in place of Eq. 4: log of pi_ref(y) exp(|y| (reward(y) - c) / beta).
 
-    The loss is lowest where beta/|y| log pi/pi_ref is the reward up to a constant, so each response has a beta of its
-    own, beta/|y|. The constant c makes the probabilities sum to 1: a factor Z would not cancel here.
+    Each response has a beta of its own, beta/|y|. The constant c makes the probabilities sum to 1.
     """
     lowest, highest = reward.min(), reward.max()  # c is between them: else all exponents would have one sign
     for _ in range(100):  # halve the interval until it is as small as float64 allows
@@ -320,11 +306,10 @@ def tables(result):
     head = ["", "margin", "log pi(chosen)", "log pi(rejected)", *GROUPS, "share of chosen that fell"]
     add("**The chosen fall.** log pi in nats per response, averaged over the pairs; then probabilities.", head, rows)
 
-    rows = [
-        [f"{r['start']}, seed {r['seed']}"]
-        + [f"`{g['response']}` ({g['column']}) {g['before']:.3f} to {g['after']:.3f}" for g in r["gained"]]
-        for r in result["displaced"]
-    ]
+    rows = []
+    for run in result["displaced"]:
+        gained = [f"`{g['response']}` ({g['column']}) {g['before']:.3f} to {g['after']:.3f}" for g in run["gained"]]
+        rows.append([f"{run['start']}, seed {run['seed']}", *gained])
     title = "**The two responses that gained most**, probability before and at the last step."
     add(title, ["", "first", "second"], rows)
 
@@ -366,7 +351,9 @@ def draw(folder, result):
         row[0].set_ylabel(label)
     axes[1, 0].legend(frameon=False)
     axes[2, 0].legend(loc="upper right", fontsize=9)
-    save(folder / "displacement.png", figure)
+    for cell in figure.axes:
+        cell.grid(alpha=0.25)
+    common.save_figure(folder / "displacement.png", figure, dpi=90)
 
     figure = common.figure(folder / "displacement_more.png", (10.5, 3.4))
     left, middle, right = figure.subplots(1, 3)
@@ -385,15 +372,11 @@ def draw(folder, result):
             right.plot(range(2, LONGEST + 1), y, "o-", color=colour, ms=3, linewidth=1)
     middle.set(xlabel="length, tokens", ylabel="probability", title="exact optima: all responses")
     right.set(xlabel="length, tokens", ylabel="log pi / pi_ref, nats", title="trained: the chosen responses")
-    for cell in (left, middle):  # the right one has the colours of the middle one
-        cell.legend(frameon=False, fontsize=8)
-    save(folder / "displacement_more.png", figure)
-
-
-def save(path, figure):
-    for axes in figure.axes:
-        axes.grid(alpha=0.25)
-    common.save_figure(path, figure, dpi=90)
+    left.legend(frameon=False, fontsize=8)
+    middle.legend(frameon=False, fontsize=8)  # the right one has the same colours
+    for cell in figure.axes:
+        cell.grid(alpha=0.25)
+    common.save_figure(folder / "displacement_more.png", figure, dpi=90)
 
 
 def main():

@@ -12,10 +12,8 @@ Prints three tables: the prompt, the chosen response and the rejected response. 
 
 Below the tables, each formula of the loss stands with its numbers filled in, before the step and after it.
 
-The step is one call of `train_dpo.train_step`. The batch is this pair alone, the model is a copy of the policy, and
-the optimiser is new; nothing on disk changes. The first step of AdamW moves nearly every weight by the learning rate,
-even where the gradient is small, so this step is larger than one in the middle of training. Make it smaller with --lr.
-Give the SFT run as both models to see the first step of a training: all differences are 0 and the loss is ln 2.
+The step is one call of `train_dpo.train_step` with this pair as the batch, on a copy of the policy, with a new
+optimiser. Nothing on disk changes. docs/explain.md shows how to read the tables.
 
 Beta, loss and optimiser come from the policy's settings.json. If the policy is not a DPO run, they are the defaults of
 train_dpo.py for its data. Everything is computed in the precision of the weights.
@@ -61,8 +59,7 @@ class Settings:
 def training_settings(settings):
     """The `train_dpo.Settings` of the step: the policy's own if it is a DPO run, else the defaults for its data.
 
-    Raises:
-        UserError: settings.json is damaged or names no data, or `formulas` does not know the loss of the run.
+    Raises UserError if settings.json is damaged or names no data, or `formulas` does not know the loss of the run.
     """
     path = Path(settings.policy) / "settings.json"
     try:
@@ -120,31 +117,21 @@ def every_token_logp(model, pair, device):
 
 
 def loss_figures(policy, reference, variant):
-    """What the loss computes from the two sums -> dict of floats.
+    """What `dpo_loss` with the keywords `variant` computes from the sums of (chosen, rejected) -> dict of floats.
 
-    `weight` is sigmoid(r_l - r_w) for the plain loss (the gradient of Eq. 7, Appendix A.4): the derivative of the loss
-    by log pi(y_w|x) is -beta weight, the derivative by log pi(y_l|x) is +beta weight. autograd computes it, so it is
-    right for every loss.
-
-    Args:
-        policy, reference: log pi(y|x) and log pi_ref(y|x) of (chosen, rejected), each (2,), in nats.
-        variant: the keywords of `dpo_loss`.
+    policy and reference (2,), in nats. The derivative of the loss by log pi(y_w|x) is -beta weight, that by
+    log pi(y_l|x) is +beta weight. For the plain loss, weight is sigmoid(r_l - r_w) (A.4).
     """
     policy = policy.detach().requires_grad_()
-    losses, chosen_rewards, rejected_rewards = train_dpo.dpo_loss(*policy[:, None], *reference[:, None], **variant)
+    losses, *rewards = train_dpo.dpo_loss(*policy[:, None], *reference[:, None], **variant)
     losses.sum().backward()
-    chosen_reward, rejected_reward = chosen_rewards.item(), rejected_rewards.item()
-    return {
-        "chosen_logp": policy[0].item(),
-        "rejected_logp": policy[1].item(),
-        "chosen_reference_logp": reference[0].item(),
-        "rejected_reference_logp": reference[1].item(),
-        "chosen_reward": chosen_reward,
-        "rejected_reward": rejected_reward,
-        "margin": chosen_reward - rejected_reward,
-        "loss": losses.item(),
-        "weight": -policy.grad[0].item() / variant["beta"],
-    }
+    figures = {}
+    for i, side in enumerate(("chosen", "rejected")):
+        figures[f"{side}_logp"] = policy[i].item()
+        figures[f"{side}_reference_logp"] = reference[i].item()
+        figures[f"{side}_reward"] = rewards[i].item()
+    figures["margin"] = figures["chosen_reward"] - figures["rejected_reward"]
+    return {**figures, "loss": losses.item(), "weight": -policy.grad[0].item() / variant["beta"]}
 
 
 def anatomy(policy, reference, pair, train):
@@ -239,19 +226,6 @@ def formulas(figures, train):
     return [*found, ("pull on a token", pull, f"-{beta} x {n['weight']}", -train.beta * figures["weight"])]
 
 
-def headlines(found, settings, train, source):
-    """What was computed from what: [(label, text)]."""
-    clipped = f", cut to {train.grad_clip:g}" if found["grad_norm"] > train.grad_clip else ""
-    kind = train.loss_type + (f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else "")
-    return [
-        ("policy", settings.policy),
-        ("reference", settings.reference + (" (counted as 0 in the loss)" if train.reference_free else "")),
-        ("pair", source),
-        ("loss", f"{kind}, beta {train.beta:g}"),
-        ("step", f"{train.optimizer}, learning rate {train.lr:g}; gradient norm {found['grad_norm']:.3g}{clipped}"),
-    ]
-
-
 # ---- 3. The sheet: lines of at most 80 columns, for the terminal and for the picture ----
 
 WIDTH = 80
@@ -307,7 +281,16 @@ def table_line(text, mask, log_pi, log_ref, log_pi_after, *style):
 
 def sheet(found, settings, train, source, tokenizer):
     """All that is shown, as blocks: {name: lines}. A line is a list of (text, styles)."""
-    blocks = {"head": [[(line, ())] for label in headlines(found, settings, train, source) for line in fold(*label)]}
+    clipped = f", cut to {train.grad_clip:g}" if found["grad_norm"] > train.grad_clip else ""
+    smoothing = f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else ""
+    made_from = {
+        "policy": settings.policy,
+        "reference": settings.reference + (" (counted as 0 in the loss)" if train.reference_free else ""),
+        "pair": source,
+        "loss": f"{train.loss_type}{smoothing}, beta {train.beta:g}",
+        "step": f"{train.optimizer}, learning rate {train.lr:g}; gradient norm {found['grad_norm']:.3g}{clipped}",
+    }
+    blocks = {"head": [[(line, ())] for label in made_from.items() for line in fold(*label)]}
     heads = "".join(f"{head:>9}" for head in HEADS)
     for part, tokens in found["tokens"].items():
         block = blocks[part] = [[], [(f"{fit(TITLES[part], 22)}{'before the step':>27} |{'after it':>27}", (BOLD,))]]

@@ -9,6 +9,7 @@ import torch
 import train_dpo
 from minidpo.dataset import PreferenceBatch, Rows, cut_to_context, preference_batch
 from minidpo.model import GPT, GPTConfig
+from minidpo.settings import UserError
 from train_dpo import dpo_loss, response_logps, token_logps
 
 LN2 = math.log(2)
@@ -394,3 +395,20 @@ def test_policy_equal_to_the_reference_starts_at_ln_2(capsys):
     assert "loss 0.693147 (ln 2 = 0.693147)" in capsys.readouterr().out
     train_dpo.check_start(policy, rows, reference, [4, 1, 2], settings_for(loss_type="ipo", beta=0.25))
     assert "loss 4.000000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype, fixed, relative", [("float32", 1e-4, 1e-6), ("bfloat16", 0.0, 1e-3)])
+@pytest.mark.parametrize("side", [0, 1])
+def test_trap08_start_is_refused_just_above_the_bound_and_passes_just_below(dtype, fixed, relative, side):
+    """The bound is fixed + relative |logp|, per response. The model is float64: nothing is rounded."""
+    rows, policy = random_rows(6), random_model()
+    logps = logps_of(policy, rows)
+    for sign in (1, -1):
+        reference = logps.clone()
+        allowed = fixed + relative * logps[1, side].abs()
+        reference[1, side] = logps[1, side] + sign * 0.9 * allowed
+        train_dpo.check_start(policy, rows, reference, [4, 1, 2], settings_for(dtype=dtype))
+        reference[1, side] = logps[1, side] + sign * 1.1 * allowed
+        with pytest.raises(UserError, match="it must be 0"):
+            train_dpo.check_start(policy, rows, reference, [4, 1, 2], settings_for(dtype=dtype))
+        train_dpo.check_start(policy, rows, reference, [4, 2], settings_for(dtype=dtype))  # the pair is not asked for

@@ -16,7 +16,7 @@ from minidpo.report import read_metrics
 BY_NAME = {mistake.name: mistake for mistake in GALLERY}
 EACH = pytest.mark.parametrize("mistake", GALLERY, ids=lambda mistake: mistake.name)
 HARMLESS = Mistake(
-    "harmless", "train_dpo.py", "# (7)", "# 7", "a comment", "nothing", "tests/test_loss.py::test_loss_starts_at_ln_2"
+    "harmless", "train_dpo.py", "# (7)", "# 7", "a comment", "tests/test_loss.py::test_loss_starts_at_ln_2"
 )
 
 
@@ -63,7 +63,7 @@ def test_what_is_no_failed_test_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="SyntaxError"):
         run_tests(tmp_path, ["tests/test_loss.py"])
     with pytest.raises(ValueError, match="twice: train_dpo.py has this 0 times"):
-        load(Mistake("twice", "train_dpo.py", "not to be found", "", "", "", ""))
+        load(Mistake("twice", "train_dpo.py", "not to be found", "", "", ""))
 
 
 def test_load_gives_the_broken_module_and_leaves_the_healthy_one():
@@ -114,8 +114,10 @@ def test_the_page_in_docs_is_of_this_gallery():
     page = (ROOT / "docs" / "mistakes.md").read_text(encoding="utf-8")
     words = " ".join(page.split())  # lines wrapped again
     for mistake in GALLERY:
-        for part in (mistake.what, mistake.see, mistake.test, *curves.diff(mistake)):
+        for part in (mistake.what, mistake.test, *curves.diff(mistake)):
             assert " ".join(part.split()) in words, (
                 f"{mistake.name} has changed: run python -m experiments.mistakes --curves ... to write its section"
             )
+    for section in page.split("\n## ")[1:]:
+        assert section.count(f"\n{curves.SEEN} ") == 1 and curves.TO_WRITE not in section
     assert page.count("\n## ") == len(GALLERY) and f"{len(GALLERY)} ways to get DPO wrong" in page

@@ -33,7 +33,7 @@ METRICS = ("loss", "rewards/chosen", "rewards/margins", "rewards/accuracies", "l
 def healthy(mistake):
     """The run beside a mistake's: no mistake, the same flags."""
     name = "-".join(["healthy", *(flag.strip("-") for flag in mistake.flags)])
-    return Mistake(name, "train_dpo.py", "def dpo_loss(", "def dpo_loss(", "", "", "", flags=mistake.flags)
+    return Mistake(name, "train_dpo.py", "def dpo_loss(", "def dpo_loss(", "", "", flags=mistake.flags)
 
 
 def train_all(mistakes, init, folder):
@@ -119,6 +119,8 @@ def draw(path, mistakes, folder):
 # ---- The page ----
 
 COLUMNS = (*METRICS, "reward", "kl", "length")
+SEEN = "**In the curves:**"
+TO_WRITE = f"{SEEN} (write here what they show)"
 
 
 def wrap(text, indent=""):
@@ -132,10 +134,10 @@ def diff(mistake):
     return [line for line in list(lines)[2:] if not line.startswith("@@")]
 
 
-def section(mistake, folder):
-    """The mistake's part of the page."""
+def section(mistake, folder, seen):
+    """The mistake's part of the page. `seen` is what a person wrote about its curves."""
     lines = [f"## {mistake.name}", "", wrap(mistake.what), "", f"In `{mistake.file}`:", "", "```diff", *diff(mistake)]
-    lines += ["```", "", wrap(f"**In the curves:** {mistake.see}"), ""]
+    lines += ["```", "", seen, ""]
     result, beside = read(folder, mistake), read(folder, healthy(mistake))
     if "stopped" in result:
         lines += ["Measured: the run stopped with", "", wrap("> " + result["stopped"], "> "), ""]
@@ -149,13 +151,18 @@ def section(mistake, folder):
 
 
 def write_page(path, folder):
-    """Writes a section for each mistake into docs/mistakes.md, and the picture beside it.
+    """Writes a section for each mistake into the page, and the picture beside it.
 
-    What stands above the first section is written by hand and stays.
+    Two parts are written by hand and stay: what stands above the first section of the page, and the paragraph of each
+    section of docs/mistakes.md that begins with `SEEN`.
     """
     path, folder = Path(path), Path(folder)
     above = path.read_text(encoding="utf-8").partition("\n## ")[0] + "\n" if path.exists() else ""
-    sections = [line for mistake in GALLERY for line in section(mistake, folder)]
+    seen = {}
+    for text in (ROOT / "docs" / "mistakes.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        name, *paragraphs = text.split("\n\n")
+        seen[name] = next((paragraph for paragraph in paragraphs if paragraph.startswith(SEEN)), TO_WRITE)
+    sections = [line for mistake in GALLERY for line in section(mistake, folder, seen.get(mistake.name, TO_WRITE))]
     atomic_write(path, above + "\n".join(sections))
     print(f"{path}: {len(GALLERY)} mistakes")
     trained = [mistake for mistake in GALLERY if read(folder, mistake)]
