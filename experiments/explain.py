@@ -153,14 +153,12 @@ def anatomy(policy, reference, pair, train):
     optimizer = make_optimizer(stepped, train.optimizer, train.lr)
     metrics = train_dpo.train_step(stepped, optimizer, [pair], fixed[None], [0], train)
 
-    columns = [every_token_logp(model, pair, train.device) for model in (policy, reference, stepped)]
-    tokens = {
-        part: [
-            {"id": i, "scored": part != "prompt", "log_pi": pi, "log_ref": ref, "log_pi_after": after}
-            for i, pi, ref, after in zip(ids, *(column[part] for column in columns), strict=True)
-        ]
-        for part, ids in zip(("prompt", "chosen", "rejected"), pair, strict=True)
-    }
+    logps = [every_token_logp(model, pair, train.device) for model in (policy, reference, stepped)]
+    tokens = {}
+    for part, ids in zip(("prompt", "chosen", "rejected"), pair, strict=True):
+        rows = zip(ids, *(of_model[part] for of_model in logps), strict=True)
+        names = ("id", "log_pi", "log_ref", "log_pi_after")
+        tokens[part] = [{"scored": part != "prompt", **dict(zip(names, row, strict=True))} for row in rows]
     return {
         "tokens": tokens,
         "before": loss_figures(before, fixed, train.variant),
@@ -253,7 +251,7 @@ def fit(text, width):
 
 
 def fold(label, text, width=WIDTH, indent=11):
-    """Lines of at most `width` columns, the first with the label. They break anywhere: a path has no spaces."""
+    """Lines of at most `width` columns, the first with the label. They break anywhere, since a path has no spaces."""
     lines, line = [], fit(label, indent)
     for char in text:
         if columns(line + char) > width:
@@ -297,8 +295,7 @@ def sheet(found, settings, train, source, tokenizer):
         block.append([(f"{'token':18}mask{heads[:27]} |{heads[27:]}", (DIM,))])
         for t in tokens:
             text = "∎" if t["id"] == tokenizer.eot else visible(tokenizer.tokens[t["id"]])
-            style = () if t["scored"] else (DIM,)
-            mask = "x" if t["scored"] else "."
+            mask, style = ("x", ()) if t["scored"] else (".", (DIM,))
             block.append(table_line(text, mask, t["log_pi"], t["log_ref"], t["log_pi_after"], *style))
         if part != "prompt":
             before, after = found["before"], found["after"]

@@ -63,7 +63,7 @@ def caught(mistake):
         return failed, time.perf_counter() - started
 
 
-# Each test runs in a process of its own. To import torch takes longer than most tests, so where the system can fork,
+# Each test runs in a process of its own. Importing torch takes longer than most tests, so where the system can fork,
 # each process is forked from one that has imported it.
 _CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(os, "fork"):

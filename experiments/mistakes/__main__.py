@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import textwrap
 
-from experiments.mistakes import GALLERY, caught
+from experiments.mistakes import GALLERY, caught, curves
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
 
@@ -23,13 +23,11 @@ def main():
         raise unknown("mistake", settings.only, names)
     mistakes = [mistake for mistake in GALLERY if settings.only in ("", mistake.name)]
     if settings.curves:
-        from experiments.mistakes.curves import train_all, write_page
-
         if not settings.init:
             make = "python train_sft.py --data toy --out runs/toy/sft"
             raise UserError(f"--curves needs --init, an SFT run of the toy. Make one: {make}")
-        train_all(mistakes, settings.init, settings.curves)
-        write_page(settings.page, settings.curves)
+        curves.train_all(mistakes, settings.init, settings.curves)
+        curves.write_page(settings.page, settings.curves)
         return
 
     missed = []
