@@ -15,9 +15,10 @@ WHAT SOLVES IT. For one prompt, write out the KL and collect everything under on
 
     E[ r - beta log(pi / pi_ref) ]  =  -beta E[ log( pi(y|x) / ( pi_ref(y|x) exp(r(x, y) / beta) ) ) ]
 
-The denominator is positive, but its sum over all y is Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta), not 1. Divided by
-Z(x), it is a distribution. Call it pi*. With pi* Z(x) as the denominator, the objective is -beta KL(pi || pi*) + beta
-log Z(x). Z does not depend on pi, and a KL is smallest, 0, only where its two sides are equal. So the optimum is
+The denominator is positive, but it does not sum to 1 over y. Its sum is Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta).
+Divided by Z(x), it is a distribution. Call it pi*. With pi* Z(x) as the denominator, the objective is
+-beta KL(pi || pi*) + beta log Z(x). Z does not depend on pi, and a KL is smallest, 0, only where its two sides are
+equal. So the optimum is
 
     pi*(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)                                                       (4)
 
@@ -39,8 +40,8 @@ loss is the negative log-likelihood of the labels, as for any classifier. The ex
 
     L(pi)  =  -E[ log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) ) ]        (7)
 
-If the labels follow (1) and the pairs cover all responses, the likelihood is largest where (6) holds with pi in place
-of pi*: at pi = pi*, the optimum of (3). So a supervised loss on pairs solves the problem that we started with.
+If the labels follow (1) and the pairs cover all responses, the likelihood is largest when pi gives the same
+probabilities as pi* in (6). This happens only at pi = pi*, the optimum of (3): the loss solves the problem above.
 
 THE IMPLICIT REWARD is the term that occurs twice in (7), beta log pi(y|x)/pi_ref(y|x). It is the reward (5) without
 the part that depends on x alone. With it the loss is short:
@@ -58,11 +59,11 @@ every weight is 1/2. A loss of ln 2 does not mean that the gradient is 0.
 
 WHERE DID THE KL TERM GO? The objective (3) has a KL term, the loss (7) has none. It became the reference inside the
 logarithms, because the optimum (4) of the KL objective contains pi_ref. beta sets the scale of the margin: to move the
-margin by 1, the difference of the log-ratios log(pi / pi_ref) must move by 1/beta nats. Once the margins agree with the
-labels, the gradient is 0 on average. So a larger beta means a policy closer to the reference. This has two limits.
-First, the loss sees only the responses in the pairs. Nothing is sampled, so nothing keeps pi near the reference on
-other responses. Second, if nothing in the data contradicts a label, a larger margin always lowers the loss. Then not
-beta alone, but also the number of epochs and the learning rate decide how far pi moves.
+margin by 1, the difference of the log-ratios log(pi / pi_ref) must move by 1/beta nats. Once sigmoid(margin) equals the
+share of labels for y_w, the gradient is 0 on average. So a larger beta means a policy closer to the reference. This has
+two limits. First, the loss sees only the responses in the pairs. Nothing is sampled, so nothing keeps pi near the
+reference on other responses. Second, if nothing in the data contradicts a label, a larger margin always lowers the
+loss. Then not beta alone, but also the number of epochs and the learning rate decide how far pi moves.
 
 WHY DOES THE CHOSEN REWARD FALL? (7) depends on the margin alone. The margin also grows when both log-probabilities fall
 and the rejected one falls faster. Chosen and rejected responses share words, so pushing one down pulls the other down,
@@ -110,8 +111,8 @@ def response_logps(model, batch):
     [e a b] and response [c d e], where e is the end-of-text token (eot), and one position of padding:
 
         position    0   1   2   3   4   5
-        ids         e   a   b   c   d   0      the input; the last token of the row is only a target
-        targets     a   b   c   d   e   0      the ids shifted by one: position t predicts token t + 1
+        ids         e   a   b   c   d   0      the text e a b c d e without its last token
+        targets     a   b   c   d   e   0      the same text without its first token: the shift by one
         mask        .   .   x   x   x   .      scored: c, d and the final e, each at the position that predicts it
 
     Padding on the right is harmless: under the causal mask a position sees only itself and earlier positions, so no
@@ -133,8 +134,8 @@ def dpo_loss(
     Args:
         four logps: (B,) each, in nats, summed over the response.
         beta: price of one nat of KL. Larger stays closer to the reference.
-        label_smoothing: e, the assumed probability that a label is flipped (conservative DPO, Mitchell 2023). The loss
-            is then smallest at the margin ln((1 - e) / e).
+        label_smoothing: s, the assumed probability that a label is flipped (conservative DPO, Mitchell 2023). The loss
+            is then smallest at the margin ln((1 - s) / s).
         loss_type: "sigmoid" is DPO; "ipo" is Azar et al. 2023, Eq. 17, on the same sums.
         reference_free: count the reference's logps as 0.
 
@@ -159,8 +160,8 @@ def dpo_loss(
 
 
 # For another pairwise loss, write a function like dpo_loss: four logps (B,) and keywords -> losses, chosen and rejected
-# rewards, each (B,). Subclass Settings, return the keywords from `variant`, and call main(YourSettings, your_loss).
-# experiments/frontier/baselines/unlikelihood.py is an example.
+# rewards, each (B,). Subclass Settings, return the keywords from `variant`, and call main(YourSettings, your_loss), as
+# experiments/frontier/baselines/unlikelihood.py does.
 
 # ---- 2. Settings. The defaults are the paper's (section B). Each dataset has a set of its own; flags override it ----
 
@@ -371,9 +372,8 @@ def main(settings_class=Settings, loss=dpo_loss):
 
     # -- the report
     after = complete(policy, tokenizer, prompts, settings.sample_tokens, settings.seed)
-    texts = [tokenizer.decode(prompt) for prompt in prompts]
     note = f"DPO on {len(pairs):,} pairs of {settings.data}: {run.last_step} steps, beta {settings.beta}."
-    run.finish({"prompt": texts, "before": before, "after": after}, [note])
+    run.finish({"prompt": [tokenizer.decode(p) for p in prompts], "before": before, "after": after}, [note])
 
 
 if __name__ == "__main__":
