@@ -185,6 +185,8 @@ def main():
             comparison = dict(run=run, temperature=temperature, prompt=prompt, own=theirs, completion=completion)
             lines.append(json.dumps({**comparison, "outcomes": found}, ensure_ascii=False) + "\n")
 
+    for name in ("settings.json", "agreement.csv", "winrate.png"):  # of other settings; this run may not write them
+        (out / name).unlink(missing_ok=True)
     atomic_write(out / "comparisons.jsonl", "".join(lines))
     write_csv(out / "winrate.csv", rows)
     if agreements:
