@@ -1,5 +1,6 @@
 """Judges: rewards compared, implicit rewards against a loop, and a chat model behind a real HTTP server."""
 
+import copy
 import importlib.util
 import json
 import socket
@@ -77,6 +78,14 @@ def test_implicit_rewards_against_a_loop_over_tokens(models):
     assert torch.allclose(swapped.flip(-1), rewards)
     same = implicit_rewards(models[0], models[0], models[2], PROMPTS, A, B)
     assert same.abs().max() == 0  # a model against itself prefers nothing
+
+
+def test_implicit_rewards_of_a_copy_are_0_in_bf16_too(models):
+    """Policy and reference take one path in one precision: only then does the rounding of bf16 cancel."""
+    policy, _, tokenizer = models
+    with torch.autocast("cpu", torch.bfloat16):
+        rewards = implicit_rewards(policy.float(), copy.deepcopy(policy), tokenizer, PROMPTS, A, B)
+    assert rewards.abs().max() == 0
 
 
 def test_implicit_rewards_keep_to_the_context(models):
