@@ -34,6 +34,7 @@ class RunSettings:
     epochs: float = knob(1.0, "passes over the training rows; 0.5 is half a pass")
     batch_size: int = knob(64, "rows per optimiser step", least=1)
     micro_batch_size: int = knob(0, "rows per forward pass, to save memory; 0: all rows of the step")
+    micro_tokens: int = knob(0, "input tokens per forward pass, padding counted, to save memory; 0: no limit")
     recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
     compile: bool = knob(False, "torch.compile the blocks: faster on a GPU, after a minute of compiling")
     max_length: int = knob(0, "longest row in tokens; 0: the model's context")
@@ -43,11 +44,15 @@ class RunSettings:
     save_every: int = knob(100, "optimiser steps between checkpoints", least=1)
     samples: int = knob(8, "number of held-out prompts that are completed for the report")
     sample_tokens: int = knob(128, "longest of these completions, in tokens", least=1)
-    seed: int = knob(0, "seed of the order of the rows, of the sampling, of first weights and of dropout")
+    seed: int = knob(0, "any integer: order of the rows, sampling, first weights, dropout", least=-math.inf)
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
     dtype: str = knob("auto", "precision of the matrix products", choices=DTYPES)
     resume: bool = knob(False, "continue the run in --out, with its settings")
     overwrite: bool = knob(False, "replace the run in --out")
+
+    def cut(self, batches, rows):
+        """The batches (lists of indices of `rows`) in micro-batches, as --micro-batch-size and --micro-tokens say."""
+        return dataset.micro_batches(batches, rows, self.micro_batch_size, self.micro_tokens)
 
 
 def place(model, settings):
