@@ -34,38 +34,43 @@ def new_file(path, overwrite):
     return Path(path)
 
 
-def json_lines(path, fields):
-    """Yields (where, object) for each line of a JSONL file, plain or gzip (*.gz). `where` is for error messages.
+def text_lines(path):
+    """Yields (where, line) for each line of a UTF-8 file, plain or gzip. `where` is for error messages.
 
-    Skips blank lines.
-
-    Raises:
-        UserError: with file and line number. The line is not UTF-8, is not a JSON object or lacks one of `fields`, or
-            the gzip data is damaged.
+    Raises UserError, with file and line number, for a line that is not UTF-8 and for damaged gzip data.
     """
     where = path
     try:
-        # read as bytes: a line ends at "\n" and at no other character
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with open(path, "rb") as file:  # as bytes: a line ends at "\n" and at no other character
+            is_gzip = str(path).endswith(".gz") or file.peek(2)[:2] == b"\x1f\x8b"
+            for number, line in enumerate(gzip.open(file) if is_gzip else file, 1):
                 where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-                except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, a number of 5,000 digits
-                    raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
-                if not isinstance(record, dict):
-                    kind = type(record).__name__
-                    raise UserError(f"{where}: a {kind}. Each line must be an object with {', '.join(fields)}.")
-                for field in fields:
-                    if field not in record:
-                        raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
-                yield where, record
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{where}: damaged gzip data here or later ({error}). Fetch the file again.") from error
+
+
+def json_lines(path, fields):
+    """Yields (where, object) for each line of a JSONL file that is not blank.
+
+    Raises UserError as `text_lines` does, and for a line that is not a JSON object or lacks one of `fields`.
+    """
+    for where, line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, a number of 5,000 digits
+            raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise UserError(f"{where}: a {kind}. Each line must be an object with {', '.join(fields)}.")
+        for field in fields:
+            if field not in record:
+                raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
+        yield where, record
 
 
 def check_text(record, field, where):

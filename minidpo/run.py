@@ -44,7 +44,7 @@ class RunSettings:
     save_every: int = knob(100, "optimiser steps between checkpoints", least=1)
     samples: int = knob(8, "number of held-out prompts that are completed for the report")
     sample_tokens: int = knob(128, "longest of these completions, in tokens", least=1)
-    seed: int = knob(0, "any integer: order of the rows, sampling, first weights, dropout", least=-math.inf)
+    seed: int = knob(0, "any integer: order of the rows, sampling, first weights, dropout", least=-(2**63))
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
     dtype: str = knob("auto", "precision of the matrix products", choices=DTYPES)
     resume: bool = knob(False, "continue the run in --out, with its settings")
@@ -120,9 +120,10 @@ class Run:
             print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size.")
 
     def count(self, first_step, total_steps, last_step):
-        """Sets where the loop begins and ends. Raises UserError if it has reached its end and written its report."""
+        """Sets where the loop begins and ends. Raises UserError if nothing is left to do."""
         self.first_step, self.total_steps, self.last_step = first_step, total_steps, last_step
-        if first_step >= last_step and (self.path / "report.md").exists():
+        reported = first_step == last_step > 0 and (self.path / "report.md").exists()
+        if first_step > last_step or last_step == 0 or reported:
             raise UserError(f"{self.path} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
 
     def training(self, model, tokenizer, optimizer, **keep):
@@ -174,10 +175,12 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
             tokenizer.save(self.path / "bpe.json")
         values = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in ("resume", "overwrite")}
+        defaults = {field.name: field.default for field in dataclasses.fields(self.settings)}
+        changed = [f"{name} {value!r}" for name, value in values.items() if value != defaults[name]]
         atomic_write(self.path / "settings.json", json.dumps(values, indent=2) + "\n")
         atomic_write(path, "".join(json.dumps(m) + "\n" for m in lines))
         self._metrics = open(path, "ab", buffering=0)  # each line reaches the file at once
-        print("settings: " + ", ".join(f"{name} {value!r}" for name, value in values.items()))
+        print(f"settings {values.get('settings')}: {', '.join(changed)}. The others have their defaults.")
 
     def speed(self, **counts):
         """speed(tokens=n) -> {"tokens_per_second": n / seconds since this step began}."""

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -42,7 +41,7 @@ def run_main(main):
     sys.exit(code)
 
 
-def knob(default, help, choices=None, least=0, below=math.inf):
+def knob(default, help, choices=None, least=0, below=2**63):
     """A field of a settings dataclass that is also a flag: `beta: float = knob(0.1, "what it does")`.
 
     The value must be one of `choices`, if given. A number must be at least `least` and below `below`.
@@ -98,9 +97,8 @@ def parse_settings(cls, description, argv=None, sets=None):
         if limits["choices"] and value not in limits["choices"]:
             raise unknown(flag_of(field), value, list(limits["choices"]))
         if field.type in (int, float) and not limits["least"] <= value < limits["below"]:
-            raise UserError(
-                f"{flag_of(field)} {value}: must be at least {limits['least']} and below {limits['below']}."
-            )
+            limit = f" and below {limits['below']}" if limits["below"] < 2**63 else ""
+            raise UserError(f"{flag_of(field)} {value}: must be a finite number, at least {limits['least']}{limit}.")
     return settings
 
 
@@ -138,13 +136,14 @@ MAY_CHANGE = {"out", "resume", "max_steps", "save_every", "eval_every", "epochs"
 def _resumed(given, fields):
     """The settings of the run in --out. Raises UserError if a flag of `given` differs from them and must not."""
     saved = _settings_of(given["out"])
+    path = Path(given["out"]) / "settings.json"
     if not saved:
-        raise UserError(f"no settings.json in {given['out']}, so no run to resume. Leave out --resume to start one.")
+        raise UserError(f"{path} not found: there is no run to resume. Leave out --resume to start one.")
     for field in fields:
         name, value = field.name, given.get(field.name)
         if name in given and name in saved and value not in (saved[name], "auto") and name not in MAY_CHANGE:
             raise UserError(
-                f"{flag_of(field)} {value} differs from the {saved[name]!r} this run was started with. "
+                f"{flag_of(field)} {value} differs from the {saved[name]!r} in {path}. "
                 "A resumed run keeps its settings. To change them, start a new run with another --out."
             )
     return {field.name: saved[field.name] for field in fields if field.name in saved}

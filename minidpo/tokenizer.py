@@ -1,8 +1,8 @@
 """Text to token ids and back: GPT-2's byte-level BPE, or a BPE trained on your own texts.
 
 A vocabulary is a list of byte strings: the 256 single bytes, then one token per merge, in the order of learning. One
-more id, usually the last, is the end-of-text token, eot. To encode a text, cut it into words with `PATTERN`. In each word, join the two
-neighbours whose join comes first in the list, until no join is in the list. tiktoken does this fast.
+more id, usually the last, is the end-of-text token, eot. To encode a text, cut it into words with `PATTERN`. In each
+word, join the two neighbours whose join comes first in the list, until no join is in the list. tiktoken does this fast.
 
 Train on a file:  python -m minidpo.tokenizer --text FILE --vocab-size N
 """
@@ -27,7 +27,6 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 # A million blanks in a row overflow the stack of tiktoken's regex engine, so `encode` cuts after every thousand.
 LONG_BLANK = regex.compile(r"(\s{1000})(?=\s)")
 LONGEST = 1000  # bytes; training cuts longer words, because each merge walks through a whole word
-
 
 
 class Tokenizer:
@@ -170,30 +169,21 @@ def _utf8(text):
         raise UserError(f"a text holds half a character (a lone surrogate): {error}. Take it out.") from error
 
 
-def texts_of(path):
-    """Yields the lines of a text file, or the prompts and responses of a .jsonl file."""
-    from minidpo.dataset import json_lines
-
-    if path.endswith(".jsonl"):
-        for _, record in json_lines(path, ()):
-            texts = (record.get(field) for field in ("prompt", "completion", "chosen", "rejected"))
-            yield from (text for text in texts if isinstance(text, str))
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-
-
 def main():
+    from minidpo.dataset import json_lines, text_lines
+
     parser = argparse.ArgumentParser(description="Learns a byte-level BPE from a text file or a .jsonl file.")
     parser.add_argument("--text", required=True, help="UTF-8 text, or .jsonl with prompt, completion, chosen, rejected")
     parser.add_argument("--vocab-size", type=int, default=4096, help="256 bytes + merges + eot (default 4096)")
     parser.add_argument("--out", default="bpe.json", help="where to save it (default bpe.json)")
     args = parser.parse_args()
-    tokenizer = Tokenizer.train(texts_of(args.text), args.vocab_size)
+    if args.text.endswith(".jsonl"):
+        fields = ("prompt", "completion", "chosen", "rejected")
+        values = (record.get(field) for _, record in json_lines(args.text, ()) for field in fields)
+        texts = (value for value in values if isinstance(value, str))
+    else:
+        texts = (line for _, line in text_lines(args.text))
+    tokenizer = Tokenizer.train(texts, args.vocab_size)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size} tokens, the last one learned is {tokenizer.tokens[-1]}")
 
