@@ -14,10 +14,10 @@ import torch
 from minidpo.files import atomic
 from minidpo.model import GPT, GPTConfig
 from minidpo.scale import parallel
-from minidpo.scale.vocabulary import load_vocabulary
 from minidpo.scale.weights import load_pretrained
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
+from minidpo.vocabulary import load_vocabulary
 
 FILE, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from minidpo.files import atomic, atomic_write
 from minidpo.model import GPT, LAYER_NORM_EPS, PRESETS, GPTConfig
-from minidpo.scale.vocabulary import save_vocabulary
 from minidpo.settings import UserError, knob, parse_settings, run_main
+from minidpo.vocabulary import save_vocabulary
 
 FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
 SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields of config.json and of GPTConfig
