@@ -2,9 +2,7 @@
 
 `response_logps` at the end returns the same numbers, but skips work on which they do not depend. Tokens that both rows
 of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has rows and padding.
-Logits are computed only where a response token is predicted, and only their gradient is kept. There is no dropout.
-Three numbers such as (1.77 / 1.14 / 1.26) are the time of a step without an idea over the time with it, for the shapes
-W1 / W2 / W3 of docs/bench.md in bf16 on two CPU cores. docs/fast.md has the table of all ideas.
+Logits are computed only where a response token is predicted. There is no dropout. docs/fast.md measures each idea.
 
 Shapes: B pairs, R = 2B rows, T positions per row, N different tokens, n scored tokens, C channels, V vocabulary.
 """
@@ -50,9 +48,8 @@ class Packed(NamedTuple):
 def pack(batch):
     """PreferenceBatch -> Packed."""
     T = max(rows.ids.shape[1] for rows in batch)
-    ids, targets, scored = (
-        torch.stack([F.pad(rows[i], (0, T - rows[i].shape[1])) for rows in batch]) for i in range(3)
-    )  # each (2, B, T)
+    sides = [[F.pad(tensor, (0, T - tensor.shape[1])) for tensor in rows] for rows in batch]
+    ids, targets, scored = map(torch.stack, zip(*sides, strict=True))  # each (2, B, T)
     real = real_positions(scored)
     shared = shared_prefix(ids, real)  # (B, T)
     own = torch.stack([real[0], real[1] & ~shared])
@@ -85,11 +82,7 @@ def shared_prefix(ids, real):
 
 
 class ToRows(torch.autograd.Function):
-    """(N, K) -> (R, T, K): copies each token to its positions. Backward sums the gradients of these positions.
-
-    The backward of plain indexing adds every position to zeros. Here only shared tokens need an addition (with
-    FromRows: 1.22 / 1.02 / 1.05).
-    """
+    """(N, K) -> (R, T, K): copies each token to its positions. In backward, only shared tokens need an addition."""
 
     @staticmethod
     def forward(ctx, x, packed):
@@ -119,9 +112,8 @@ class FromRows(torch.autograd.Function):
 class ScoredLogps(torch.autograd.Function):
     """hidden (n, C), embedding (V, C), targets (n,) -> log-probabilities of the targets (n,), in fp32 or float64.
 
-    The logits are never rounded to bf16: they and the log-softmax are computed in fp32, for a few tokens at a time.
-    What is kept of them (n, V) is the gradient of the log-probabilities, onehot(target) - softmax, in `dtype`. Under
-    autocast this is bf16, and so are the two products of the backward pass.
+    Logits are computed in fp32, for a few tokens at a time. Only the gradient with respect to them is kept (n, V), in
+    `dtype`: onehot(target) - softmax. Under autocast this is bf16, and so are both products of the backward pass.
     """
 
     @staticmethod
@@ -152,10 +144,10 @@ class ScoredLogps(torch.autograd.Function):
 
 def hidden_states(model, packed):
     """`model.hidden` at the scored tokens -> (n, C)."""
-    # sparse: the gradient has N rows; a dense one would be (V, C) and mostly zeros (4 % of the peak memory for W2)
+    # sparse: the gradient has N rows; a dense one would be (V, C) and mostly zeros
     x = F.embedding(packed.ids, model.wte.weight, sparse=True) + model.wpe(packed.positions)
     for block in model.h:
-        # after the last attention no token reads another, so only the scored ones continue (1.00 / 1.00 / 1.09)
+        # after the last attention no token reads another, so only the scored ones continue
         kept = packed.scored if block is model.h[-1] else slice(None)
         function = compiled_through() if block.compiled else through
         if block.recompute and torch.is_grad_enabled():
@@ -183,7 +175,7 @@ def causal_attention(q, k, v):
     """q, k, v (R, H, T, D) -> (R, H, T, D)."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # in bf16 on a CPU the backward of PyTorch's fused kernel is several times slower (1.77 / 1.14 / 1.26)
+    # in bf16 on a CPU the backward of PyTorch's fused kernel is several times slower
     R, H, T, D = q.shape
     bias = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
     q, k, v = (t.reshape(R * H, T, D) for t in (q, k, v))
@@ -201,9 +193,8 @@ def response_logps(model, batch):
     return logps.new_zeros(len(packed.place)).index_add(0, packed.row, logps).chunk(2)
 
 
-@functools.cache
 def keep_freed_memory():
-    """Makes glibc keep freed memory for the next step: new memory costs a page fault per 4 KiB (1.08 / 1.12 / 1.17)."""
+    """Makes glibc keep freed memory for the next step. It changes the whole process, so only a program calls it."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: no block gets its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back nothing below 2 GiB
