@@ -133,7 +133,7 @@ import json, sys
 import torch
 import train_dpo
 from tests.peak import Peak
-from minidpo.scale import fast, memory
+from minidpo.scale import memory
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 
