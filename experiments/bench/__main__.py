@@ -12,7 +12,6 @@ machine affects all of them. docs/bench.md explains the shapes, the implementati
 import dataclasses
 import itertools
 
-from experiments.bench import precision
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.measure import Settings, as_row, installed, measure_all, table, tell
 from experiments.bench.shapes import DEFAULTS, DTYPES, FLOOR, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
@@ -155,6 +154,8 @@ def main():
     settings = parse_settings(BenchSettings, __doc__)
     pick_device(settings.device)
     if settings.precision:
+        from experiments.bench import precision  # needs transformers and TRL
+
         text = precision.report(settings.precision, settings.data)
         return tell(settings, "precision", text, text, lambda *_: None, {})
     if settings.quick:

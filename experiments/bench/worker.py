@@ -5,7 +5,6 @@ output is JSON. Read `RUNNERS`, then the runners. All of them load the same weig
 order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
 """
 
-import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -178,10 +177,6 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
         return trainer
 
 
-def trl(*args, precomputed):
-    trl_trainer(*args, precomputed).train()
-
-
 def hf_logps(model, pairs, device, dtype):
     """Log-probabilities (2 B,) of a transformers model: of the chosen, then of the rejected responses."""
 
@@ -262,8 +257,8 @@ def matmul_rate(work, _, clock, __):
 
 RUNNERS = {
     **{name: minidpo for name in IMPLEMENTATIONS if name.startswith("minidpo")},
-    "trl-precomputed": functools.partial(trl, precomputed=True),
-    "trl": functools.partial(trl, precomputed=False),
+    "trl-precomputed": lambda *args: trl_trainer(*args, precomputed=True).train(),
+    "trl": lambda *args: trl_trainer(*args, precomputed=False).train(),
     "hf-plain": hf_plain,
     "matmul-floor": matmul_floor,
     "matmul-rate": matmul_rate,
