@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 
 from experiments.bench.ablation import WITHOUT
-from experiments.bench.measure import Settings, as_row, installed, measure_all, table, tell
+from experiments.bench.measure import Settings, as_row, measure_all, table, tell
 from experiments.bench.shapes import DEFAULTS, DTYPES, FLOOR, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
 from experiments.common import figure, save_figure
 from minidpo.device import pick_device
@@ -165,7 +165,7 @@ def main():
     cells = itertools.product(
         chosen("--shapes", settings.shapes, SHAPES, sizes),
         chosen("--dtypes", settings.dtypes, DTYPES, dtypes),
-        installed(IDEAS if settings.ablation else names),
+        IDEAS if settings.ablation else names,
     )
     works = {}
     for shape, dtype, name in cells:
