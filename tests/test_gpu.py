@@ -242,7 +242,6 @@ def test_the_command_on_a_card_measures_the_four_sizes_beside_trl(tmp_path, monk
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(measure, "child", child)
-    monkeypatch.setattr(measure, "installed", lambda names: list(names))
     flags = ["--device", "cuda", "--rounds", 1, "--cache", tmp_path / "cache", "--json", tmp_path / "gpu.json"]
     call(bench.main, *flags)
     works = [work for work in asked if work["implementation"] != "weights"]
