@@ -326,6 +326,8 @@ def main(settings_class=Settings, loss=dpo_loss):
     pairs, held_out = (dataset.load_rows(path, dataset.PAIR, tokenizer, max_length) for path in split)
     run.plan(pairs, saved, pairs, held_out)
     memory.check(policy, pairs, settings)
+    if settings.fast:
+        fast.keep_freed_memory()
 
     # -- the reference is the policy before its first update. We keep only its log-probabilities, not a second model
     prompts = dataset.first_prompts(held_out or pairs, settings.samples)  # completed before and after

@@ -70,7 +70,7 @@ def draw_curves(folder):
     rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(12.6, 3 * rows), layout="constrained")
     for i, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, 3, i + 1, xlabel="optimiser steps")
+        axes = figure.add_subplot(rows, 3, i + 1, title=panel[0], xlabel="optimiser steps")
         for name, colour in zip(panel, ("C0", "C1", "C2"), strict=False):
             steps, values = zip(*((m["step"], m[name]) for m in metrics if name in m), strict=True)
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)

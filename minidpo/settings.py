@@ -115,7 +115,7 @@ def fitting_set(given, sets):
         name = name if given.get("preset") in (None, sets.get(name, {}).get("preset")) else None
     if name in sets and not name.startswith("paper"):
         return name
-    return "paper-tldr" if given["data"] == "tldr" else "paper"
+    return "paper-tldr" if given["data"] == "tldr" and "paper-tldr" in sets else "paper"
 
 
 def _settings_of(folder):

@@ -256,7 +256,7 @@ GALLERY = [
         what="A resumed run counts its own steps for the schedule and warms up a second time.",
         test="tests/test_runs.py::test_trap18_10_steps_are_some_and_resume_and_the_rest[3-dpo-flags3]"),
     Mistake("evaluation-moves-the-rng", "minidpo/dataset.py", trained=False,
-        old="    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)",
+        old="    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)",
         new="    generator = torch.default_generator",
         what="The shuffle draws from the global generator, and an evaluation in the middle of training shuffles too.",
         test="tests/test_runs.py::test_trap17_evaluating_and_sampling_change_no_weights[sft]"),
