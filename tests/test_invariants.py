@@ -34,7 +34,6 @@ import pytest
 import torch
 from tiny import call, write_data, write_jsonl
 
-import data
 import train_dpo
 import train_sft
 from minidpo import checkpoint, dataset

@@ -564,6 +564,23 @@ def test_no_flag_is_left_out():
         assert not set(CHANGES[stage]) & ELSEWHERE[stage]
 
 
+def test_trap10_sft_evaluation_is_cut_into_micro_batches(home, monkeypatch):
+    """At most --micro-batch-size rows are in memory at once, and the mean is the same."""
+    model, tokenizer, _ = checkpoint.load(home / "sft")
+    rows = dataset.load_rows(home / "sft.jsonl", dataset.SFT, tokenizer, 40)
+    sizes, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda model, ids: sizes.append(len(ids)) or hidden(model, ids))
+    losses = []
+    for micro in (0, 2):
+        sizes.clear()
+        settings = train_sft.Settings(
+            data="", out="", batch_size=8, micro_batch_size=micro, device="cpu", dtype="float32"
+        )
+        losses.append(train_sft.evaluate(model.double(), rows, settings)["eval/loss"])
+        assert max(sizes) == (micro or 8) and sum(sizes) == len(rows)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+
 @STAGES
 def test_grad_clip_0_is_off(home, tmp_path, stage):
     """0 means no limit. It used to multiply every gradient by 0."""
