@@ -163,7 +163,7 @@ def dpo_loss(
 # rewards, each (B,). Subclass Settings, return the keywords from `variant`, and call main(YourSettings, your_loss), as
 # experiments/frontier/baselines/unlikelihood.py does.
 
-# ---- 2. Settings. The defaults are the paper's (section B). Each dataset has a set of its own; flags override it ----
+# ---- 2. Settings. The defaults are the paper's (section B). A set fits a model and a dataset; flags override it ----
 
 SETS = {
     # "Unless noted otherwise, we use a beta = 0.1, batch size of 64 and the RMSprop optimizer with a learning rate of
@@ -173,7 +173,7 @@ SETS = {
     "paper-tldr": dict(beta=0.5),
     # The toy's rewards differ by several units: at beta 0.1, exp(r / beta) is so large that the text loses its grammar.
     "toy": dict(beta=0.7, optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True),
-    "imdb": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
+    "imdb-small": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
 }
 
 
@@ -186,25 +186,22 @@ class Settings(RunSettings):
         dataclasses.MISSING, "the model to start from and the reference: a run or GPT-2 folder, or gpt2..."
     )
     out: str = knob(dataclasses.MISSING, "the run folder to write")
-    settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
+    settings: str = knob("", "named set of training settings; empty: the one of --init", choices=("", *SETS))
     beta: float = knob(0.1, "price of one nat of KL: larger stays closer to the reference")
     loss_type: str = knob("sigmoid", "sigmoid (DPO) or ipo", choices=("sigmoid", "ipo"))
-    label_smoothing: float = knob(0.0, "assumed probability that a label is flipped (conservative DPO)")
+    label_smoothing: float = knob(0.0, "assumed probability that a label is flipped (conservative DPO)", below=0.5)
     reference_free: bool = knob(False, "count the reference's log-probabilities as 0")
     optimizer: str = knob("rmsprop", "rmsprop (the paper's), adamw, or sgd with momentum", choices=OPTIMIZERS)
     lr: float = knob(1e-6, "learning rate after the warm-up")
     warmup_steps: int = knob(150, "optimiser steps over which the learning rate rises")
     decay: bool = knob(False, "let the learning rate fall linearly to 0 after the warm-up")
-    grad_clip: float = knob(10.0, "largest L2 norm of the gradient (as in the authors' code; the paper names none)")
-    micro_tokens: int = knob(0, "input tokens per forward pass, padding counted, to save memory; 0: no limit")
+    grad_clip: float = knob(10.0, "largest L2 norm of the gradient, as in the authors' code; 0: no limit")
     dropout: float = knob(0.0, "must stay 0: policy and reference must agree on the same row")
     fast: bool = knob(False, "minidpo/scale/fast.py in place of response_logps: less time and memory")
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:
             raise UserError(f"--beta {self.beta}: must be above 0. Larger stays closer to the reference; try 0.1.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--label-smoothing {self.label_smoothing}: must be at least 0 and below 0.5.")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise UserError("--loss-type ipo has no label smoothing: leave --label-smoothing out.")
         if self.dropout > 0:
@@ -214,10 +211,6 @@ class Settings(RunSettings):
     def variant(self):
         """The keywords of the loss."""
         return {name: getattr(self, name) for name in ("beta", "label_smoothing", "loss_type", "reference_free")}
-
-    def cut(self, batches, pairs):
-        """The batches (lists of indices of `pairs`) in micro-batches, as --micro-batch-size and --micro-tokens say."""
-        return dataset.micro_batches(batches, pairs, self.micro_batch_size, self.micro_tokens)
 
 
 # ---- 3. The pieces of the loop. pairs: a list of (prompt_ids, chosen_ids, rejected_ids); reference: logps (N, 2) ----
@@ -242,13 +235,15 @@ def all_logps(model, pairs, settings, progress=None):
 
 def reference_logps(model, pairs, settings):
     """log pi_ref of all pairs -> (N, 2). The reference never changes, so this is computed once, before training."""
+    if settings.reference_free:
+        return torch.zeros(len(pairs), 2)
     return all_logps(model, pairs, settings, progress="reference")
 
 
 def cached_reference(policy, parts, settings, run):
     """`reference_logps` of all `parts`, kept in a file. Runs with the same weights, data and rounding share it."""
     sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
-    rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes)
+    rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes, settings.reference_free)
     name = checkpoint.fingerprint(policy, run.data, rounding)
     path = run.path.parent / "reference_logps" / f"{name}.pt"
     with memory.advise(settings):
@@ -257,7 +252,7 @@ def cached_reference(policy, parts, settings, run):
 
 def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_loss):
     """One optimiser step on the pairs `indices`. Returns the metrics from before the update, by name."""
-    sums = torch.zeros(6, device=settings.device)
+    sums = torch.zeros(len(METRICS), device=settings.device)
     for micro in settings.cut([parallel.share(indices)], pairs):
         logps = logps_of(policy, pairs, micro, settings)
         reference_chosen, reference_rejected = reference[micro].to(settings.device).T
@@ -265,7 +260,7 @@ def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_
         (losses.sum() / len(indices)).backward()  # the mean over the pairs of the step, however they are cut
         sums = sums + metric_sums(losses, *rewards, *logps)
     parallel.sum_gradients(policy)
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip or math.inf)
     metrics = {**means(parallel.all_sum(sums), len(indices)), "grad_norm": grad_norm.item()}
     if not all(math.isfinite(m) for m in metrics.values()):
         raise UserError(f"not a finite number in {metrics}\nin the batch of usable pairs {sorted(indices)}, from 0.")
@@ -281,25 +276,20 @@ def evaluate(policy, pairs, reference, settings, loss=dpo_loss):
     return {"eval/" + name: value for name, value in means(sums, len(pairs)).items()}
 
 
+METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected".split()
+
+
 def metric_sums(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """Six metrics (B,) -> their sums (6,), on the same device."""
+    """The METRICS of B pairs, from tensors (B,) -> their sums (7,), on the same device."""
     wins = (chosen_rewards > rejected_rewards) + 0.5 * (chosen_rewards == rejected_rewards)  # a tie is half a win
-    metrics = (losses, chosen_rewards, rejected_rewards, wins, chosen_logps, rejected_logps)
+    margins = chosen_rewards - rejected_rewards
+    metrics = (losses, chosen_rewards, rejected_rewards, margins, wins, chosen_logps, rejected_logps)
     return torch.stack([m.detach().sum() for m in metrics])
 
 
 def means(sums, n):
-    """The sums (6,) over n pairs -> their means, by name."""
-    loss, chosen_reward, rejected_reward, wins, chosen, rejected = (sums / n).tolist()
-    return {
-        "loss": loss,
-        "rewards/chosen": chosen_reward,
-        "rewards/rejected": rejected_reward,
-        "rewards/margins": chosen_reward - rejected_reward,
-        "rewards/accuracies": wins,
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-    }
+    """The sums over n pairs -> their means, by name."""
+    return dict(zip(METRICS, (sums / n).tolist(), strict=True))
 
 
 def check_start(policy, pairs, reference, indices, settings, loss=dpo_loss):
@@ -333,9 +323,11 @@ def main(settings_class=Settings, loss=dpo_loss):
     policy.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or policy.config.block_size, policy.config.block_size)
     split = data.find_split("pairs", settings.data, settings.eval_data)
-    pairs, held_out = dataset.load_pairs(split, tokenizer, max_length)
+    pairs, held_out = (dataset.load_rows(path, dataset.PAIR, tokenizer, max_length) for path in split)
     run.plan(pairs, saved, pairs, held_out)
     memory.check(policy, pairs, settings)
+    if settings.fast:
+        fast.keep_freed_memory()
 
     # -- the reference is the policy before its first update. We keep only its log-probabilities, not a second model
     prompts = dataset.first_prompts(held_out or pairs, settings.samples)  # completed before and after

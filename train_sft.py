@@ -27,7 +27,7 @@ from minidpo.scale import memory, parallel
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from minidpo.tokenizer import Tokenizer
 
-# ---- 1. Settings. The defaults suit a pretrained GPT-2. Each dataset has a set of its own; flags override it ----
+# ---- 1. Settings. The defaults suit a pretrained GPT-2. A set fits a model and a dataset; flags override it ----
 
 SETS = {
     "paper": {},
@@ -35,7 +35,7 @@ SETS = {
     # The toy's BPE ends at 1,232 tokens, when every word is one token. A narrow model and many steps learn its grammar
     # soonest. Each row is seen twice: after more passes, DPO loses the grammar more easily.
     "toy": dict(preset="toy", vocab_size=2048, batch_size=32, lr=4e-3, weight_decay=0.0, epochs=2.0, eval_every=1000),
-    "imdb": dict(preset="imdb", batch_size=16, lr=2e-3, warmup_steps=150, epochs=1.0, eval_every=500, sample_tokens=64),
+    "imdb-small": dict(preset="imdb", batch_size=16, lr=2e-3, warmup_steps=150, eval_every=500, sample_tokens=64),
 }
 
 
@@ -45,7 +45,7 @@ class Settings(RunSettings):
 
     data: str = knob(dataclasses.MISSING, "toy, imdb, hh, tldr, or a JSONL file with prompt, completion")
     out: str = knob(dataclasses.MISSING, "the run folder to write")
-    settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
+    settings: str = knob("", "named set of training settings; empty: the one that fits", choices=("", *SETS))
     init: str = knob("", "the model to start from: a run or GPT-2 folder, or gpt2...; empty: from scratch, by --preset")
     preset: str = knob("gpt2", f"shape of a model from scratch: {', '.join(PRESETS)}", choices=tuple(PRESETS))
     tokenizer: str = knob("", "a bpe.json, or gpt2, for a model from scratch; empty: train a BPE on the data")
@@ -54,14 +54,10 @@ class Settings(RunSettings):
     lr: float = knob(5e-5, "learning rate after the warm-up; it then falls linearly to 0")
     warmup_steps: int = knob(100, "optimiser steps over which the learning rate rises")
     weight_decay: float = knob(0.1, "AdamW's weight decay, on matrices only")
-    grad_clip: float = knob(1.0, "largest L2 norm of the gradient")
-    dropout: float = knob(0.0, "probability of GPT-2's dropouts, in this stage only")
+    grad_clip: float = knob(1.0, "largest L2 norm of the gradient; 0: no limit")
+    dropout: float = knob(0.0, "probability of GPT-2's dropouts, in this stage only", below=1)
     eval_every: int = knob(200, "optimiser steps between evaluations on the held-out rows; 0: at the end only")
     save_every: int = knob(200, "optimiser steps between checkpoints", least=1)
-
-    def __post_init__(self):
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1.")
 
 
 # ---- 2. The pieces of the loop. rows: a list of (prompt_ids, response_ids) ----
@@ -81,47 +77,40 @@ def new_model(settings):
     return GPT(config, generator=torch.Generator().manual_seed(settings.seed)), tokenizer, {}
 
 
-def response_loss(model, batch, settings):
-    """Cross-entropy summed over the response tokens of a batch (nats), and the number of these tokens."""
+def response_loss(model, rows, indices, settings):
+    """Cross-entropy of the rows `indices`, in nats, summed over their response tokens."""
+    batch = dataset.sft_batch([rows[i] for i in indices], settings.device)
     with autocast(settings.device, settings.dtype):
         hidden = model.hidden(batch.ids)[batch.mask]  # (n, C): logits are needed only where a token is scored
-    loss = F.cross_entropy(model.logits(hidden), batch.targets[batch.mask], reduction="sum")
-    return loss, len(hidden)
+    return F.cross_entropy(model.logits(hidden), batch.targets[batch.mask], reduction="sum")
 
 
 def train_step(model, optimizer, rows, indices, settings):
     """One optimiser step on the rows `indices`. Returns the metrics from before the update; the loss is per token."""
     n = sum(len(rows[i][1]) for i in indices)  # response tokens: each has the same weight, however the step is cut
-    share = parallel.share(indices)
-    size = settings.micro_batch_size or len(indices)
     mean_loss = 0.0
-    for i in range(0, len(share), size):
-        batch = dataset.sft_batch([rows[j] for j in share[i : i + size]], settings.device)
-        loss, _ = response_loss(model, batch, settings)
-        (loss / n).backward()
-        mean_loss += loss.item() / n
+    for micro in settings.cut([parallel.share(indices)], rows):
+        loss = response_loss(model, rows, micro, settings) / n
+        loss.backward()
+        mean_loss += loss.item()
     parallel.sum_gradients(model)
-    mean_loss = parallel.all_sum(mean_loss)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip).item()
-    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"loss {mean_loss}, grad_norm {grad_norm} in the batch of rows {sorted(indices)} (usable rows, from 0)."
-        )
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+    metrics = {"loss": parallel.all_sum(mean_loss), "grad_norm": grad_norm.item()}
+    if not all(math.isfinite(m) for m in metrics.values()):
+        raise UserError(f"not a finite number in {metrics}\nin the batch of usable rows {sorted(indices)}, from 0.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": mean_loss, "grad_norm": grad_norm}
+    return metrics
 
 
 @torch.no_grad()
 def evaluate(model, rows, settings):
     """Mean loss over the response tokens of all `rows`, without dropout."""
     model.eval()
-    loss, tokens = 0.0, 0
-    for indices in parallel.share(dataset.batches(rows, settings.batch_size, seed=0, epoch=0)):
-        batch_loss, n = response_loss(model, dataset.sft_batch([rows[i] for i in indices], settings.device), settings)
-        loss, tokens = loss + batch_loss.item(), tokens + n
+    batches = settings.cut(dataset.batches(rows, settings.batch_size, seed=0, epoch=0), rows)
+    loss = sum(response_loss(model, rows, indices, settings).item() for indices in parallel.share(batches))
     model.train()
-    return {"eval/loss": parallel.all_sum(loss) / parallel.all_sum(tokens)}
+    return {"eval/loss": parallel.all_sum(loss) / sum(len(response) for _, response in rows)}
 
 
 # ---- 3. The run: the loop of train_dpo.py with another step ----
@@ -138,7 +127,7 @@ def main():
     model.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or model.config.block_size, model.config.block_size)
     split = data.find_split("sft", settings.data, settings.eval_data)
-    rows, held_out = dataset.load_sft(split, tokenizer, max_length)
+    rows, held_out = (dataset.load_rows(path, dataset.SFT, tokenizer, max_length) for path in split)
     run.plan(rows, saved, rows)
     optimizer = make_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay)
     if settings.resume:

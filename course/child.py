@@ -154,6 +154,8 @@ def encode(value, inputs=()):
         if value.numel() <= LARGEST:
             tensor |= {"values": value.tolist(), "gradient": reaches(value, inputs)}
         return tensor
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:  # a numpy scalar is the number that it holds
+        value = float(value) if isinstance(value, np.floating) else value.item()
     if type(value) is int and abs(value) >= 2**63:
         return {"other": f"int with {value.bit_length()} bits"}
     if value is None or type(value) in (bool, int, float):
@@ -227,6 +229,12 @@ def imported(known):
     return sorted({name.partition(".")[0] for name in set(sys.modules) - known} & ours)
 
 
+def wrapped_by_torch(value, former):
+    """Whether torch wrapped a function itself, as it does with torch.manual_seed when torch._dynamo is imported."""
+    own = isinstance(value, types.FunctionType) and value.__code__.co_filename == torch._compile.__file__
+    return own and value.__wrapped__ is former
+
+
 class Globals:
     """A snapshot of the state that all functions share; `changes` compares it with the present."""
 
@@ -254,7 +262,8 @@ class Globals:
             for name, value in vars(module).items():
                 # A new name in a module is allowed (modules may load parts of themselves late), in a class it is not.
                 # Storage follows the default dtype.
-                if before.get(name, None if module is torch.Tensor else value) is not value and name != "Storage":
+                former = before.get(name, None if module is torch.Tensor else value)
+                if value is not former and name != "Storage" and not wrapped_by_torch(value, former):
                     found.append(f"replaces {module.__name__}.{name}")
         if found:  # `now` may use one of the replaced functions
             return found

@@ -17,6 +17,7 @@ from minidpo.scale import parallel
 from minidpo.scale.weights import load_pretrained
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
+from minidpo.vocabulary import load_vocabulary
 
 FILE, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
 
@@ -65,7 +66,7 @@ def load(folder):
         raise UserError(f"{folder} not found: there is no run there yet. {_TRAIN_FIRST}")
     else:
         model = load_pretrained(str(folder))
-        tokenizer, state = _pretrained_tokenizer(folder, model.config.vocab_size), {}
+        tokenizer, state = load_vocabulary(folder, model.config.vocab_size), {}
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "
@@ -92,18 +93,6 @@ def _newest_whole(folder):
         saved = read(folder / PREVIOUS, keys)
         print(f"warning: {error} Taking the checkpoint before it, {folder / PREVIOUS}.")
         return saved
-
-
-def _pretrained_tokenizer(folder, vocab_size):
-    if (folder / "bpe.json").exists():
-        return Tokenizer.load(folder / "bpe.json")
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return Tokenizer.from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
-    if vocab_size == 50257:
-        return Tokenizer.gpt2()
-    raise UserError(
-        f"{folder} has no bpe.json and no vocab.json with merges.txt, and {vocab_size} tokens are not GPT-2's."
-    )
 
 
 def read(path, keys):

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 
 from minidpo.settings import UserError, run_main
@@ -33,38 +34,43 @@ def new_file(path, overwrite):
     return Path(path)
 
 
-def json_lines(path, fields):
-    """Yields (where, object) for each line of a JSONL file, plain or gzip (*.gz). `where` is for error messages.
+def text_lines(path):
+    """Yields (where, line) for each line of a UTF-8 file, plain or gzip. `where` is for error messages.
 
-    Skips blank lines.
-
-    Raises:
-        UserError: with file and line number. The line is not UTF-8, is not a JSON object or lacks one of `fields`, or
-            the gzip data is damaged.
+    Raises UserError, with file and line number, for a line that is not UTF-8 and for damaged gzip data.
     """
     where = path
     try:
-        # read as bytes: a line ends at "\n" and at no other character
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with open(path, "rb") as file:  # as bytes: a line ends at "\n" and at no other character
+            is_gzip = str(path).endswith(".gz") or file.peek(2)[:2] == b"\x1f\x8b"
+            for number, line in enumerate(gzip.open(file) if is_gzip else file, 1):
                 where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-                except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, a number of 5,000 digits
-                    raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
-                if not isinstance(record, dict):
-                    kind = type(record).__name__
-                    raise UserError(f"{where}: a {kind}. Each line must be an object with {', '.join(fields)}.")
-                for field in fields:
-                    if field not in record:
-                        raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
-                yield where, record
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{where}: damaged gzip data here or later ({error}). Fetch the file again.") from error
+
+
+def json_lines(path, fields):
+    """Yields (where, object) for each line of a JSONL file that is not blank.
+
+    Raises UserError as `text_lines` does, and for a line that is not a JSON object or lacks one of `fields`.
+    """
+    for where, line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, a number of 5,000 digits
+            raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise UserError(f"{where}: a {kind}. Each line must be an object with {', '.join(fields)}.")
+        for field in fields:
+            if field not in record:
+                raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
+        yield where, record
 
 
 def check_text(record, field, where):
@@ -83,9 +89,8 @@ def read_jsonl(path, fields):
     for where, record in json_lines(path, fields):
         for field in fields:
             check_text(record, field, where)
-        for field, value in record.items():
-            if field.endswith("_ended") and not isinstance(value, bool):
-                raise UserError(f"{where}: {field!r} is {value!r}; it must be true or false.")
+            if not isinstance(record.get(f"{field}_ended", True), bool):
+                raise UserError(f"{where}: '{field}_ended' is {record[f'{field}_ended']!r}; it must be true or false.")
         records.append(record)
     if not records:
         raise UserError(f"{path} is empty. It needs one JSON object per line with {', '.join(fields)}.")
@@ -156,23 +161,18 @@ def encode_pairs(records, tokenizer, max_length):
 
 
 def load_rows(path, fields, tokenizer, max_length):
-    """Reads and encodes a file, and prints what was cut and dropped. UserError if no usable row is left."""
+    """A file -> its rows (see `encode`), or [] for None. Prints what was cut and dropped.
+
+    Raises UserError if no usable row is left.
+    """
+    if path is None:
+        return []
     records = read_sft(path) if fields == SFT else read_jsonl(path, fields)
     rows, counts = encode(records, fields, tokenizer, max_length)
     print(f"{path}: {len(rows):,} usable of {', '.join(f'{v:,} {k}' for k, v in counts.items() if v)}")
     if not rows:
         raise UserError(f"{path}: no usable record; the counts above say why.")
     return rows
-
-
-def load_pairs(split, tokenizer, max_length):
-    """(training file, held-out file or None) of preferences -> (pairs, held-out pairs)."""
-    return [load_rows(path, PAIR, tokenizer, max_length) if path else [] for path in split]
-
-
-def load_sft(split, tokenizer, max_length):
-    """(training file, held-out file or None) of SFT rows -> (rows, held-out rows). A row is (prompt, response) ids."""
-    return [load_rows(path, SFT, tokenizer, max_length) if path else [] for path in split]
 
 
 def first_prompts(rows, n):
@@ -243,32 +243,34 @@ def preference_batch(pairs, device="cpu"):
 def batches(rows, batch_size, seed, epoch, pool=32):
     """The indices of `rows` in shuffled batches of one epoch. The rows of a batch have similar lengths.
 
-    The rows are shuffled and divided into pools of `pool` batches. Each pool is sorted by length and cut into batches.
-    Then all batches are shuffled. For the same rows the order depends on seed and epoch alone, so a resumed run finds
-    its place by counting. One batch may be short.
+    The rows are shuffled. Those that do not fill a batch become a short batch. The others are divided into pools of
+    `pool` batches. Each pool is sorted by length and cut into batches. Then all batches are shuffled. For the same rows
+    the order depends on seed and epoch alone, so a resumed run finds its place by counting.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
     order = torch.randperm(len(rows), generator=generator).tolist()
-    cut = []
-    for i in range(0, len(order), pool * batch_size):
-        by_length = sorted(order[i : i + pool * batch_size], key=lambda r: sum(len(part) for part in rows[r]))
+    full = len(order) - len(order) % batch_size
+    cut = [order[full:]] if order[full:] else []  # rows drawn at random: sorted first, they would be the longest
+    for i in range(0, full, pool * batch_size):
+        by_length = sorted(order[i : min(i + pool * batch_size, full)], key=lambda r: sum(map(len, rows[r])))
         cut += [by_length[j : j + batch_size] for j in range(0, len(by_length), batch_size)]
     return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
 
 
-def micro_batches(batches, pairs, size, tokens):
-    """The batches (lists of indices of `pairs`) cut into micro-batches that fit into memory, in the same order.
+def micro_batches(batches, rows, size, tokens):
+    """The batches (lists of indices of `rows`) cut into micro-batches that fit into memory, in the same order.
 
-    A micro-batch has at most `size` pairs and at most `tokens` input positions, padding of both sides counted; 0 means
-    no limit. A pair that is longer stands alone. A step sums over its pairs, so the cuts change no result.
+    A micro-batch has at most `size` rows or pairs and at most `tokens` input positions, padding and both sides of a
+    pair counted; 0 means no limit. A row that is longer stands alone. A step sums over its rows, so the cuts change no
+    result.
     """
     cut = []
     for batch in batches:
-        micro, longest = [], (0, 0)
+        micro, longest = [], []
         for index in batch:
-            prompt, chosen, rejected = pairs[index]
-            lengths = len(prompt) + len(chosen) - 1, len(prompt) + len(rejected) - 1
-            longer = max(longest[0], lengths[0]), max(longest[1], lengths[1])
+            prompt, *responses = rows[index]
+            lengths = [len(prompt) + len(response) - 1 for response in responses]
+            longer = list(map(max, longest or lengths, lengths))
             if micro and (len(micro) == size or tokens and (len(micro) + 1) * sum(longer) > tokens):
                 cut.append(micro)
                 micro, longer = [], lengths
@@ -294,13 +296,10 @@ def show(path, tokenizer, n, max_length):
             print(f"{name:>10}  ∎·{shown}")
         print()
     lengths = [len(prompt) + len(response) - 1 for prompt, *responses in rows for response in responses]
-    width = max(1, -(-(max(lengths) + 1) // 16))
-    histogram = Counter(length // width for length in lengths)
-    mean = sum(lengths) / len(lengths)
-    print(f"row length in tokens: mean {mean:.1f}, longest {max(lengths)}, of at most {max_length}")
-    for i in range(max(histogram) + 1):
-        bar = "█" * round(50 * histogram[i] / max(histogram.values()))
-        print(f"{i * width:5d}-{i * width + width - 1:<5d}{histogram[i]:7,d} {bar}")
+    counts, edges = numpy.histogram(lengths, bins=16, range=(0, max(lengths) + 1))
+    print(f"row length in tokens: mean {numpy.mean(lengths):.1f}, longest {max(lengths)}, of at most {max_length}")
+    for count, low in zip(counts, edges[:-1], strict=True):
+        print(f"from {low:4.0f} {count:7,d} {'█' * round(50 * count / counts.max())}")
 
 
 def main():

@@ -67,25 +67,19 @@ def draw_curves(folder):
         return False
     metrics = read_metrics(folder)
     panels = [panel for panel in PANELS if any(panel[0] in m for m in metrics)]
-    columns = min(3, len(panels))
-    figure = Figure(figsize=(4.2 * columns, 3 * math.ceil(len(panels) / columns)), layout="constrained")
+    rows = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(12.6, 3 * rows), layout="constrained")
     for i, panel in enumerate(panels):
-        axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, i + 1)
-        for j, name in enumerate(panel):
+        axes = figure.add_subplot(rows, 3, i + 1, title=panel[0], xlabel="optimiser steps")
+        for name, colour in zip(panel, ("C0", "C1", "C2"), strict=False):
             steps, values = zip(*((m["step"], m[name]) for m in metrics if name in m), strict=True)
-            axes.plot(steps, values, color=f"C{j}", alpha=0.25, linewidth=0.8)
-            smooth = running_mean(values, reach=len(values) // 60)
-            axes.plot(steps, smooth, color=f"C{j}", linewidth=1.6, label=name.split("/")[-1])
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, running_mean(values, reach=len(values) // 60), color=colour, label=name)
             held_out = [(m["step"], m[f"eval/{name}"]) for m in metrics if f"eval/{name}" in m]
             if held_out:
-                look = dict(color=f"C{j}", markeredgecolor="black", markersize=5, label=None if j else "held out")
-                axes.plot(*zip(*held_out, strict=True), "o", **look)
-        axes.set_title(panel[0].split("/")[0] if len(panel) > 1 else panel[0], fontsize=10)
-        axes.set_xlabel("optimiser steps", fontsize=8)
-        axes.tick_params(labelsize=8)
+                axes.plot(*zip(*held_out, strict=True), "o", color=colour, markeredgecolor="black", label="held out")
         axes.grid(alpha=0.25)
-        if len(panel) > 1 or any(f"eval/{panel[0]}" in m for m in metrics):
-            axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8)
     with atomic(folder / "curves.png") as file:
         figure.savefig(file, dpi=130, format="png")
     return True
@@ -93,9 +87,5 @@ def draw_curves(folder):
 
 def running_mean(values, reach):
     """Mean of each value and its neighbours up to `reach` places away. Near an end, both sides reach less far."""
-    means = []
-    for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        window = values[i - near : i + near + 1]
-        means.append(sum(window) / len(window))
-    return means
+    reaches = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [sum(values[i - near : i + near + 1]) / (2 * near + 1) for i, near in enumerate(reaches)]

@@ -34,6 +34,7 @@ class RunSettings:
     epochs: float = knob(1.0, "passes over the training rows; 0.5 is half a pass")
     batch_size: int = knob(64, "rows per optimiser step", least=1)
     micro_batch_size: int = knob(0, "rows per forward pass, to save memory; 0: all rows of the step")
+    micro_tokens: int = knob(0, "input tokens per forward pass, padding counted, to save memory; 0: no limit")
     recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
     compile: bool = knob(False, "torch.compile the blocks: faster on a GPU, after a minute of compiling")
     max_length: int = knob(0, "longest row in tokens; 0: the model's context")
@@ -43,11 +44,15 @@ class RunSettings:
     save_every: int = knob(100, "optimiser steps between checkpoints", least=1)
     samples: int = knob(8, "number of held-out prompts that are completed for the report")
     sample_tokens: int = knob(128, "longest of these completions, in tokens", least=1)
-    seed: int = knob(0, "seed of the order of the rows, of the sampling, of first weights and of dropout")
+    seed: int = knob(0, "any integer: order of the rows, sampling, first weights, dropout", least=-(2**63))
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
     dtype: str = knob("auto", "precision of the matrix products", choices=DTYPES)
     resume: bool = knob(False, "continue the run in --out, with its settings")
     overwrite: bool = knob(False, "replace the run in --out")
+
+    def cut(self, batches, rows):
+        """The batches (lists of indices of `rows`) in micro-batches, as --micro-batch-size and --micro-tokens say."""
+        return dataset.micro_batches(batches, rows, self.micro_batch_size, self.micro_tokens)
 
 
 def place(model, settings):
@@ -115,9 +120,10 @@ class Run:
             print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size.")
 
     def count(self, first_step, total_steps, last_step):
-        """Sets where the loop begins and ends. Raises UserError if it has reached its end and written its report."""
+        """Sets where the loop begins and ends. Raises UserError if nothing is left to do."""
         self.first_step, self.total_steps, self.last_step = first_step, total_steps, last_step
-        if first_step >= last_step and (self.path / "report.md").exists():
+        reported = first_step == last_step > 0 and (self.path / "report.md").exists()
+        if first_step > last_step or last_step == 0 or reported:
             raise UserError(f"{self.path} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
 
     def training(self, model, tokenizer, optimizer, **keep):
@@ -169,10 +175,12 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
             tokenizer.save(self.path / "bpe.json")
         values = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in ("resume", "overwrite")}
+        defaults = {field.name: field.default for field in dataclasses.fields(self.settings)}
+        changed = [f"{name} {value!r}" for name, value in values.items() if value != defaults[name]]
         atomic_write(self.path / "settings.json", json.dumps(values, indent=2) + "\n")
         atomic_write(path, "".join(json.dumps(m) + "\n" for m in lines))
         self._metrics = open(path, "ab", buffering=0)  # each line reaches the file at once
-        print("settings: " + ", ".join(f"{name} {value!r}" for name, value in values.items()))
+        print(f"settings {values.get('settings')}: {', '.join(changed)}. The others have their defaults.")
 
     def speed(self, **counts):
         """speed(tokens=n) -> {"tokens_per_second": n / seconds since this step began}."""

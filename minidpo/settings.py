@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -42,12 +41,18 @@ def run_main(main):
     sys.exit(code)
 
 
-def knob(default, help, choices=None, least=0):
+def knob(default, help, choices=None, least=0, below=2**63):
     """A field of a settings dataclass that is also a flag: `beta: float = knob(0.1, "what it does")`.
 
-    The value must be one of `choices`, if given. A number must be finite and at least `least`.
+    The value must be one of `choices`, if given. A number must be at least `least` and below `below`.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    limits = dict(choices=choices, least=least, below=below)
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def flag_of(field):
+    """The flag of a field: "--batch-size" of `batch_size`."""
+    return "--" + field.name.replace("_", "-")
 
 
 def parse_settings(cls, description, argv=None, sets=None):
@@ -55,10 +60,9 @@ def parse_settings(cls, description, argv=None, sets=None):
 
     A field without a default is a required flag. Flags of the class itself come first in --help, inherited ones last.
 
-    `sets` maps a name to {field: value}: a named set of settings. --settings picks one. Without it, --data picks the
-    set of its own name; "tldr" picks "paper-tldr", and other data "paper". Flags override the set.
-
-    With --resume, the run's own settings.json takes the place of the set. Only the fields in `MAY_CHANGE` can differ.
+    `sets` maps a name to {field: value}: a named set of settings. --settings picks one, else `fitting_set` does. Flags
+    override the set. With --resume, the run's own settings.json takes the place of the set. Only the fields in
+    `MAY_CHANGE` can differ.
 
     Raises:
         UserError: a value is not allowed, or differs from the setting of the run that is resumed.
@@ -67,7 +71,6 @@ def parse_settings(cls, description, argv=None, sets=None):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__)
     for field in fields:
-        flag = "--" + field.name.replace("_", "-")
         required = field.default is dataclasses.MISSING
         text = field.metadata["help"]
         if not required:
@@ -75,47 +78,72 @@ def parse_settings(cls, description, argv=None, sets=None):
             text += f" (default {field.default!r}{'; ' if per_set else ''}{', '.join(per_set)})"
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         kind = {"action": "append"} if field.type is list else kind  # given several times: a list of texts
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), required=required, **kind)
+        parser.add_argument(
+            flag_of(field), default=argparse.SUPPRESS, help=text.replace("%", "%%"), required=required, **kind
+        )
     given = vars(parser.parse_args(argv))
 
     base = {}
     if given.get("resume"):
-        base = _settings_of_run(given, cls)
+        base = _resumed(given, fields)
     elif sets:
-        by_data = given["data"] if given["data"] in sets else {"tldr": "paper-tldr"}.get(given["data"], "paper")
-        name = given.get("settings") or by_data
+        name = given.get("settings") or fitting_set(given, sets)
         if name not in sets:
             raise unknown("settings", name, list(sets))
         base = {**sets[name], "settings": name}
     settings = cls(**{**base, **given})
     for field in fields:
-        flag, value = "--" + field.name.replace("_", "-"), getattr(settings, field.name)
-        choices, least = field.metadata["choices"], field.metadata["least"]
-        if choices and value not in choices:
-            raise unknown(flag, value, list(choices))
-        if field.type in (int, float) and not least <= value < math.inf:
-            raise UserError(f"{flag} {value}: must be a finite number, {least} at least.")
+        value, limits = getattr(settings, field.name), field.metadata
+        if limits["choices"] and value not in limits["choices"]:
+            raise unknown(flag_of(field), value, list(limits["choices"]))
+        if field.type in (int, float) and not limits["least"] <= value < limits["below"]:
+            limit = f" and below {limits['below']}" if limits["below"] < 2**63 else ""
+            raise UserError(f"{flag_of(field)} {value}: must be a finite number, at least {limits['least']}{limit}.")
     return settings
+
+
+def fitting_set(given, sets):
+    """The name of the set that fits the model and the data of the flags `given`, {field: value}.
+
+    A run that starts from a run with the set "toy" or "imdb-small" keeps to that set. A model from scratch takes the
+    set of its data, if it has that set's own shape. Everything else takes the paper's settings for GPT-2.
+    """
+    if given.get("init"):
+        name = _settings_of(given["init"]).get("settings")
+    else:
+        name = {"toy": "toy", "imdb": "imdb-small"}.get(given["data"])
+        name = name if given.get("preset") in (None, sets.get(name, {}).get("preset")) else None
+    if name in sets and not name.startswith("paper"):
+        return name
+    return "paper-tldr" if given["data"] == "tldr" and "paper-tldr" in sets else "paper"
+
+
+def _settings_of(folder):
+    """The settings of a run, {field: value}, or {} if the folder has none. Raises UserError for a damaged file."""
+    path = Path(folder) / "settings.json"
+    try:
+        saved = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Restore it, or start again with --overwrite.") from error
+    if saved.get("settings") == "imdb":
+        saved["settings"] = "imdb-small"  # older runs have the shorter name
+    return saved
 
 
 MAY_CHANGE = {"out", "resume", "max_steps", "save_every", "eval_every", "epochs"}
 
 
-def _settings_of_run(given, cls):
+def _resumed(given, fields):
+    """The settings of the run in --out. Raises UserError if a flag of `given` differs from them and must not."""
+    saved = _settings_of(given["out"])
     path = Path(given["out"]) / "settings.json"
-    if not path.exists():
-        raise UserError(
-            f"{path} not found: there is no run to resume in {given['out']}. Leave out --resume to start one."
-        )
-    names = {field.name for field in dataclasses.fields(cls)}
-    try:
-        saved = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k in names}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Restore it, or start again with --overwrite.") from error
-    for name, value in given.items():
-        if name in saved and value not in (saved[name], "auto") and name not in MAY_CHANGE:
+    if not saved:
+        raise UserError(f"{path} not found: there is no run to resume. Leave out --resume to start one.")
+    for field in fields:
+        name, value = field.name, given.get(field.name)
+        if name in given and name in saved and value not in (saved[name], "auto") and name not in MAY_CHANGE:
             raise UserError(
-                f"--{name.replace('_', '-')} {value} differs from the {saved[name]!r} this run was started with "
-                f"({path}). A resumed run keeps its settings. To change them, start a new run with another --out."
+                f"{flag_of(field)} {value} differs from the {saved[name]!r} in {path}. "
+                "A resumed run keeps its settings. To change them, start a new run with another --out."
             )
-    return saved
+    return {field.name: saved[field.name] for field in fields if field.name in saved}

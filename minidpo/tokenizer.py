@@ -1,8 +1,8 @@
 """Text to token ids and back: GPT-2's byte-level BPE, or a BPE trained on your own texts.
 
-A vocabulary is a list of byte strings: the 256 single bytes, then one token per merge, in the order of learning. The
-last id is the end-of-text token, eot. To encode a text, cut it into words with `PATTERN`. In each word, join the two
-neighbours whose join comes first in the list, until no join is in the list. tiktoken does this fast.
+A vocabulary is a list of byte strings: the 256 single bytes, then one token per merge, in the order of learning. One
+more id, usually the last, is the end-of-text token, eot. To encode a text, cut it into words with `PATTERN`. In each
+word, join the two neighbours whose join comes first in the list, until no join is in the list. tiktoken does this fast.
 
 Train on a file:  python -m minidpo.tokenizer --text FILE --vocab-size N
 """
@@ -27,23 +27,17 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 # A million blanks in a row overflow the stack of tiktoken's regex engine, so `encode` cuts after every thousand.
 LONG_BLANK = regex.compile(r"(\s{1000})(?=\s)")
 LONGEST = 1000  # bytes; training cuts longer words, because each merge walks through a whole word
-EOT = "<|endoftext|>"
-
-# GPT-2's files write each byte as a visible character: itself if printable, else one from U+0100 on (the space is Ġ).
-_unseen = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
-BYTE_TO_CHAR = {b: chr(256 + _unseen.index(b)) if b in _unseen else chr(b) for b in range(256)}
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 class Tokenizer:
-    """`vocab_size` counts 256 bytes + merges + eot. `eot`, the last id, starts a document and ends a response."""
+    """`vocab_size` counts 256 bytes + merges + eot. The id `eot` starts a document and ends a response."""
 
-    def __init__(self, tokens):
-        """tokens: list of bytes in the order of their ids, without eot."""
+    def __init__(self, tokens, eot=None):
+        """tokens: list of bytes in the order of their ids, without eot. eot: its id; None: the last one."""
         self.tokens = tokens
-        self.eot = len(tokens)
+        self.eot = len(tokens) if eot is None else eot
         self.vocab_size = len(tokens) + 1
-        ranks = {token: i for i, token in enumerate(tokens)}
+        ranks = {token: i + (i >= self.eot) for i, token in enumerate(tokens)}
         self._encoding = tiktoken.Encoding("minidpo", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
@@ -99,38 +93,11 @@ class Tokenizer:
             raise UserError(f"{file} is not a tokenizer saved by minidpo, or is damaged: {error!r}") from error
         if pattern != PATTERN:
             raise UserError(f"{file}: the pattern is not GPT-2's: {PATTERN}. No other is supported.")
-        if eot != len(tokens):
-            raise UserError(f"{file}: eot is {eot!r}, but {len(tokens)} tokens come before it.")
-        _merges_txt(tokens, file)
-        return cls(tokens)
-
-    @classmethod
-    def from_vocab_and_merges(cls, vocab_json, merges_txt):
-        """Reads Hugging Face's two files and gives the same ids.
-
-        Raises UserError unless they are arranged as GPT-2's are: bytes, merges in their order, <|endoftext|>.
-        """
-        try:
-            vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8", errors="replace"))
-            *written, last = sorted(vocab, key=vocab.get)
-            tokens = [bytes(CHAR_TO_BYTE[c] for c in token) for token in written]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{vocab_json} is not GPT-2's kind of vocabulary, or is damaged: {error!r}") from error
-        if vocab != {token: i for i, token in enumerate([*written, EOT])}:
-            raise UserError(f"{vocab_json}: the ids must be 0, 1, 2, ... and {EOT} the last. The last is {last!r}.")
-        lines = Path(merges_txt).read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-        if lines[0].startswith("#version"):
-            del lines[0]
-        if lines != _merges_txt(tokens, vocab_json):
-            raise UserError(f"{merges_txt} does not hold, in order, the merges that make the tokens of {vocab_json}.")
-        return cls(tokens)
-
-    def save_hf(self, folder):
-        """Writes vocab.json and merges.txt, from which transformers' GPT2Tokenizer gives the same ids as `encode`."""
-        vocab = {_written(token): i for i, token in enumerate(self.tokens)} | {EOT: self.eot}
-        merges = ["#version: 0.2", *_merges_txt(self.tokens, folder)]
-        atomic_write(Path(folder) / "vocab.json", json.dumps(vocab, ensure_ascii=False))
-        atomic_write(Path(folder) / "merges.txt", "\n".join(merges) + "\n")
+        if eot not in range(len(tokens) + 1):
+            raise UserError(f"{file}: eot is {eot!r}, which must be a number from 0 to {len(tokens)}.")
+        if len({b"", *tokens}) <= len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+            raise UserError(f"{file}: a token is empty or there twice, or one of the 256 single bytes is missing.")
+        return cls(tokens, eot)
 
 
 def train_bpe(texts, vocab_size):
@@ -195,33 +162,6 @@ def _merge(word, pair, new):
     return merged
 
 
-def _merges_txt(tokens, file):
-    """Returns the lines of merges.txt: for each token, the two parts that are left when all earlier merges are made.
-
-    Raises UserError, with the name of the file, if `tokens` are not the result of merges.
-    """
-    ranks = {token: i for i, token in enumerate(tokens)}
-    if len(ranks) < len(tokens):
-        raise UserError(f"{file}: the token {Counter(tokens).most_common(1)[0][0]} is there twice.")
-    if {bytes([b]) for b in range(256)} != set(tokens[:256]):
-        raise UserError(f"{file}: the first 256 tokens must be the single bytes.")
-    lines = []
-    for i, token in enumerate(tokens[256:], start=256):
-        parts = [token[k : k + 1] for k in range(len(token))]
-        while len(parts) > 2:
-            joins = [a + b for a, b in pairwise(parts)]
-            k = min(range(len(joins)), key=lambda k: ranks.get(joins[k], len(tokens)))
-            parts[k : k + 2] = [joins[k]]
-        if len(parts) < 2 or any(ranks.get(part, i) >= i for part in parts):
-            raise UserError(f"{file}: token {i}, {token}, is not a join of two tokens that come before it.")
-        lines.append(" ".join(map(_written, parts)))
-    return lines
-
-
-def _written(token):
-    return "".join(BYTE_TO_CHAR[b] for b in token)
-
-
 def _utf8(text):
     try:
         return text.encode("utf-8")
@@ -229,30 +169,21 @@ def _utf8(text):
         raise UserError(f"a text holds half a character (a lone surrogate): {error}. Take it out.") from error
 
 
-def texts_of(path):
-    """Yields the lines of a text file, or the prompts and responses of a .jsonl file."""
-    from minidpo.dataset import json_lines
-
-    if path.endswith(".jsonl"):
-        for _, record in json_lines(path, ()):
-            texts = (record.get(field) for field in ("prompt", "completion", "chosen", "rejected"))
-            yield from (text for text in texts if isinstance(text, str))
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-
-
 def main():
+    from minidpo.dataset import json_lines, text_lines
+
     parser = argparse.ArgumentParser(description="Learns a byte-level BPE from a text file or a .jsonl file.")
     parser.add_argument("--text", required=True, help="UTF-8 text, or .jsonl with prompt, completion, chosen, rejected")
     parser.add_argument("--vocab-size", type=int, default=4096, help="256 bytes + merges + eot (default 4096)")
     parser.add_argument("--out", default="bpe.json", help="where to save it (default bpe.json)")
     args = parser.parse_args()
-    tokenizer = Tokenizer.train(texts_of(args.text), args.vocab_size)
+    if args.text.endswith(".jsonl"):
+        fields = ("prompt", "completion", "chosen", "rejected")
+        values = (record.get(field) for _, record in json_lines(args.text, ()) for field in fields)
+        texts = (value for value in values if isinstance(value, str))
+    else:
+        texts = (line for _, line in text_lines(args.text))
+    tokenizer = Tokenizer.train(texts, args.vocab_size)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size} tokens, the last one learned is {tokenizer.tokens[-1]}")
 

@@ -94,7 +94,10 @@ GOOD_LINE = '{"prompt": "a", "completion": " b", "chosen": " b", "rejected": " c
         ('{"prompt": "a", "completion": [" b"], "chosen": " b", "rejected": {}}', "must be a string"),
         ('{"prompt": "\\ud83d", "completion": " b", "chosen": " b", "rejected": " c"}', "half a character"),
         (b'{"prompt": "caf\xe9", "completion": " b"}', "not UTF-8"),
-        (GOOD_LINE[:-1] + ', "chosen_ended": "false"}', "'chosen_ended' is 'false'; it must be true or false"),
+        (
+            GOOD_LINE[:-1] + ', "chosen_ended": "false", "completion_ended": "false"}',
+            "_ended' is 'false'; it must be true or false",
+        ),
     ],
 )
 @STAGES

@@ -257,7 +257,7 @@ def test_fit_with_dpos_step_is_train_dpo(home, tmp_path):
     """Bit for bit: what differs between the methods is the loss, and nothing else."""
     command(train_dpo, home, tmp_path / "dpo", "--beta", 0.3, "--epochs", 1.5)
     policy, tokenizer, _ = checkpoint.load(home / "sft")
-    rows, _ = dataset.load_pairs((home / "pairs.jsonl", None), tokenizer, policy.config.block_size)
+    rows = dataset.load_rows(home / "pairs.jsonl", dataset.PAIR, tokenizer, policy.config.block_size)
     knobs = settings(train_dpo.Settings, beta=0.3, epochs=1.5, batch_size=8, lr=5e-3, warmup_steps=2)
     knobs.optimizer = "rmsprop"
     reference = train_dpo.reference_logps(policy, rows, knobs)

@@ -348,6 +348,14 @@ def test_batches_are_a_permutation_in_batches_of_similar_length():
     assert len(dataset.batches(rows, 203, 0, 0)) == 1 and dataset.batches([], 8, 0, 0) == []
 
 
+def test_the_short_batch_is_drawn_at_random():
+    """Each of its rows has a larger weight in its step, so it must not hold the longest rows."""
+    rows = [([9], [1] * n) for n in range(1, 1011)]  # 1,010 = 15 * 64 + 50
+    short = [rows[i][1] for seed in range(20) for b in dataset.batches(rows, 64, seed, 0) if len(b) == 50 for i in b]
+    assert len(short) == 20 * 50
+    assert abs(sum(map(len, short)) / len(short) - 505.5) < 40  # the mean of all rows; its standard error is 9
+
+
 def test_batches_of_the_toys_sft_rows_hold_next_to_no_padding():
     """The texts' lengths in words stand for those in tokens: 64 rows a batch, as in train_sft.py on the toy."""
     texts = [(r["prompt"].split(), r["completion"].split()) for r in toy.rows("sft_train", 10_000)]

@@ -392,7 +392,7 @@ def test_a_new_keyword_of_the_loss_is_refused_by_name(home, capsys, monkeypatch)
 def test_what_a_person_can_correct(home, capsys, tmp_path):
     both = ("--policy", home / "dpo", "--reference", home / "sft")
     assert "holds 3 pairs, rows 0 to 2" in fails(capsys, explain.main, *both, "--row", 3)
-    assert "0 at least" in fails(capsys, explain.main, *both, "--row", -1)
+    assert "at least 0" in fails(capsys, explain.main, *both, "--row", -1)
     assert "no usable pair: dropped: equal responses" in fails(capsys, explain.main, *both, "--row", 2)
     assert "not found" in fails(capsys, explain.main, *both, "--data", tmp_path / "none.jsonl")
     other = make_run(tmp_path / "other", Tokenizer.train(["other words"], 262), 3, data="toy")

@@ -187,6 +187,28 @@ def test_bf16_and_chunks_of_the_head(dtype, monkeypatch):
     assert ((found - plain).abs() <= 1e-3 * plain.abs() + 0.05).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_is_as_near_as_the_plain_path_if_the_logits_are_large(seed):
+    """As in a trained model: logits far apart, and blocks that add little, so that the head decides the error."""
+    model, batch = model_of(torch.float32, seed), dataset.preference_batch(random_pairs(64, seed))
+    with torch.no_grad():
+        model.ln_f.weight *= 8
+        for block in model.h:
+            block.attn.c_proj.weight *= 0.05
+            block.mlp.c_proj.weight *= 0.05
+        exact = torch.cat(train_dpo.response_logps(model.double(), batch))
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, found = (torch.cat(f(model, batch)) for f in (train_dpo.response_logps, fast.response_logps))
+    assert (found - exact).std() <= 1.3 * (plain - exact).std() + 1e-4
+
+
+def test_a_call_leaves_the_allocator_of_the_process_alone(monkeypatch):
+    """Only a program may change it."""
+    monkeypatch.setattr(fast, "keep_freed_memory", None)
+    fast.response_logps(model_of(torch.float32), dataset.preference_batch(random_pairs(2)))
+
+
 def test_logits_are_held_once_and_for_scored_tokens_only():
     """What autograd keeps: one tensor of (scored tokens, V), no other with V columns but the embedding."""
     model, batch = model_of(torch.float32), dataset.preference_batch(random_pairs(7))

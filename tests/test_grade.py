@@ -5,6 +5,7 @@ import random
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from tiny import call, fails
@@ -179,6 +180,21 @@ def test_an_accuracy_in_float32_is_right_too():
     right = functions["accuracy"]
     functions["accuracy"] = lambda *logps: torch.tensor(right(*logps), dtype=torch.float32)
     assert points(functions, only="accuracy")["accuracy"] == (CASES, "")
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32", "longdouble", "asarray"])
+def test_a_numpy_scalar_is_a_number(kind):
+    functions = solution()
+    right, cast = functions["accuracy"], getattr(np, kind)
+    functions["accuracy"] = lambda *logps: cast(float(right(*logps)))
+    assert points(functions, only="accuracy")["accuracy"] == (CASES, "")
+
+
+def test_a_numpy_integer_is_an_id():
+    functions = solution()
+    right = functions["tokenise_pair"]
+    functions["tokenise_pair"] = lambda *case: [[np.int64(i) for i in ids] for ids in right(*case)]
+    assert points(functions, only="tokenise_pair")["tokenise_pair"] == (CASES, "")
 
 
 def test_if_one_returned_value_is_wrong_the_message_names_it():
@@ -362,6 +378,29 @@ def test_a_file_that_is_not_python(tmp_path, cases):
 
 def test_seeding_at_the_top_is_allowed(tmp_path, cases):
     only_loses(grade(write(tmp_path, "torch.manual_seed(0)"), cases, time_limit=LONG))
+
+
+@pytest.mark.parametrize(
+    "late",
+    ["torch.compile(lambda x: x + 1, backend='eager')(row)", "torch.func.grad(lambda x: (x * x).sum())(row.double())"],
+)
+@pytest.mark.parametrize("where", ["in the function", "at the top"])
+def test_what_torch_wraps_on_first_use_is_not_the_students_doing(late, where, tmp_path, cases):
+    """On its first import, torch._dynamo puts a wrapper in the place of torch.manual_seed."""
+    top = f"row = torch.ones(3)\n{late}\n" if where == "at the top" else ""
+    code = f"{top}right = shift\ndef shift(row):\n    {late}\n    return right(row)"
+    only_loses(grade(write(tmp_path, code), cases, time_limit=LONG))
+
+
+def test_a_wrapper_of_the_students_own_is_told(tmp_path, cases):
+    code = """
+    import functools
+    def shift(row):
+        right = torch.log
+        torch.log = functools.wraps(right)(lambda x: right(x))
+        return row[:-1], row[1:]
+    """
+    assert words(grade(write(tmp_path, code), cases, time_limit=LONG), "shift") == "it replaces torch.log"
 
 
 def test_a_function_that_writes_to_the_pipe_gets_no_points(tmp_path, cases):

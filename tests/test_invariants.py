@@ -34,7 +34,6 @@ import pytest
 import torch
 from tiny import call, write_data, write_jsonl
 
-import data
 import train_dpo
 import train_sft
 from minidpo import checkpoint, dataset
@@ -261,8 +260,8 @@ def test_measuring_does_not_depend_on_the_batches(home, monkeypatch, sizes, buck
     The rows in another order, in batches of several sizes, of similar lengths or as they come.
     """
     model, tokenizer, _ = checkpoint.load(home / "start")
-    rows, _ = dataset.load_sft(data.find_split("sft", str(home / "sft.jsonl")), tokenizer, 40)
-    pairs, _ = dataset.load_pairs(data.find_split("pairs", str(home / "pairs.jsonl"), ""), tokenizer, 40)
+    rows = dataset.load_rows(home / "sft.jsonl", dataset.SFT, tokenizer, 40)
+    pairs = dataset.load_rows(home / "pairs.jsonl", dataset.PAIR, tokenizer, 40)
 
     def settings(**knobs):
         return train_dpo.Settings("", "", "", device="cpu", dtype="float32", **knobs)

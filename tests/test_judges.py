@@ -134,6 +134,8 @@ def test_names_that_are_no_judge(name, says):
         ("Better:", None),
         ("I would choose A.", None),
         ("Betray: B", None),
+        ("A:\n\nA:\n\nA:", None),  # the headings of the question, repeated
+        ("Response B:\nB:\nIt is longer.", None),
         ("", None),
     ],
 )

@@ -133,12 +133,11 @@ import json, sys
 import torch
 import train_dpo
 from tests.peak import Peak
-from minidpo.scale import fast, memory
+from minidpo.scale import memory
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 
 torch.set_num_threads(1)
-fast.keep_freed_memory = lambda: None
 
 def steps(shape, pairs, prompt, response, **how):
     rows = [([1] * prompt, [2] * response, [3] * response)] * pairs

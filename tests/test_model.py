@@ -472,8 +472,8 @@ def test_where_the_tokenizer_of_a_gpt2_folder_comes_from(tmp_path, monkeypatch):
     (tmp_path / "own" / "bpe.json").unlink()
     _, loaded, _ = checkpoint.load(tmp_path / "own")
     assert loaded.fingerprint == tokenizer.fingerprint
-    (tmp_path / "own" / "merges.txt").unlink()
-    with pytest.raises(UserError, match="no bpe.json and no vocab.json with merges.txt, and 265 tokens are not GPT-2"):
+    (tmp_path / "own" / "vocab.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer.json and no vocab.json, and 265 tokens are not GPT-2"):
         checkpoint.load(tmp_path / "own")
 
     monkeypatch.setattr(Tokenizer, "gpt2", lambda: Tokenizer([bytes([i % 256]) * (1 + i // 256) for i in range(50256)]))

@@ -87,6 +87,9 @@ def assert_same_run(one, two):
         for folder in (one, two)
     ]
     assert len(metrics[0]) == len(metrics[1]) == 6
+    for first in (metrics[0][0], metrics[1][0]):
+        if abs(first.get("rewards/margins", 1)) < 1e-12:  # at the start every pair is a tie up to rounding
+            del first["rewards/accuracies"]
     for a, b in zip(*metrics, strict=True):
         assert b == pytest.approx(a, rel=1e-9, abs=1e-12)
     assert (one / "samples.md").read_bytes() == (two / "samples.md").read_bytes()
@@ -112,7 +115,7 @@ def test_trap19_dpo_under_torchrun_is_the_run_of_one_process(home, tmp_path):
     one, two = (torch.load(path, weights_only=True)["tensor"] for path in (one, two))
     assert torch.equal(one, two)
     # one of them speaks
-    assert [out.count(said) for said in ("settings: ", "report: ", "log-ratios within")] == [1, 1, 1]
+    assert [out.count(said) for said in ("settings paper: ", "report: ", "log-ratios within")] == [1, 1, 1]
     assert err.count("dpo:   0%") == 1
 
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 from tiny import call, contents, fails, write_data
 
-import data
 import minidpo.checkpoint
 import minidpo.files
 import train_dpo
@@ -126,7 +125,9 @@ def test_settings_are_printed_and_saved(home, tmp_path, capsys):
     saved = json.loads((tmp_path / "dpo" / "settings.json").read_text(encoding="utf-8"))
     out = capsys.readouterr().out
     assert (saved["beta"], saved["batch_size"], saved["optimizer"], saved["settings"]) == (0.25, 6, "rmsprop", "paper")
-    assert all(f"{name} {value!r}" in out for name, value in saved.items())
+    (line,) = [line for line in out.splitlines() if line.startswith("settings paper: ")]
+    assert all(f"{name} {saved[name]!r}" in line for name in ("data", "init", "out", "beta", "batch_size", "max_steps"))
+    assert "label_smoothing" not in line and line.endswith("The others have their defaults.")
 
 
 def test_without_matplotlib_a_line_says_so(home, tmp_path, monkeypatch, capsys):
@@ -213,8 +214,8 @@ def test_trap09_cached_equals_online(home, tmp_path):
     dpo(home, tmp_path / "dpo", "--max-steps", 1, "--eval-data", home / "held_out.jsonl")
     (cache,) = (tmp_path / "reference_logps").iterdir()
     _, tokenizer, _ = checkpoint.load(home / "sft")
-    rows, held_out = dataset.load_pairs(
-        data.find_split("pairs", str(home / "pairs.jsonl"), str(home / "held_out.jsonl")), tokenizer, 40
+    rows, held_out = (
+        dataset.load_rows(home / f"{name}.jsonl", dataset.PAIR, tokenizer, 40) for name in ("pairs", "held_out")
     )
     cached = torch.load(cache, weights_only=True)["tensor"]
     torch.testing.assert_close(cached.double(), online(home, rows + held_out), rtol=1e-5, atol=1e-4)
@@ -303,7 +304,7 @@ def test_trap10_sft_loss_is_the_mean_over_response_tokens(home, tmp_path):
     """The first step of a run from the SFT model, against a loop over the tokens of its batch in float64."""
     sft(home, tmp_path / "more", "--init", home / "sft", "--max-steps", 1, "--micro-batch-size", 4)
     model, tokenizer, _ = checkpoint.load(home / "sft")
-    rows, _ = dataset.load_sft(data.find_split("sft", str(home / "sft.jsonl")), tokenizer, 40)
+    rows = dataset.load_rows(home / "sft.jsonl", dataset.SFT, tokenizer, 40)
     total = tokens = 0
     with torch.no_grad():
         for i in dataset.batches(rows, 6, seed=0, epoch=0)[0]:
@@ -317,9 +318,7 @@ def test_trap10_sft_loss_is_the_mean_over_response_tokens(home, tmp_path):
 def test_trap11_held_out_metrics_are_means_over_pairs_not_batches(home, tmp_path):
     settings = train_dpo.Settings("", "", "", batch_size=4, device="cpu", dtype="float32")
     policy, tokenizer, _ = checkpoint.load(home / "sft")
-    rows, _ = dataset.load_pairs(
-        data.find_split("pairs", str(home / "pairs.jsonl"), ""), tokenizer, 40
-    )  # 22: the last batch has 2
+    rows = dataset.load_rows(home / "pairs.jsonl", dataset.PAIR, tokenizer, 40)  # 22: the last batch has 2
     reference = online(home, rows) + torch.linspace(-3, 3, 44).view(22, 2)  # a policy that has moved
     ratio = 0.1 * (online(home, rows) - reference)
     margins = ratio[:, 0] - ratio[:, 1]
@@ -457,6 +456,7 @@ BOTH = {
     "epochs": (0.4, "steps"),
     "batch_size": (5, "order"),
     "micro_batch_size": (2, "forward sizes"),
+    "micro_tokens": (60, "forward sizes"),
     "max_length": (14, "row lengths"),
     "max_steps": (2, "steps"),
     "eval_every": (2, "held out"),
@@ -489,7 +489,6 @@ CHANGES = {
         "label_smoothing": (0.1, "weights"),
         "reference_free": (True, "weights"),
         "decay": (True, "weights"),
-        "micro_tokens": (60, "forward sizes"),
     },
 }
 # what a run cannot do without, how it treats its folder, what cannot be changed here: see the other tests
@@ -565,39 +564,119 @@ def test_no_flag_is_left_out():
         assert not set(CHANGES[stage]) & ELSEWHERE[stage]
 
 
-def test_data_and_settings_choose_the_set_and_flags_override():
-    def stage1(*argv):
-        return vars(parse_settings(train_sft.Settings, "", ["--out", "y", *argv], train_sft.SETS))
+def test_trap10_sft_evaluation_is_cut_into_micro_batches(home, monkeypatch):
+    """At most --micro-batch-size rows are in memory at once, and the mean is the same."""
+    model, tokenizer, _ = checkpoint.load(home / "sft")
+    rows = dataset.load_rows(home / "sft.jsonl", dataset.SFT, tokenizer, 40)
+    sizes, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda model, ids: sizes.append(len(ids)) or hidden(model, ids))
+    losses = []
+    for micro in (0, 2):
+        sizes.clear()
+        settings = train_sft.Settings(
+            data="", out="", batch_size=8, micro_batch_size=micro, device="cpu", dtype="float32"
+        )
+        losses.append(train_sft.evaluate(model.double(), rows, settings)["eval/loss"])
+        assert max(sizes) == (micro or 8) and sum(sizes) == len(rows)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
 
+
+@STAGES
+def test_grad_clip_0_is_off(home, tmp_path, stage):
+    """0 means no limit. It used to multiply every gradient by 0."""
+    for name, clip in (("off", 0), ("far", 1e9), ("near", 1e-3)):
+        stage(home, tmp_path / name, "--max-steps", 3, "--grad-clip", clip)
+    assert same_weights(tmp_path / "off", tmp_path / "far") and not same_weights(tmp_path / "off", tmp_path / "near")
+
+
+@STAGES
+def test_any_integer_is_a_seed(home, tmp_path, stage):
+    for seed in (20261125, -7, 2**62):
+        stage(home, tmp_path / str(seed), "--max-steps", 2, "--seed", seed)
+    assert not same_weights(tmp_path / "20261125", tmp_path / "-7")
+
+
+@STAGES
+def test_a_run_without_a_step_is_refused(home, tmp_path, capsys, stage):
+    with pytest.raises(SystemExit):
+        stage(home, tmp_path / "run", "--epochs", 0)
+    assert "has made 0 of 0 steps. Raise --epochs" in capsys.readouterr().err
+
+
+@STAGES
+def test_an_unfinished_run_cannot_end_before_its_checkpoint(home, tmp_path, capsys, stage):
+    """It wrote a report of fewer steps than its checkpoint holds."""
+    stage(home, tmp_path / "run", "--max-steps", 4)
+    (tmp_path / "run" / "report.md").unlink()  # as if it had been killed before its report
+    with pytest.raises(SystemExit):
+        stage(home, tmp_path / "run", "--max-steps", 2, "--resume")
+    assert "has made 4 of 2 steps" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "report.md").exists()
+    stage(home, tmp_path / "run", "--max-steps", 4, "--resume")
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_reference_free_computes_no_reference(home, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_dpo, "all_logps", lambda *args, **kwargs: calls.append(args))
+    dpo(home, tmp_path / "run", "--reference-free", "--max-steps", 2)
+    assert not calls
+
+
+def test_a_users_own_column_that_ends_like_ours_is_left_alone(home, tmp_path):
+    rows = [json.loads(line) for line in (home / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({**row, "trial_ended": "2024-05-01"}) + "\n" for row in rows), encoding="utf-8")
+    dpo(home, tmp_path / "run", "--data", mine, "--max-steps", 1)
+
+
+def stage1(*argv):
+    return vars(parse_settings(train_sft.Settings, "", ["--out", "y", *map(str, argv)], train_sft.SETS))
+
+
+def stage2(*argv, init="gpt2"):
+    argv = ["--init", init, "--out", "y", *argv]
+    return vars(parse_settings(train_dpo.Settings, "", [str(arg) for arg in argv], train_dpo.SETS))
+
+
+def test_a_model_from_scratch_takes_the_set_of_its_data_if_it_has_its_shape():
     assert (stage1("--data", "toy")["settings"], stage1("--data", "imdb")["preset"]) == ("toy", "imdb")
+    assert stage1("--data", "imdb", "--preset", "imdb")["settings"] == "imdb-small"
+    assert stage1("--data", "imdb", "--preset", "gpt2-large")["settings"] == "paper"
+    assert stage1("--data", "toy", "--preset", "toy-wide")["settings"] == "paper"
     assert (stage1("--data", "hh")["settings"], stage1("--data", "tldr")["settings"]) == ("paper", "paper-tldr")
     mine = stage1("--data", "mine.jsonl", "--settings", "toy", "--lr", "0.5")
     assert mine["lr"] == 0.5 and {k: mine[k] for k in train_sft.SETS["toy"]} == train_sft.SETS["toy"] | {"lr": 0.5}
 
-    def of(*argv):
-        return parse_settings(train_dpo.Settings, "", ["--init", "x", "--out", "y", *argv], train_dpo.SETS)
 
-    def paper(name, **fields):
-        return (name, 0.1, "rmsprop", 1e-6, 150, False, 64) == (
-            fields["settings"], fields["beta"], fields["optimizer"], fields["lr"], fields["warmup_steps"],
-            fields["decay"], fields["batch_size"],
-        )  # fmt: skip
+def test_a_pretrained_model_takes_the_papers_set_whatever_its_data(tmp_path):
+    """The paper's own experiment is GPT-2-large on IMDb: its settings are not those of our small models."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")  # a Hugging Face folder
+    for data_name in ("imdb", "toy", "hh", "mine.jsonl"):
+        for init in ("gpt2-large", tmp_path):
+            assert stage1("--data", data_name, "--init", init)["settings"] == "paper"
+            assert stage1("--data", data_name, "--init", init)["lr"] == 5e-5
+            assert (found := stage2("--data", data_name, init=init))["settings"] == "paper"
+            assert (found["optimizer"], found["lr"], found["beta"]) == ("rmsprop", 1e-6, 0.1)
 
-    assert paper("paper", **vars(of("--data", "hh"))) and paper("paper", **vars(of("--data", "mine.jsonl")))
-    assert (of("--data", "tldr").settings, of("--data", "tldr").beta, of("--data", "tldr").lr) == (
-        "paper-tldr",
-        0.5,
-        1e-6,
-    )
-    for name in ("toy", "imdb"):
-        for argv in (["--data", name], ["--data", "mine.jsonl", "--settings", name]):
-            got = vars(of(*argv))
-            assert got["settings"] == name
-            assert {k: got[k] for k in train_dpo.SETS[name]} == train_dpo.SETS[name]
-    assert paper("paper", **vars(of("--data", "toy", "--settings", "paper")))
-    both = of("--data", "toy", "--beta", "3", "--no-decay")
-    assert (both.beta, both.decay, both.optimizer) == (3.0, False, "adamw")
-    assert of("--data", "toy").beta != 0.1  # at the paper's beta the toy breaks
+
+def test_a_run_that_starts_from_a_run_keeps_to_its_set(tmp_path):
+    def start(name):
+        (tmp_path / "settings.json").write_text(json.dumps({"settings": name}), encoding="utf-8")
+        return tmp_path
+
+    for name in ("toy", "imdb-small"):
+        for data_name in ("toy", "imdb", "mine.jsonl", "tldr"):
+            got = stage2("--data", data_name, init=start(name))
+            assert got["settings"] == name and {k: got[k] for k in train_dpo.SETS[name]} == train_dpo.SETS[name]
+            assert stage1("--data", data_name, "--init", start(name))["settings"] == name
+    assert stage2("--data", "imdb", init=start("imdb"))["settings"] == "imdb-small"  # its name in older runs
+    assert stage2("--data", "tldr", init=start("paper"))["settings"] == "paper-tldr"
+    assert stage2("--data", "hh", init=start("paper-tldr"))["settings"] == "paper"
+    assert stage2("--data", "toy", "--settings", "paper", init=start("toy"))["beta"] == 0.1
+    both = stage2("--data", "toy", "--beta", "3", "--no-decay", init=start("toy"))
+    assert (both["beta"], both["decay"], both["optimizer"]) == (3.0, False, "adamw")
+    assert stage2("--data", "toy", init=start("toy"))["beta"] != 0.1  # at the paper's beta the toy breaks
 
 
 def test_the_papers_settings_are_the_papers():
@@ -766,17 +845,15 @@ def test_nan_stops_and_names_the_batch(home, tmp_path, stage, monkeypatch, capsy
 
     def nan(*args, **kwargs):
         calls.append(1)
-        value, *rest = function(*args, **kwargs)
-        return (value * math.nan if len(calls) == (3 if stage is sft else 8) else value, *rest)  # step 3
+        value, factor = function(*args, **kwargs), math.nan if len(calls) == (3 if stage is sft else 8) else 1  # step 3
+        return value * factor if stage is sft else (value[0] * factor, value[1])
 
     monkeypatch.setattr(module, poisoned, nan)
     with pytest.raises(SystemExit) as stop:
         stage(home, tmp_path / "run", "--save-every", 1)
     _, tokenizer, state = checkpoint.load(tmp_path / "run")
-    kind, file = ("sft", "sft.jsonl") if stage is sft else ("pairs", "pairs.jsonl")
-    rows, _ = (dataset.load_pairs if kind == "pairs" else dataset.load_sft)(
-        data.find_split(kind, str(home / file)), tokenizer, 40
-    )
+    file, fields = ("sft.jsonl", dataset.SFT) if stage is sft else ("pairs.jsonl", dataset.PAIR)
+    rows = dataset.load_rows(home / file, fields, tokenizer, 40)
     batch = sorted(dataset.batches(rows, 6, seed=0, epoch=0)[2])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and str(batch) in message and "nan" in message

@@ -15,7 +15,8 @@ import tiktoken
 from conftest import need
 
 from minidpo.settings import UserError
-from minidpo.tokenizer import EOT, Tokenizer, train_bpe
+from minidpo.tokenizer import Tokenizer, train_bpe
+from minidpo.vocabulary import EOT, load_vocabulary, merges_of, save_vocabulary
 
 # GPT-2's pattern as its authors wrote it
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -202,16 +203,15 @@ def damage(key, value):
         (lambda saved: [], "not a tokenizer"),
         (lambda saved: {"tokens": saved["tokens"]}, "pattern"),
         (damage("pattern", lambda pattern: r"\w+"), "pattern"),
-        (damage("eot", lambda eot: 5), "eot is 5"),
+        (damage("eot", lambda eot: -1), "eot is -1"),
+        (damage("eot", lambda eot: 400), "eot is 400"),
         (damage("eot", lambda eot: None), "eot is None"),
         (damage("tokens", lambda tokens: 3), "not a tokenizer"),
         (damage("tokens", lambda tokens: [*tokens[:-1], 7]), "not a tokenizer"),
         (damage("tokens", lambda tokens: [*tokens[:-1], "映"]), "not a tokenizer"),
         (damage("tokens", lambda tokens: [*tokens[:-1], tokens[300]]), "twice"),
         (damage("tokens", lambda tokens: [*tokens[1:], "zzz"]), "single bytes"),
-        (damage("tokens", lambda tokens: [*tokens[:-1], "zqx"]), r"token 398, b'zqx'"),
-        (damage("tokens", lambda tokens: [*tokens[:-1], ""]), "token 398"),
-        (damage("tokens", lambda tokens: [*tokens[:256], *reversed(tokens[256:])]), "not a join"),
+        (damage("tokens", lambda tokens: [*tokens[:-1], ""]), "empty"),
     ],
 )
 def test_load_refuses_what_is_no_tokenizer(trained, tmp_path, change, message):
@@ -233,12 +233,12 @@ def test_load_refuses_what_is_no_json(tmp_path, content):
 
 
 def test_hugging_face_files_of_gpt2(gpt2, tmp_path):
-    gpt2.save_hf(tmp_path)
+    save_vocabulary(gpt2, tmp_path)
     merges = [line.split(" ") for line in (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]]
     assert (len(merges), merges[:3], merges[-1]) == (50_000, [["Ġ", "t"], ["Ġ", "a"], ["h", "e"]], ["Ġg", "azed"])
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     assert (vocab["!"], vocab["Ġthe"], vocab[EOT]) == (0, 262, 50256)
-    again = Tokenizer.from_vocab_and_merges(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    again = load_vocabulary(tmp_path, 50257)
     assert again.fingerprint == gpt2.fingerprint
 
 
@@ -248,7 +248,7 @@ def test_transformers_gives_the_same_ids(trained, gpt2, tmp_path):
     except ImportError:
         need(False, "transformers is not installed")
     for tokenizer in (trained, gpt2):
-        tokenizer.save_hf(tmp_path)
+        save_vocabulary(tokenizer, tmp_path)
         theirs = GPT2Tokenizer.from_pretrained(tmp_path)
         assert len(theirs) == tokenizer.vocab_size
         assert theirs.eos_token_id == tokenizer.eot
@@ -260,7 +260,7 @@ def test_transformers_gives_the_same_ids(trained, gpt2, tmp_path):
 
 def test_hugging_face_files_that_do_not_fit(trained, tmp_path):
     vocab_json, merges_txt = tmp_path / "vocab.json", tmp_path / "merges.txt"
-    trained.save_hf(tmp_path)
+    save_vocabulary(trained, tmp_path)
     vocab = json.loads(vocab_json.read_text(encoding="utf-8"))
     merges = merges_txt.read_text(encoding="utf-8")
 
@@ -268,19 +268,67 @@ def test_hugging_face_files_that_do_not_fit(trained, tmp_path):
         vocab_json.write_text(json.dumps(vocab), encoding="utf-8")
         merges_txt.write_text(merges, encoding="utf-8")
         with pytest.raises(UserError, match=name):
-            Tokenizer.from_vocab_and_merges(vocab_json, merges_txt)
+            load_vocabulary(tmp_path, len(vocab))
 
     refused("vocab.json", vocab=[])
     refused("vocab.json", vocab={})
     refused("vocab.json", vocab={token: str(i) for token, i in vocab.items()})
     refused("vocab.json", vocab={token: i + 1 for token, i in vocab.items()})
     refused("vocab.json", vocab={**vocab, "<|pad|>": len(vocab)})
-    refused("vocab.json", vocab={token: (i + 1) % len(vocab) for token, i in vocab.items()})  # eot first
-    refused("merges.txt", merges=merges.rsplit("\n", 2)[0] + "\n")
-    refused("merges.txt", merges=merges.replace("h e\n", "he\n"))
-    refused("merges.txt", merges="")
+    refused("its merges", merges=merges.rsplit("\n", 2)[0] + "\n")
+    refused("its merges", merges=merges.replace("h e\n", "he\n"))
+    refused("its merges", merges="")
     merges_txt.write_text(merges.split("\n", 1)[1], encoding="utf-8")  # without the version line it is still good
-    assert Tokenizer.from_vocab_and_merges(vocab_json, merges_txt).fingerprint == trained.fingerprint
+    assert load_vocabulary(tmp_path, len(vocab)).fingerprint == trained.fingerprint
+
+
+def test_tokens_that_are_no_result_of_merges(trained):
+    tokens = trained.tokens
+    for damaged, message in (
+        ([*tokens[:-1], b"zqx"], "file: token 398, b'zqx', is not a join"),
+        ([*tokens[:-1], b""], "file: token 398"),
+        ([*tokens[:256], *reversed(tokens[256:])], "not a join"),
+        ([*tokens[:-1], tokens[300]], "twice"),
+        ([*tokens[1:], b"zzz"], "single bytes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merges_of(damaged, "file")
+
+
+def test_tokenizer_json_as_hugging_face_writes_it(tmp_path):
+    """A BPE that Hugging Face's own trainer made: its eot is the first id, and it saves tokenizer.json alone."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=380, special_tokens=[EOT], initial_alphabet=alphabet)
+    theirs.train_from_iterator(CORPUS * 3, trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+
+    def load():
+        return load_vocabulary(tmp_path, theirs.get_vocab_size())
+
+    ours = load()
+    assert (ours.eot, ours.vocab_size) == (0, theirs.get_vocab_size()) and ours.vocab_size > 300
+    ours.save(tmp_path / "again.json")
+    for tokenizer in (ours, Tokenizer.load(tmp_path / "again.json")):
+        for text in CORPUS + FUZZ:
+            assert tokenizer.encode(text) == theirs.encode(text).ids and 0 not in tokenizer.encode(text), text
+            assert tokenizer.decode([*tokenizer.encode(text), 0]) == text
+
+    saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    pad = {**saved["added_tokens"][0], "content": "<pad>", "id": 380}
+    for change, message in (
+        (dict(normalizer={"type": "Lowercase"}), "Lowercase"),
+        (dict(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
+        (dict(pre_tokenizer={**saved["pre_tokenizer"], "add_prefix_space": True}), "True"),
+        (dict(model={**saved["model"], "type": "WordPiece"}), "WordPiece"),
+        (dict(added_tokens=[*saved["added_tokens"], pad]), "adds the tokens .'<pad>'"),
+        (dict(model={**saved["model"], "merges": saved["model"]["merges"][::-1]}), "its merges"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(saved | change), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            load()
 
 
 # --- commands

@@ -3,6 +3,7 @@
     python -m experiments.bench --json docs/bench/bench.json --markdown docs/bench.md            # on a CPU
     python -m experiments.bench --device cuda --rounds 1 --json gpu.json                         # GPT-2's four sizes
     python -m experiments.bench --ablation --dtypes bfloat16 --rounds 1 --markdown docs/fast.md  # ideas of --fast
+    python -m experiments.bench --precision runs/toy/sft --markdown docs/fast.md                 # errors of bf16
 
 Each measurement is a process of its own. The processes take turns, for several rounds, so that a slow minute of the
 machine affects all of them. docs/bench.md explains the shapes, the implementations and the figures.
@@ -12,7 +13,7 @@ import dataclasses
 import itertools
 
 from experiments.bench.ablation import WITHOUT
-from experiments.bench.measure import Settings, as_row, installed, measure_all, table, tell
+from experiments.bench.measure import Settings, as_row, measure_all, table, tell
 from experiments.bench.shapes import DEFAULTS, DTYPES, FLOOR, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
 from experiments.common import figure, save_figure
 from minidpo.device import pick_device
@@ -43,6 +44,8 @@ class BenchSettings(Settings):
     implementations: str = knob("", f"which of {', '.join(IMPLEMENTATIONS)}; empty: those that suit the device")
     dtypes: str = knob("", "float32,bfloat16: precision of the matrix products; empty: both, on cuda bfloat16")
     ablation: bool = knob(False, "measure minidpo without each idea of its fast path (on a CPU)")
+    precision: str = knob("", "only compare bf16 with fp32: a run folder, trained on --data")
+    data: str = knob("toy", "dataset of --precision, or a JSONL file with prompt, chosen, rejected")
     quick: bool = knob(False, "try the command: a model of 7,000 weights, one round; the figures mean nothing")
 
 
@@ -150,6 +153,11 @@ def chosen(flag, text, valid, default):
 def main():
     settings = parse_settings(BenchSettings, __doc__)
     pick_device(settings.device)
+    if settings.precision:
+        from experiments.bench import precision  # needs transformers and TRL
+
+        text = precision.report(settings.precision, settings.data)
+        return tell(settings, "precision", text, text, lambda *_: None, {})
     if settings.quick:
         settings.rounds = 1
     sizes, names, dtypes = DEFAULTS[settings.device]
@@ -157,7 +165,7 @@ def main():
     cells = itertools.product(
         chosen("--shapes", settings.shapes, SHAPES, sizes),
         chosen("--dtypes", settings.dtypes, DTYPES, dtypes),
-        installed(IDEAS if settings.ablation else names),
+        IDEAS if settings.ablation else names,
     )
     works = {}
     for shape, dtype, name in cells:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import train_dpo
 from minidpo.scale import fast
 
 
@@ -27,8 +28,7 @@ def all_scored(packed):
 
 def plain_head(hidden, embedding, targets, dtype):
     """Computes logits, log-softmax and gather as train_dpo.py does, each in memory of its own."""
-    logits = F.linear(hidden.to(dtype), embedding.to(dtype)).to(torch.promote_types(dtype, torch.float32))
-    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    return train_dpo.token_logps(F.linear(hidden.to(embedding.dtype), embedding), targets)
 
 
 def head_at_all_tokens():
@@ -62,7 +62,7 @@ WITHOUT = {  # idea: takes it out of the running process
     "padding left out": lambda: replace(real_positions=torch.ones_like),
     "head at scored tokens only": head_at_all_tokens,
     "last block at scored tokens only": last_block_at_all_tokens,
-    "gradient written over the logits": lambda: replace(ScoredLogps=applied(plain_head)),
+    "gradient in place of the logits": lambda: replace(ScoredLogps=applied(plain_head)),
     "rows made and undone by a copy": lambda: replace(
         ToRows=applied(lambda x, packed: x[packed.place]),
         FromRows=applied(lambda x, packed: x.flatten(0, 1)[packed.home]),

@@ -7,7 +7,7 @@ The benchmark over a list of shapes: one quantity at a time is varied from BASE.
 
 import itertools
 
-from experiments.bench.measure import Settings, as_row, installed, measure_all, table, tell
+from experiments.bench.measure import Settings, as_row, measure_all, table, tell
 from experiments.bench.shapes import OURS, PEER, fast_flops, random_pairs, work_of
 from experiments.common import figure, save_figure
 from minidpo.settings import UserError, parse_settings, run_main
@@ -85,9 +85,8 @@ def main():
     how = dict(dtype=DTYPE, threads=settings.threads)
     square = dict(how, implementation="matmul-rate", without="", device="cpu", size=2048, warmup=0, steps=10)
     points, works = {}, {("rate",): square}
-    names = installed(COMPARED)
     for varied, (values, _) in VARIED.items():
-        for value, name in itertools.product(values, names):
+        for value, name in itertools.product(values, COMPARED):
             cell = varied, label(value), name
             points[cell] = dict(varied=varied, value=value, implementation=name)
             works[cell] = work_of(shape_of(**{**BASE, varied: value}), name, **how)

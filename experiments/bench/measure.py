@@ -1,7 +1,6 @@
 """The benchmark's processes: runs them in turns, keeps what they measured, and writes it as rows and tables."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import statistics
@@ -30,19 +29,6 @@ class Settings:
     json: str = knob("", "file for the figures, with a picture beside it (.png); empty: print them only")
     markdown: str = knob("", "page whose marked block becomes the tables, such as docs/bench.md")
     measure: bool = knob(True, "--no-measure: only show what --cache holds")
-
-
-def installed(implementations):
-    """Returns the implementations whose packages are installed; prints which ones are left out."""
-    needed = {"minidpo": ["safetensors"], "trl": ["transformers", "trl"], "hf": ["transformers"], "matmul": []}
-    present = []
-    for name in implementations:
-        packages = needed[name.split(" ")[0].split("-")[0]]
-        if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-            print(f'{name} is left out: {", ".join(missing)} not installed (pip install -e ".[bench,hf]")')
-        else:
-            present.append(name)
-    return present
 
 
 def child(work):

@@ -11,7 +11,7 @@ from minidpo.model import PRESETS
 #   steps, warmup     steps of one process; the first `warmup` steps are not timed
 #   lr, optimizer     a rate that moves the loss and keeps the steps stable
 #   micro_batch       pairs per forward pass; without it all pairs, on CUDA as many as the memory plan allows
-GPT2 = dict(model=PRESETS["gpt2"], batches=1, steps=2, warmup=1, lr=1e-6, optimizer="adamw")
+GPT2 = dict(model=PRESETS["gpt2"], batches=1, steps=4, warmup=1, lr=1e-6, optimizer="adamw")
 CPU_SHAPES = {
     "W1": dict(
         model=PRESETS["toy-wide"], pairs=64, batches=2, prompt=(4, 8), response=(16, 48),

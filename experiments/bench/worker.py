@@ -5,7 +5,6 @@ output is JSON. Read `RUNNERS`, then the runners. All of them load the same weig
 order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
 """
 
-import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -28,7 +27,7 @@ from experiments.bench.shapes import IMPLEMENTATIONS, batch_of, products, random
 from minidpo.device import autocast, pick_dtype
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
-from minidpo.scale import memory
+from minidpo.scale import fast, memory
 from minidpo.scale.weights import load_pretrained, save_pretrained
 from minidpo.settings import UserError
 
@@ -105,6 +104,8 @@ def minidpo(work, pairs, clock, micro_batch):
     """`train_dpo.train_step` as the training loop calls it: making the batch and reading the metrics are timed too."""
     clock.imported()
     settings = train_settings(work, micro_batch)
+    if settings.fast:
+        fast.keep_freed_memory()
     policy = load_pretrained(work["folder"]).to(work["device"])
     policy.set_dropout(0.0)
     policy.prepare(settings.compile, settings.recompute).train()
@@ -124,8 +125,8 @@ def attention(work):
     return "eager" if work["device"] == "cpu" and work["dtype"] == "bfloat16" and short else "sdpa"
 
 
-def trl(work, pairs, clock, micro_batch, precomputed):
-    """TRL's DPOTrainer in its own training loop, without logging, saving and gradient checkpointing."""
+def trl_trainer(work, pairs, clock, micro_batch, precomputed):
+    """TRL's DPOTrainer with its own training loop, without logging, saving and gradient checkpointing."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from torch.utils.data import SequentialSampler
@@ -173,7 +174,23 @@ def trl(work, pairs, clock, micro_batch, precomputed):
         )  # fmt: skip
         trainer = Timed(model=policy, args=config, train_dataset=dataset, processing_class=tokenizer)
         trainer.add_callback(Timer())
-        trainer.train()
+        return trainer
+
+
+def hf_logps(model, pairs, device, dtype):
+    """Log-probabilities (2 B,) of a transformers model: of the chosen, then of the rejected responses."""
+
+    def padded(rows):
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+    rows = [(pair[0], pair[side]) for side in (1, 2) for pair in pairs]
+    ids = padded([prompt + response for prompt, response in rows])
+    real = padded([[1] * len(prompt + response) for prompt, response in rows])
+    scored = padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows])
+    with autocast(device, dtype):
+        logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
+    each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (each * scored[:, 1:]).sum(-1)
 
 
 def hf_plain(work, pairs, clock, _):
@@ -189,26 +206,12 @@ def hf_plain(work, pairs, clock, _):
     clock.loaded(policy)
     optimizer = make_optimizer(policy, work["optimizer"], work["lr"])
 
-    def padded(rows):
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-
-    def logps(model, ids, attention_mask, scored):
-        with autocast(device, work["dtype"]):
-            logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
-        each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        return (each * scored[:, 1:]).sum(-1)
-
     for step in range(work["steps"]):
         clock.start()
-        rows = [(pairs[i][0], pairs[i][side]) for side in (1, 2) for i in batch_of(step, work)]
-        batch = [
-            padded([prompt + response for prompt, response in rows]),
-            padded([[1] * len(prompt + response) for prompt, response in rows]),
-            padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows]),
-        ]
+        batch = [pairs[i] for i in batch_of(step, work)], device, work["dtype"]
         with torch.no_grad():
-            reference_logps = logps(reference, *batch)
-        chosen, rejected = (logps(policy, *batch) - reference_logps).chunk(2)
+            reference_logps = hf_logps(reference, *batch)
+        chosen, rejected = (hf_logps(policy, *batch) - reference_logps).chunk(2)
         loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
@@ -254,8 +257,8 @@ def matmul_rate(work, _, clock, __):
 
 RUNNERS = {
     **{name: minidpo for name in IMPLEMENTATIONS if name.startswith("minidpo")},
-    "trl-precomputed": functools.partial(trl, precomputed=True),
-    "trl": functools.partial(trl, precomputed=False),
+    "trl-precomputed": lambda *args: trl_trainer(*args, precomputed=True).train(),
+    "trl": lambda *args: trl_trainer(*args, precomputed=False).train(),
     "hf-plain": hf_plain,
     "matmul-floor": matmul_floor,
     "matmul-rate": matmul_rate,

@@ -87,7 +87,7 @@ def main():
     reward.to(device)
     max_length = min(model.config.block_size for model in (policy, reference, reward))
     held_out = data.find(settings.data, "pairs_test")
-    pairs, _ = dataset.load_pairs((held_out, None), tokenizer, max_length)
+    pairs = dataset.load_rows(held_out, dataset.PAIR, tokenizer, max_length)
 
     scores = scores_of(pairs, policy, reference, reward, tokenizer, true_reward, settings.batch_size)
     prompts = [tuple(prompt) for prompt, *_ in pairs]

@@ -119,7 +119,8 @@ SWEEPS = {
 def training(unit, settings):
     """Returns the Settings that a unit trains with."""
     sweep, (cls, sets, knob) = SWEEPS[settings.data], TRAINED[unit.method]
-    values = {**sets.get(settings.data, {}), "seed": unit.seed}
+    own = {"imdb": "imdb-small"}.get(settings.data, settings.data)  # the set of the small model
+    values = {**sets.get(own, {}), "seed": unit.seed}
     if knob:
         values[knob] = unit.setting
     if cls is ppo.Settings:

@@ -196,7 +196,7 @@ def main():
     columns = Row(*zip(*rows, strict=True))._asdict()
     cells = {name: [f"{x:.3g}" if isinstance(x, float) else str(x) for x in column] for name, column in columns.items()}
     print("\n" + samples_table(cells))
-    for a in agreements:
+    for a in [a for a in agreements if a.n]:
         same = f"the same verdict on {a.share:.1%} of {a.n:,} comparisons, Cohen's kappa {a.kappa:.3f}"
         print(f"{a.judge_a} and {a.judge_b}: {same}")
     print(f"results: {out}")

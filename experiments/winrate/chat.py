@@ -37,7 +37,7 @@ QUESTIONS = {
 }
 
 RETRIES = 6  # by the client, with growing waits between them: about half a minute in total
-CHOICE = re.compile(r"\W*(?:better\W+)?([AB])\W*", re.IGNORECASE)
+CHOICE = re.compile(r"\W*(?:better\W+)?([AB])[^\w:]*", re.IGNORECASE)  # "A:" is the heading of a text
 ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[^\s@?#]*)?")
 
 

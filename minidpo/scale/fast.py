@@ -2,9 +2,7 @@
 
 `response_logps` at the end returns the same numbers, but skips work on which they do not depend. Tokens that both rows
 of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has rows and padding.
-Logits are computed only where a response token is predicted, and their gradient overwrites them. There is no dropout.
-Three numbers such as (1.77 / 1.14 / 1.26) are the time of a step without an idea over the time with it, for the shapes
-W1 / W2 / W3 of docs/bench.md in bf16 on two CPU cores. docs/fast.md has the table of all ideas.
+Logits are computed only where a response token is predicted. There is no dropout. docs/fast.md measures each idea.
 
 Shapes: B pairs, R = 2B rows, T positions per row, N different tokens, n scored tokens, C channels, V vocabulary.
 """
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-CHUNK = 2**22  # number of logits that are raised to fp32 at a time
+CHUNK = 2**22  # number of logits that are computed at a time, in fp32
 
 
 class Packed(NamedTuple):
@@ -50,9 +48,8 @@ class Packed(NamedTuple):
 def pack(batch):
     """PreferenceBatch -> Packed."""
     T = max(rows.ids.shape[1] for rows in batch)
-    ids, targets, scored = (
-        torch.stack([F.pad(rows[i], (0, T - rows[i].shape[1])) for rows in batch]) for i in range(3)
-    )  # each (2, B, T)
+    sides = [[F.pad(tensor, (0, T - tensor.shape[1])) for tensor in rows] for rows in batch]
+    ids, targets, scored = map(torch.stack, zip(*sides, strict=True))  # each (2, B, T)
     real = real_positions(scored)
     shared = shared_prefix(ids, real)  # (B, T)
     own = torch.stack([real[0], real[1] & ~shared])
@@ -85,11 +82,7 @@ def shared_prefix(ids, real):
 
 
 class ToRows(torch.autograd.Function):
-    """(N, K) -> (R, T, K): copies each token to its positions. Backward sums the gradients of these positions.
-
-    The backward of plain indexing adds every position to zeros. Here only shared tokens need an addition (with
-    FromRows: 1.22 / 1.02 / 1.05).
-    """
+    """(N, K) -> (R, T, K): copies each token to its positions. In backward, only shared tokens need an addition."""
 
     @staticmethod
     def forward(ctx, x, packed):
@@ -119,45 +112,42 @@ class FromRows(torch.autograd.Function):
 class ScoredLogps(torch.autograd.Function):
     """hidden (n, C), embedding (V, C), targets (n,) -> log-probabilities of the targets (n,), in fp32 or float64.
 
-    Backward overwrites the logits (n, V) with their gradient, onehot(target) - softmax, so it can run only once.
-
-    In bf16 the embedding's mean over the vocabulary is subtracted first: all logits of a token shift by the same
-    amount, which log-softmax ignores, from GPT-2's -30 to -100 to values near 0, where the steps of bf16 are fine.
+    Logits are computed in fp32, for a few tokens at a time. Only the gradient with respect to them is kept (n, V), in
+    `dtype`: onehot(target) - softmax. Under autocast this is bf16, and so are both products of the backward pass.
     """
 
     @staticmethod
     def forward(ctx, hidden, embedding, targets, dtype):
-        ctx.dtypes = hidden.dtype, embedding.dtype
-        if dtype.itemsize == 2:
-            mean, full, embedding = embedding.mean(0), embedding, torch.empty_like(embedding, dtype=dtype)
-            for part, kept in zip(full.split(CHUNK // len(mean)), embedding.split(CHUNK // len(mean)), strict=True):
-                kept.copy_(part - mean)
-        hidden, embedding = hidden.to(dtype), embedding.to(dtype)
-        logits = hidden @ embedding.T
-        raised = torch.promote_types(dtype, torch.float32)
-        log_z = torch.cat([part.to(raised).logsumexp(-1) for part in logits.split(max(1, CHUNK // logits.shape[1]))])
-        ctx.save_for_backward(hidden, embedding, targets, logits, log_z)
-        return logits.gather(-1, targets[:, None]).squeeze(-1).to(raised) - log_z
+        weight = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+        gradient = hidden.new_empty(len(hidden), len(weight) if ctx.needs_input_grad[0] else 0, dtype=dtype)
+        size, found = max(1, CHUNK // len(weight)), []
+        parts = (tensor.split(size) for tensor in (hidden.to(weight.dtype), targets[:, None], gradient))
+        for x, target, kept in zip(*parts, strict=True):
+            logps = F.linear(x, weight).log_softmax(-1)
+            found.append(logps.gather(-1, target))
+            if kept.numel():
+                kept.copy_(logps.exp_().neg_().scatter_add_(-1, target, torch.ones_like(found[-1])))
+        ctx.save_for_backward(hidden, embedding, gradient)
+        return torch.cat(found).squeeze(-1)
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, embedding, targets, logits, log_z = ctx.saved_tensors
-        size = max(1, CHUNK // logits.shape[1])
-        for part, z, g in zip(logits.split(size), log_z.split(size), grad.split(size), strict=True):
-            p = part if part.dtype == z.dtype else part.to(z.dtype)
-            part.copy_(p.sub_(z[:, None]).exp_().mul_(-g[:, None]))
-        logits[torch.arange(len(targets), device=grad.device), targets] += grad.to(logits.dtype)
-        hidden_dtype, embedding_dtype = ctx.dtypes
-        # the mean needs no gradient: over the vocabulary, the gradients of the logits sum to 0
-        return (logits @ embedding).to(hidden_dtype), (logits.T @ hidden).to(embedding_dtype), None, None
+        hidden, embedding, gradient = ctx.saved_tensors
+        weight, grad = embedding, grad[:, None]
+        if gradient.dtype != embedding.dtype:
+            # each row of `gradient` sums to 0, so the mean of the weights has no effect; without it bf16 rounds less
+            weight = torch.sub(weight, weight.mean(0), out=torch.empty_like(weight, dtype=gradient.dtype))
+        to_hidden = grad * (gradient @ weight)
+        to_embedding = gradient.T @ (grad * hidden).to(gradient.dtype)
+        return to_hidden.to(hidden.dtype), to_embedding.to(embedding.dtype), None, None
 
 
 def hidden_states(model, packed):
     """`model.hidden` at the scored tokens -> (n, C)."""
-    # sparse: the gradient has N rows; a dense one would be (V, C) and mostly zeros (4 % of the peak memory for W2)
+    # sparse: the gradient has N rows; a dense one would be (V, C) and mostly zeros
     x = F.embedding(packed.ids, model.wte.weight, sparse=True) + model.wpe(packed.positions)
     for block in model.h:
-        # after the last attention no token reads another, so only the scored ones continue (1.00 / 1.00 / 1.09)
+        # after the last attention no token reads another, so only the scored ones continue
         kept = packed.scored if block is model.h[-1] else slice(None)
         function = compiled_through() if block.compiled else through
         if block.recompute and torch.is_grad_enabled():
@@ -185,7 +175,7 @@ def causal_attention(q, k, v):
     """q, k, v (R, H, T, D) -> (R, H, T, D)."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # in bf16 on a CPU the backward of PyTorch's fused kernel is several times slower (1.77 / 1.14 / 1.26)
+    # in bf16 on a CPU the backward of PyTorch's fused kernel is several times slower
     R, H, T, D = q.shape
     bias = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
     q, k, v = (t.reshape(R * H, T, D) for t in (q, k, v))
@@ -194,7 +184,6 @@ def causal_attention(q, k, v):
 
 def response_logps(model, batch):
     """PreferenceBatch -> log pi(y|x) of the chosen and of the rejected responses (B,), (B,), summed per response."""
-    keep_freed_memory()
     packed = pack(batch)
     hidden = hidden_states(model, packed)
     device = hidden.device.type
@@ -204,9 +193,8 @@ def response_logps(model, batch):
     return logps.new_zeros(len(packed.place)).index_add(0, packed.row, logps).chunk(2)
 
 
-@functools.cache
 def keep_freed_memory():
-    """Makes glibc keep freed memory for the next step: new memory costs a page fault per 4 KiB (1.08 / 1.12 / 1.17)."""
+    """Makes glibc keep freed memory for the next step. It changes the whole process, so only a program calls it."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: no block gets its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back nothing below 2 GiB

@@ -97,5 +97,5 @@ def anywhere(flag):
 
 
 def seed(*numbers):
-    """Seeds dropout from non-negative `numbers`, such as seed and step, differently in each process."""
-    torch.manual_seed(functools.reduce(lambda a, b: a * 1_000_003 + b, (*numbers, rank())))
+    """Seeds dropout from `numbers`, such as seed and step, differently in each process."""
+    torch.manual_seed(functools.reduce(lambda a, b: a * 1_000_003 + b, (*numbers, rank())) % 2**64)

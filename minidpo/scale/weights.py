@@ -14,6 +14,7 @@ from tqdm import tqdm
 from minidpo.files import atomic, atomic_write
 from minidpo.model import GPT, LAYER_NORM_EPS, PRESETS, GPTConfig
 from minidpo.settings import UserError, knob, parse_settings, run_main
+from minidpo.vocabulary import save_vocabulary
 
 FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
 SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields of config.json and of GPTConfig
@@ -96,7 +97,7 @@ def save_pretrained(model, folder, tokenizer=None):
     values |= {name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
     if tokenizer is not None:
         values |= dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
-        tokenizer.save_hf(folder)
+        save_vocabulary(tokenizer, folder)
         tokenizer.save(folder / "bpe.json")
     atomic_write(folder / "config.json", json.dumps(values, indent=2) + "\n")
 

@@ -206,7 +206,7 @@ def main():
     gpt.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or gpt.config.block_size, gpt.config.block_size)
     split = data.find_split("pairs", settings.data, settings.eval_data)
-    pairs, held_out = dataset.load_pairs(split, tokenizer, max_length)
+    pairs, held_out = (dataset.load_rows(path, dataset.PAIR, tokenizer, max_length) for path in split)
     run.plan(pairs, saved, pairs, held_out)
     prompts = dataset.first_prompts(held_out or pairs, settings.samples)
     if settings.resume:
