@@ -106,6 +106,16 @@ def test_the_command_against_loops(home, tmp_path, capsys):
     assert figures["true reward"]["ties"] > 0 and len({figures[name]["accuracy"] for name in right}) >= 4
 
 
+def test_implicit_reward_of_the_reference_itself_is_0_in_bf16(home, monkeypatch):
+    model, tokenizer, _ = checkpoint.load(home / "sft")
+    learned, _ = reward_model.load(home / "reward")
+    pairs = dataset.load_rows(home / "pairs.jsonl", dataset.PAIR, tokenizer, model.config.block_size)
+    settings = train_dpo.Settings
+    monkeypatch.setattr(train_dpo, "Settings", lambda **k: settings(**{**k, "dtype": "bfloat16"}))
+    scores = accuracy.scores_of(pairs, model, model, learned, tokenizer, None, 4)
+    assert (scores["implicit reward"] == 0).all() and (scores["reference log-prob"] < 0).all()
+
+
 def test_the_true_reward_may_be_unknown(home, tmp_path):
     call(accuracy.main, *files_of(home), "--json", tmp_path / "accuracy.json")
     figures = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -17,10 +18,14 @@ import torch
 from conftest import need
 from tiny import SHAPE, call, fails
 
+import minidpo.run
+import train_dpo
 from data.toy_sentiment import generate as toy
+from experiments import common
 from experiments.frontier import __main__ as frontier
 from experiments.frontier import figure, limit, sweeps, unit
 from experiments.frontier.baselines import reward_model
+from experiments.frontier.baselines.unlikelihood import unlikelihood_loss
 from experiments.rewards import SentimentClassifier
 from minidpo import checkpoint
 from minidpo.model import GPT, GPTConfig
@@ -40,7 +45,7 @@ SMALL = dataclasses.replace(
         "best-of-n": [2, 4],
         "ppo": [0.5],
         "ppo-gt": [0.5],
-        "dpo": [0.1, 2.0],
+        "dpo": [0.1, 2.0, "2.0-adamw"],
     },
     training={
         "dpo": lambda beta: dict(optimizer="adamw", lr=0.01, warmup_steps=1),
@@ -129,6 +134,7 @@ def test_every_method_setting_and_step_has_its_row(swept):
         ("ppo-gt", "0.5", "0"): [1, 2],
         ("dpo", "0.1", "0"): [2, 4],
         ("dpo", "2", "0"): [2, 4],
+        ("dpo", "2.0-adamw", "0"): [2, 4],
     }
     assert all(0 <= float(row["grammatical"]) <= 1 for row in rows)
     for one, other in zip(rows, rows[1:], strict=False):
@@ -219,7 +225,7 @@ def test_the_toy_sweep_is_the_papers_and_more():
     units = frontier.units(frontier.Settings())
     for one in units:
         assert one.needs is None or units.index(one.needs) < units.index(one)
-    assert len(units) == len(set(units)) == 1 + 3 * (1 + 1 + 1 + 1 + 4 + 4 + 4 + 9)
+    assert len(units) == len(set(units)) == 1 + 3 * (1 + 1 + 1 + 1 + 4 + 4 + 4 + 13)
 
 
 def test_a_learned_reward_is_brought_to_scale(made, tmp_path):
@@ -236,6 +242,20 @@ def test_a_learned_reward_is_brought_to_scale(made, tmp_path):
     before, after = small(*batch), scaled(*batch)
     assert statistics.stdev(before) < 0.05 and statistics.stdev(after) == pytest.approx(1.5, rel=0.15)
     assert [y / x for x, y in zip(before, after, strict=True)] == pytest.approx([after[0] / before[0]] * len(before))
+
+
+def test_dpo_stands_beside_the_baselines_with_their_optimiser():
+    """At four of its betas the toy has DPO by AdamW as well, with the settings of the baselines."""
+    dpo = [setting for setting in sweeps.SWEEPS["toy"].settings["dpo"] if "adamw" in str(setting)]
+    made = sweeps.Unit("dpo", dpo[0], 1)
+    assert dpo == ["0.5-adamw", "0.75-adamw", "1.0-adamw", "1.4-adamw"] and made.name == "dpo_0.5-adamw_1"
+    of = lambda method, setting: sweeps.training(sweeps.Unit(method, setting, 1), frontier.Settings())  # noqa: E731
+    ours, theirs, sgd = of("dpo", "0.5-adamw"), of("unlikelihood", 0.5), of("dpo", 0.5)
+    assert ours.beta == sgd.beta == 0.5 and sgd.optimizer == "sgd" and ours.optimizer == "adamw"
+    for name in ("optimizer", "lr", "warmup_steps", "decay", "batch_size", "epochs", "fast"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    point = figure.Point("dpo", "0.5-adamw", 0, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0)
+    assert figure.kind(point) == "dpo-adamw" and figure.kind(point._replace(setting="0.5")) == "dpo"
 
 
 @pytest.mark.parametrize("data", ["toy", "imdb"])
@@ -381,6 +401,60 @@ def test_points_made_otherwise_are_not_mixed_in(made, swept, small, monkeypatch,
     assert "dpo_0.1_0.json was made with lr 0.01 in place of 0.02" in message
 
 
+def test_a_retrained_reward_or_other_pairs_under_the_same_name_are_not_mixed_in(made, swept, tmp_path, small, capsys):
+    folder = shutil.copytree(made, tmp_path / "made", ignore=shutil.ignore_patterns("out"))
+    argv = flags(folder, tmp_path / "out", "--methods", "sft")
+    call(frontier.main, *argv)
+    SentimentClassifier({"a": 2.0}, 0.1).save(folder / "reward.pt")
+    message = fails(capsys, frontier.main, *argv)
+    assert "content of --reward" in message and "Delete it" in message
+    shutil.copy(made / "reward.pt", folder / "reward.pt")
+    call(frontier.main, *argv)
+    turned = lambda n: [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in toy.rows("pairs_train", n)]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sweeps.SWEEPS, "toy", dataclasses.replace(SMALL, records=turned))
+        assert "content of the pairs" in fails(capsys, frontier.main, *argv)
+
+
+def test_a_unit_that_does_not_say_what_it_was_made_from_is_made_again(made, swept, tmp_path, small, capsys):
+    path = tmp_path / "units" / "sft_0.json"
+    path.parent.mkdir()
+    found = json.loads((swept / "units" / "sft_0.json").read_text(encoding="utf-8"))
+    expected = found["points"]
+    old = {name: value for name, value in found["made_of"].items() if not name.startswith("content")}
+    path.write_text(json.dumps({"made_of": old, "points": []}), encoding="utf-8")
+    call(frontier.main, *flags(made, tmp_path, "--methods", "sft"))
+    assert capsys.readouterr().out.count("it is made again") == 1
+    assert json.loads(path.read_text(encoding="utf-8"))["points"] == expected
+
+
+# ---- what is subtracted comes from one path and one precision ----
+
+
+@pytest.mark.parametrize("method", ["dpo", "unlikelihood"])
+@pytest.mark.parametrize("data", ["toy", "imdb"])
+def test_policy_and_reference_are_equal_in_bf16_before_training(made, tmp_path, monkeypatch, data, method):
+    monkeypatch.setattr(minidpo.run, "pick_dtype", lambda *_: "bfloat16")
+    monkeypatch.setitem(sweeps.SWEEPS, "toy", dataclasses.replace(SMALL, training=sweeps.SWEEPS[data].training))
+    settings = frontier.Settings(sft=str(made / "sft"), out=str(tmp_path), device="cpu")
+    setup = unit.Setup(settings)
+    unit.reference_logps(setup, sweeps.Unit("reference-logps", "", 0))
+    reference = checkpoint.read(tmp_path / "reference_logps.pt", keys=("logps",))["logps"]
+    knobs = sweeps.training(sweeps.Unit(method, 0.5, 0), settings)
+    minidpo.run.place(setup.sft, knobs)
+    assert knobs.dtype == "bfloat16" and len(reference) == len(setup.pairs) > 200
+    assert torch.equal(train_dpo.all_logps(setup.sft, setup.pairs, knobs), reference)
+    loss = unlikelihood_loss if method == "unlikelihood" else train_dpo.dpo_loss
+    train_dpo.check_start(setup.sft, setup.pairs, reference, list(range(64)), knobs, loss)
+
+
+def test_kl_of_a_model_from_itself_is_0_in_bf16(made, tmp_path):
+    setup = unit.Setup(frontier.Settings(sft=str(made / "sft"), out=str(tmp_path), prompts=20, device="cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = setup.evaluate(setup.sft, 2, seed=0)
+    assert found["kl"] == found["kl_se"] == found["cov"] == 0
+
+
 def test_unknown_method(made, tmp_path, capsys):
     message = fails(capsys, frontier.main, *flags(made, tmp_path, "--methods", "dpo,pppo"))
     assert "'pppo'" in message and "ppo-gt" in message
@@ -426,7 +500,7 @@ def write_limit(path):
     for i in range(1, 31):
         kl = i / 10
         points.append(limit.Point(1 / math.sqrt(2 * kl), kl, 0.0, math.sqrt(2 * kl), 0.0, 0.0, 1000.0, 1000.0))
-    limit.write(path, points)
+    common.write_csv(path, points, digits=6)
 
 
 def test_figure_is_redrawn_from_the_csv_alone(swept, tmp_path, capsys):
@@ -469,12 +543,49 @@ def test_summary_against_values_by_hand(tmp_path, capsys):
     assert "no point is above the limit" in out
     assert "beta 0.7 is at a KL of 1.0" in out  # the limit of `write_limit` has beta = 1 / sqrt(2 KL)
 
-    # 2.1 is 0.1 above the limit, whose slope there is 1/2: 0.1 / hypot(0.03, 0.5 * 0.02) = 3.2
+    # 2.1 is 0.1 above the limit, whose slope there is 1/2: 0.1 / hypot(0.03, 0.5 * 0.02) = 3.2 if independent
     lines += ["ppo,2,0,5,2.0,0.02,2.1,0.03,1,3", "ppo,4,0,5,2.0,0.02,2.1,0.06,1,3"]  # the second one 1.6
     path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
-    call(frontier.main, "--plot-only", "--csv", path)
-    above = [line for line in capsys.readouterr().out.splitlines() if "above the limit" in line]
+    write_covariances(tmp_path, 0.0, 0.0)
+    above = printed_above(path, capsys)
     assert len(above) == 1 and above[0].startswith("3.2 standard errors") and "setting='2'" in above[0]
+
+
+def write_covariances(folder, *values):
+    """toy_cov.csv with the covariances of ppo 2 and ppo 4."""
+    lines = [f"ppo,{setting},0,5,{value}" for setting, value in zip((2, 4), values, strict=True)]
+    (folder / "toy_cov.csv").write_text("\n".join(["method,setting,seed,step,cov", *lines, ""]), encoding="utf-8")
+
+
+def printed_above(path, capsys):
+    capsys.readouterr()
+    call(frontier.main, "--plot-only", "--csv", path)
+    return [line for line in capsys.readouterr().out.splitlines() if "standard errors above the limit" in line]
+
+
+def test_alarm_takes_the_joint_error_of_reward_and_kl(tmp_path, capsys):
+    """0.05 above the limit of slope 1/2. Independent errors: 0.05 / hypot(0.03, 0.5 * 0.06) = 1.2, no alarm."""
+    path = tmp_path / "toy.csv"
+    lines = ["ppo,2,0,5,2.0,0.06,2.05,0.03,1,3", "ppo,4,0,5,2.0,0.06,2.05,0.03,1,3"]
+    path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
+    write_limit(tmp_path / "toy_limit.csv")
+    write_covariances(tmp_path, 0.0016, 0.0)  # 0.05 / sqrt(0.0009 + 0.0009 - 0.0016) = 3.5
+    above = printed_above(path, capsys)
+    assert len(above) == 1 and above[0].startswith("3.5 standard errors") and "setting='2'" in above[0]
+    (tmp_path / "toy_cov.csv").unlink()  # unknown: the smallest error that is possible
+    lines = ["ppo,2,0,5,2.0,0.02,2.05,0.03,1,3", "ppo,4,0,5,2.0,0.02,2.05,0.04,1,3"]  # 0.05 / 0.02 and 0.05 / 0.03
+    path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
+    above = printed_above(path, capsys)
+    assert len(above) == 1 and above[0].startswith("2.5 standard errors")
+
+
+def test_the_sweep_writes_the_covariance_of_each_point(swept):
+    """It makes the error of a point across the limit smaller, and bounds it from both sides."""
+    points, found = figure.read_csv(swept / "frontier.csv"), figure.read_covariances(swept / "frontier.csv")
+    assert set(found) == {p[:4] for p in points}
+    for p in points:
+        assert abs(found[p[:4]]) <= p.kl_se * p.reward_se * (1 + 1e-4)
+    assert any(found[p[:4]] for p in points)
 
 
 def test_a_sweep_without_a_grammar_has_one_panel(tmp_path, capsys):

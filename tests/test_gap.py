@@ -8,8 +8,10 @@ import pytest
 import tiny
 import torch
 
+import train_dpo
 import train_sft
 from data.toy_sentiment import grammar
+from experiments import common
 from experiments.frontier import gap, limit
 from minidpo import checkpoint, dataset
 from minidpo.sampling import generate
@@ -86,6 +88,24 @@ def test_loss_without_label_noise_is_the_mean_over_the_labels(model):
     torch.testing.assert_close(gap.soft_loss(*logps, *reference[[4, 1]].T, ones, beta=0.3)[0], own)
 
 
+def test_policy_and_reference_are_equal_before_training_and_in_bf16(model):
+    """Whatever a cause changes, its reference comes from the path and the precision of its policy."""
+    policy, tokenizer, _ = checkpoint.load(model)
+    policy.set_dropout(0.0)
+    gap.prepared.cache_clear()
+    _, rows, reference = gap.prepared(policy, tokenizer, 70, 0)
+    for dtype in ("float32", "bfloat16"):
+        knobs = [{k: v for k, v in cause.items() if k != "soft"} for cause in gap.CAUSES.values()]
+        for made in (gap.training(gap.Settings(), **cause) for cause in knobs):
+            assert made.fast == gap.training(gap.Settings()).fast and made.dtype == "float32"
+            made.dtype = dtype
+            own = reference if dtype == "float32" else train_dpo.reference_logps(policy, rows, made)
+            train_dpo.check_start(policy, rows, own, list(range(64)), made)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, _ = gap.sequence_kl(policy, policy, [row[0] for row in rows], [row[1] for row in rows])
+    assert (plain == 0).all()
+
+
 # ---- the figures ----
 
 
@@ -124,7 +144,7 @@ def argv(model, curve, tmp_path, monkeypatch):
     monkeypatch.setattr(gap, "PAIRS", (60, 90))
     monkeypatch.setitem(gap.toy.ROWS, "prompts_test", 6)
     monkeypatch.setattr(gap, "LONGEST", 8)
-    limit.write(tmp_path / "limit.csv", curve)
+    common.write_csv(tmp_path / "limit.csv", curve, digits=6)
     files = ["--limit", tmp_path / "limit.csv", "--csv", tmp_path / "gap.csv", "--figure", tmp_path / "gap.png"]
     return ["--init", model, "--seeds", 2, "--lr", 0.02, *files]
 
@@ -147,8 +167,8 @@ def test_command_trains_once_and_goes_on_where_it_was(argv, tmp_path, capsys, mo
     rows = gap.read(tmp_path / "gap.csv")
     assert len(trained) == 4 + 9 and len({r[:3] for r in rows}) == len(rows) == 12
     assert {r.cause for r in rows} == set(gap.DEFAULT)
-    trained_once = [r._replace(gap=0) for r in rows]  # the gap is computed again, from the rounded KL
-    assert all(r._replace(gap=0) in trained_once for r in first)
+    trained_once = [r._replace(gap=0, gap_se=0) for r in rows]  # computed again, from the rounded KL, or NaN
+    assert all(r._replace(gap=0, gap_se=0) in trained_once for r in first)
     assert (tmp_path / "gap.png").read_bytes()[:4] == b"\x89PNG"
     one, other = ([r for r in rows if r.cause == cause and r.pairs == 90] for cause in ("DPO", "no label noise"))
     assert one[0].kl != other[0].kl and one[0].kl != one[1].kl  # the labels matter, and the seed

@@ -1,5 +1,6 @@
 """The limit against sums over every response there is, on the language of tests/test_theory.py."""
 
+import copy
 import csv
 import math
 
@@ -9,7 +10,9 @@ import torch
 from test_theory import EOT, PROMPTS, RESPONSES, X, Y, chain_rule, every_logp, tiny_gpt
 
 import train_sft
+from experiments import common
 from experiments.frontier import limit
+from experiments.rewards import SentimentClassifier
 from minidpo.settings import UserError
 
 BETAS = [math.inf, 3.0, 1.0, 0.5, 0.25]
@@ -59,7 +62,7 @@ def every(models):
 
 def drawn(models, rewards, counts, seed=0):
     """Draws by `limit.draw`: from the reference and two proposals."""
-    sources = [limit.Source(*pair) for pair in zip(models, TEMPERATURES, strict=True)]
+    sources = list(zip(models, TEMPERATURES, strict=True))
     scores = {
         (x[1], Symbols().decode(y)): rewards[i, j] for i, x in enumerate(PROMPTS) for j, y in enumerate(RESPONSES)
     }
@@ -91,6 +94,18 @@ def test_draws_and_their_log_probabilities_are_of_the_same_temperature(models):
         drawn_often = torch.stack([row.bincount(minlength=Y) for row in own])
         expected = counts[k] * exact.exp()
         assert ((drawn_often - expected).abs() < 5 * (expected + 1).sqrt()).all()
+
+
+def test_a_proposal_equal_to_the_reference_has_its_log_probabilities_in_bf16(models):
+    """At one temperature, to the last bit: what the weights subtract comes from one path."""
+    responses = RESPONSES[:50]
+    with torch.autocast("cpu", torch.bfloat16):
+        one, other = (
+            limit.sequence_logps((model, 1.0), [PROMPTS[0]] * len(responses), responses)
+            for model in (models[0].float(), copy.deepcopy(models[0]).float())
+        )
+    models[0].double()
+    assert torch.equal(one, other) and len(one.unique()) > 25
 
 
 # ---- the estimator ----
@@ -209,7 +224,7 @@ def made_up(n=5, ess=500.0):
 
 def test_file_gives_back_what_was_written_where_samples_suffice(tmp_path):
     path = tmp_path / "limit.csv"
-    limit.write(path, made_up())
+    common.write_csv(path, made_up(), digits=6)
     with open(path, encoding="utf-8") as file:
         assert next(csv.reader(file))[:7] == "beta,kl,kl_se,reward,reward_se,gain_se,ess_min".split(",")
     assert [p.kl for p in limit.read(path)] == [0, 1, 2]  # 500 / 3 and 500 / 4 effective samples are too few
@@ -235,9 +250,25 @@ def test_a_file_that_is_no_limit(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(UserError, match="columns must be beta,kl"):
         limit.read(tmp_path / "other.csv")
-    limit.write(tmp_path / "few.csv", [made_up()[0]._replace(ess_min=10.0)])
+    common.write_csv(tmp_path / "few.csv", [made_up()[0]._replace(ess_min=10.0)], digits=6)
     with pytest.raises(UserError, match="no row for the reference"):
         limit.read(tmp_path / "few.csv")
+
+
+def test_height_error_is_that_of_the_difference_of_the_samples():
+    """Against reward - slope * KL sample by sample: with correlated errors far from both independent and the same."""
+    generator = torch.Generator().manual_seed(0)
+    kls = torch.rand(300, dtype=torch.float64, generator=generator)
+    rewards = 2 * kls + 0.1 * torch.rand(300, dtype=torch.float64, generator=generator)
+    for per_prompt in (1, 3):
+        found = limit.moments(rewards, kls, per_prompt)
+        for name, values in (("reward", rewards), ("kl", kls)):
+            mean, se = common.prompt_mean_se(values, per_prompt)
+            assert (found[name], found[f"{name}_se"]) == pytest.approx((mean, se), rel=1e-12)
+        errors = {name: found[name] for name in ("kl_se", "reward_se", "cov")}
+        _, expected = common.prompt_mean_se(rewards - 1.9 * kls, per_prompt)
+        assert limit.height_se(1.9, **errors) == pytest.approx(expected, rel=1e-9)
+        assert expected < 0.1 * math.hypot(found["reward_se"], 1.9 * found["kl_se"])
 
 
 # ---- the command ----
@@ -285,6 +316,19 @@ def test_command_draws_once_and_goes_on_where_it_was(run, tmp_path, capsys, monk
     assert len(drawn_now) == 4 and out.read_bytes() != first
 
 
+def test_command_draws_again_for_another_reward_in_the_same_file(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(limit, "load_reward", SentimentClassifier.load)
+    path, out = tmp_path / "reward.pt", tmp_path / "limit.csv"
+    argv = command(run, out, "--reward", path)
+    found = []
+    for weight in (1.0, 2.0, 2.0):
+        SentimentClassifier({"the": weight, "a": 0.5, "i": weight}, 0.0).save(path)
+        tiny.call(limit.main, *argv)
+        found.append((out.read_bytes(), "are not used" in capsys.readouterr().out))
+    assert found[0][0] != found[1][0] == found[2][0]
+    assert [said for _, said in found] == [False, True, True]
+
+
 def test_command_reward_of_the_reference_is_its_samples_mean(run, tmp_path):
     """Without proposals the weights are all equal: the first row is a plain mean, with as many effective samples."""
     argv = command(run, tmp_path / "limit.csv")
@@ -305,7 +349,7 @@ def test_command_temperature_is_that_of_the_proposals(run, tmp_path, monkeypatch
     monkeypatch.setattr(limit, "draw", lambda sources, *args: seen.append(sources) or real(sources, *args))
     tiny.call(limit.main, *command(run, tmp_path / "limit.csv", "--temperature", 1.5))
     tiny.call(limit.main, *command(run, tmp_path / "limit.csv", "--temperature", 2))  # nothing of the other's is used
-    assert [[source.temperature for source in sources] for sources in seen] == [[1.0, 1.5], [1.0, 2.0]]
+    assert [[temperature for _, temperature in sources] for sources in seen] == [[1.0, 1.5], [1.0, 2.0]]
 
 
 def test_command_refuses(run, tmp_path, capsys):

@@ -16,6 +16,7 @@ that are missing. All units share the SFT model and the pairs. The seed decides 
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from experiments import common
 from experiments.frontier import figure, limit
-from experiments.frontier.sweeps import METHODS, SWEEPS, Unit
+from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, number
 from experiments.frontier.unit import Setup, SweepSettings, is_done, unit_path
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
@@ -117,13 +118,19 @@ def sweep(settings):
 
 
 def write_csv(settings):
-    """Writes the points of all units on disk to --csv."""
-    rows = []
+    """Writes the points of all units on disk to --csv, and the covariances of their errors beside it."""
+    points = []
     for path in (Path(settings.out) / "units").glob("*.json"):
-        rows += [figure.Point(**row) for row in json.loads(path.read_text(encoding="utf-8"))["points"]]
-    rows.sort(key=lambda r: (METHODS.index(r.method), float(r.setting or 0), r.seed, r.step))
-    if rows:
-        common.write_csv(settings.csv_path, rows, digits=5)
+        points += json.loads(path.read_text(encoding="utf-8"))["points"]
+    place = lambda p: (METHODS.index(p["method"]), number(p["setting"]), str(p["setting"]), p["seed"], p["step"])  # noqa: E731
+    points.sort(key=place)
+    for path, row in (
+        (settings.csv_path, figure.Point),
+        (figure.covariance_path(settings.csv_path), figure.Covariance),
+    ):
+        if points:
+            rows = [row(*(point.get(name, math.nan) for name in row._fields)) for point in points]
+            common.write_csv(path, rows, digits=5)
 
 
 def main():
@@ -134,7 +141,7 @@ def main():
     curve = limit.read(settings.limit_path) if settings.limit_path.exists() else None
     picture = settings.csv_path.with_suffix(".png")
     figure.draw(points, curve, picture, settings.kl_end)
-    print(figure.summary(points, curve))
+    print(figure.summary(points, curve, figure.read_covariances(settings.csv_path)))
     print(f"{settings.csv_path}, {picture}")
     if not curve:
         print(

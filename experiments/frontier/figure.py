@@ -3,13 +3,14 @@
 import math
 import statistics
 from collections import defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments import common
 from experiments.frontier import limit
-from experiments.frontier.sweeps import METHODS
+from experiments.frontier.sweeps import METHODS, number
 from minidpo.settings import UserError, unknown
 
 
@@ -28,12 +29,34 @@ class Point(NamedTuple):
     seconds: float  # of training
 
 
+class Covariance(NamedTuple):
+    """A row of NAME_cov.csv: how the errors of kl and reward, means over the same samples, go together."""
+
+    method: str
+    setting: str
+    seed: int
+    step: int
+    cov: float
+
+
+def covariance_path(path):
+    return Path(path).with_name(Path(path).stem + "_cov.csv")
+
+
+def read_covariances(path):
+    """Reads the covariances of the sweep's CSV `path` -> {(method, setting, seed, step): cov}; {} if it has none."""
+    if not covariance_path(path).exists():
+        return {}
+    rows = common.read_csv(covariance_path(path), Covariance, "python -m experiments.frontier --help")
+    return {row[:-1]: row.cov for row in rows if not math.isnan(row.cov)}
+
+
 def read_csv(path):
     """Reads the sweep's CSV -> list of Points. UserError if it is missing, empty, or another kind of file."""
     points = common.read_csv(path, Point, "python -m experiments.frontier --help")
-    for number, point in enumerate(points, 2):
+    for line, point in enumerate(points, 2):
         if point.method not in METHODS:
-            raise UserError(f"{path}, line {number}: {unknown('method', point.method, list(METHODS))}")
+            raise UserError(f"{path}, line {line}: {unknown('method', point.method, list(METHODS))}")
     if not points:
         raise UserError(f"{path} holds no points yet.")
     return points
@@ -47,6 +70,7 @@ def last_points(points):
 
 LOOKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart, and a marker each
     "dpo": ("DPO", "#0072B2", "o"),
+    "dpo-adamw": ("DPO by AdamW", "#0072B2", "X"),
     "ppo-gt": ("PPO on the true reward", "#009E73", "s"),
     "ppo": ("PPO on the learned reward", "#D55E00", "D"),
     "best-of-n": ("Best-of-N (upper bound of its KL)", "#56B4E9", "^"),
@@ -54,6 +78,13 @@ LOOKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart, an
     "unlikelihood": ("Unlikelihood", "#CC79A7", "v"),
     "sft": ("SFT", "#000000", "*"),
 }
+
+
+def kind(point):
+    """The key of a point in LOOKS."""
+    return "dpo-adamw" if point.setting.endswith("-adamw") else point.method
+
+
 TICKS = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
@@ -78,7 +109,7 @@ def draw(points, curve, path, kl_end=20.0):
                 (set(points) - final, dict(s=8, alpha=0.35, linewidths=0)),
                 (final, dict(s=42, edgecolors="white", linewidths=0.6, label=label)),
             ):
-                shown = [p for p in points if p.method == method and p in chosen]
+                shown = [p for p in points if kind(p) == method and p in chosen]
                 if shown:
                     x, y = [max(0, p.kl) for p in shown], [getattr(p, column) for p in shown]
                     axis.scatter(x, y, color=colour, marker=marker, zorder=3 + order, **look)
@@ -103,7 +134,7 @@ def draw(points, curve, path, kl_end=20.0):
     axes[-1].set_xlabel("KL from the SFT model, nats per response (axis: its square root)")
     if beyond:
         line = "{} {}, seed {}: {:.0f} nats, reward {:.1f}".format
-        names = [line(LOOKS[p.method][0], p.setting, p.seed, p.kl, p.reward) for p in beyond]
+        names = [line(LOOKS[kind(p)][0], p.setting, p.seed, p.kl, p.reward) for p in beyond]
         text = "\n".join(["beyond the right edge:", *names])
         axes[0].text(0.01, 0.98, text, transform=axes[0].transAxes, va="top", fontsize=7)
     common.save_figure(path, figure)
@@ -116,11 +147,11 @@ def theory(points, curve):
     """
     if math.isnan(points[0].grammatical):
         return {}
-    betas = sorted({float(p.setting) for p in points if p.method == "dpo"})
+    betas = sorted({number(p.setting) for p in points if p.method == "dpo"})
     return {beta: at for beta in betas if not math.isnan((at := limit.at_beta(curve, beta))[0])}
 
 
-def summary(points, curve):
+def summary(points, curve, covariances=None):
     """Returns a table as text: means over the seeds of the last points, and which points lie above the limit.
 
     "of the limit": the gain in reward over the reference as a share of the limit's gain at the same KL, with the
@@ -130,7 +161,7 @@ def summary(points, curve):
     for point in last_points(points):
         groups[point.method, point.setting].append(point)
     lines = [
-        f"{'method':14}{'setting':>8}{'seeds':>6}{'KL':>9}{'reward':>8}{'of the limit':>17}{'grammatical':>13}{'s':>7}"
+        f"{'method':14}{'setting':>10}{'seeds':>6}{'KL':>9}{'reward':>8}{'of the limit':>17}{'grammatical':>13}{'s':>7}"
     ]
     for (method, setting), group in groups.items():
         kl, reward, grammatical, seconds = (
@@ -144,22 +175,26 @@ def summary(points, curve):
             share += f" +- {statistics.stdev(shares) / len(shares) ** 0.5:.1%}"
         accepted = "" if math.isnan(grammatical) else f"{grammatical:.1%}"
         lines.append(
-            f"{method:14}{setting:>8}{len(group):6}{kl:9.3g}{reward:8.2f}{share:>17}{accepted:>13}{seconds:7.0f}"
+            f"{method:14}{setting:>10}{len(group):6}{kl:9.3g}{reward:8.2f}{share:>17}{accepted:>13}{seconds:7.0f}"
         )
     if curve:
         for beta, (kl, reward) in theory(points, curve).items():
             lines.append(f"DPO's optimum at beta {beta:g} is at a KL of {kl:.2f} and a reward of {reward:.2f}")
-        above = [p for p in points if height(p, curve) > 2]
-        lines += [f"{height(p, curve):.1f} standard errors above the limit, look for the bug: {p}" for p in above]
+        heights = {p: height(p, curve, (covariances or {}).get(p[:4])) for p in points}
+        above = [p for p in points if heights[p] > 2]
+        lines += [f"{heights[p]:.1f} standard errors above the limit, look for the bug: {p}" for p in above]
         if not above:
             lines.append("no point is above the limit by more than two standard errors")
     return "\n".join(lines)
 
 
-def height(point, curve):
+def height(point, curve, cov=None):
     """Returns how far a point is above the limit at its KL, in standard errors; NaN where the limit is not drawn.
 
-    The errors of reward and KL count as independent. They go together along the curve, so the result is too small.
+    cov: of the errors of kl and reward. Without it, the largest that is possible: the error is then the smallest.
     """
     best, slope = limit.reward_at(curve, point.kl), limit.slope_at(curve, point.kl)
-    return (point.reward - best) / math.hypot(point.reward_se, slope * point.kl_se, curve[0].reward_se)
+    cov = point.kl_se * point.reward_se if cov is None else cov
+    error = math.hypot(limit.height_se(slope, point.kl_se, point.reward_se, cov), curve[0].reward_se)
+    above = point.reward - best
+    return above / error if error else above * math.inf

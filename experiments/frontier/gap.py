@@ -28,7 +28,6 @@ from experiments.evaluate import sequence_kl
 from experiments.frontier import limit
 from experiments.frontier.baselines import fit
 from minidpo import dataset
-from minidpo.optim import OPTIMIZERS
 from minidpo.run import count_steps
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
@@ -44,6 +43,7 @@ CAUSES = {
 DEFAULT = ("DPO", "no label noise", "AdamW")
 PAIRS = (1000, 3000, 10000, 30000)
 LONGEST = 96  # tokens of a sampled response
+SAMPLES = 4  # of each of the 500 held-out prompts
 TARGET = 0.03  # a gap of 3 %
 
 
@@ -57,9 +57,7 @@ class Settings:
     pairs: list = knob(None, f"pairs to train on; may be repeated (default: {', '.join(map(str, PAIRS))})")
     seeds: int = knob(3, "runs of each kind, each with pairs of its own", least=1)
     beta: float = knob(0.7, "of DPO", least=1e-3)
-    optimizer: str = knob("sgd", "of DPO", choices=OPTIMIZERS)
     lr: float = knob(0.006, "learning rate of DPO")
-    samples_per_prompt: int = knob(4, "completions of each of the 500 held-out prompts", least=1)
     figure_only: bool = knob(False, "train nothing")
 
 
@@ -115,26 +113,26 @@ def train_step(model, optimizer, rows, reference, preferred, indices, settings):
 def judge(policy, reference, tokenizer, prompts, points, seed):
     """Samples one completion of each prompt -> kl, reward, gap, gap_se and grammatical, by name.
 
-    gap_se is of the sampling. Near the limit its slope cancels the noise of the rewards against that of the KL.
+    gap_se is of the sampling.
     """
     samples = common.sample(policy, tokenizer, prompts, LONGEST, seed, batch_size=limit.ROWS)
-    rewards = torch.tensor([float(grammar.reward(text)) for text in samples.texts], dtype=torch.float64)
     kls, _ = sequence_kl(policy, reference, samples.prompt_ids, samples.ids)
-    kl, reward = kls.mean().item(), rewards.mean().item()
-    residual = (rewards - limit.slope_at(points, kl) * kls).std() / len(prompts) ** 0.5
+    found = limit.moments([grammar.reward(text) for text in samples.texts], kls)
+    kl, reward = found.pop("kl"), found.pop("reward")
+    error = limit.height_se(limit.slope_at(points, kl), **found)
     accepted = [grammar.grammatical(p + t) for p, t in zip(prompts, samples.texts, strict=True)]
     return {
         "kl": kl,
         "reward": reward,
         "gap": 1 - limit.share_of_gain(points, kl, reward),
-        "gap_se": residual.item() / (limit.reward_at(points, kl) - points[0].reward),
+        "gap_se": error / (limit.reward_at(points, kl) - points[0].reward),
         "grammatical": sum(accepted) / len(prompts),
     }
 
 
 def training(settings, **knobs):
     """Returns the Settings of one DPO training, in fp32 on the CPU."""
-    values = train_dpo.SETS["toy"] | dict(beta=settings.beta, optimizer=settings.optimizer, lr=settings.lr) | knobs
+    values = train_dpo.SETS["toy"] | dict(beta=settings.beta, optimizer="sgd", lr=settings.lr) | knobs
     return train_dpo.Settings(data="toy", init="", out="", device="cpu", dtype="float32", fast=True, **values)
 
 
@@ -156,7 +154,7 @@ def one_run(cause, pairs, seed, model, tokenizer, points, settings):
     fit(policy, rows, functools.partial(train_step, reference=reference, preferred=preferred), made)
     seconds = round(time.perf_counter() - began, 1)
     held_out = toy.rows("prompts_test", toy.ROWS["prompts_test"])
-    prompts = [record["prompt"] for record in held_out for _ in range(settings.samples_per_prompt)]
+    prompts = [record["prompt"] for record in held_out for _ in range(SAMPLES)]
     figures = judge(policy, model, tokenizer, prompts, points, seed)
     figures = {name: round(value, 5) for name, value in figures.items()}
     return Run(cause, pairs, seed, settings.beta, steps=count_steps(rows, made)[1], seconds=seconds, **figures)
@@ -214,6 +212,8 @@ def main():
     gap = lambda run: round(1 - limit.share_of_gain(points, run.kl, run.reward), 5)  # noqa: E731
     runs = [run._replace(gap=gap(run)) for run in read(settings.csv)]  # to the limit as it is now
     if not settings.figure_only:
+        if any(run.beta != settings.beta for run in runs):
+            raise UserError(f"{settings.csv} holds runs of another beta than {settings.beta}. Give another --csv.")
         (model,), tokenizer = common.load_models(settings.init)
         model.set_dropout(0.0)
         sizes = [int(n) for n in settings.pairs or PAIRS]

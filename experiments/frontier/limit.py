@@ -7,18 +7,17 @@ Over a set of prompts, no policy of the same mean KL earns more than (Eq. 4 of t
 
     pi_beta(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)
 
-because pi_beta maximises E[r] - beta KL. The curve over beta is the limit.
-
-It is estimated from samples of the reference and of trained policies, the proposals: docs/frontier.md says why. A
-response drawn by any of the K models counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of
-model k (the balance heuristic of Veach & Guibas 1995), and weighs
+because pi_beta maximises E[r] - beta KL. The curve over beta is the limit. It is estimated from samples of the
+reference and of trained policies, the proposals: docs/frontier.md says why. A response drawn by any of the K models
+counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of model k (the balance heuristic of Veach
+& Guibas 1995), and weighs
 
     u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
 
 with weights divided by their sum, prompt by prompt. The densities are known exactly, so bad proposals cost precision
-and nothing else. They sample at a temperature above 1 (pi_k has logits / temperature), because a weight is large where
-q is too small. Two numbers show whether the samples suffice: the effective sample size (sum w)^2 / sum w^2 of each
-prompt, at least LEAST_ESS wherever `read` gives a point; and how far the curve moves when the samples are doubled.
+and nothing else. Proposals sample at a temperature above 1, because a weight is large where q is too small. Two numbers
+show whether the samples suffice: the effective sample size (sum w)^2 / sum w^2 of each prompt, at least LEAST_ESS
+wherever `read` gives a point; and how far the curve moves when the samples are doubled.
 """
 
 import dataclasses
@@ -118,22 +117,12 @@ def doubling(rewards, logps, counts, betas=BETAS):
     kept = torch.cat([torch.arange(n - n % 2)[::2] + sum(counts[:k]) for k, n in enumerate(counts)])
     half = curve(rewards[:, kept], logps[:, :, kept], [n // 2 for n in counts], betas)
     whole = [p for p in curve(rewards, logps, counts, betas) if p.ess_min >= LEAST_ESS]
-    changes = []
-    for p in whole:
-        if 0.1 < p.kl < half[-1].kl:
-            before, after = reward_at(half, p.kl) - half[0].reward, p.reward - whole[0].reward
-            changes.append(abs(after / before - 1))
-    return max(changes, default=math.nan)
+    compared = [p for p in whole if 0.1 < p.kl < half[-1].kl]
+    move = half[0].reward - whole[0].reward
+    return max((abs(share_of_gain(half, p.kl, p.reward + move) - 1) for p in compared), default=math.nan)
 
 
-# ---- 2. The draws ----
-
-
-class Source(NamedTuple):
-    """A model to sample from, its logits divided by the temperature."""
-
-    model: torch.nn.Module
-    temperature: float
+# ---- 2. The draws. A source is a model to sample from and the temperature that divides its logits ----
 
 
 @torch.no_grad()
@@ -171,19 +160,33 @@ def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator)
     return torch.cat(rewards, dim=-1), torch.cat(logps, dim=-1)
 
 
+def content(reward):
+    """Fingerprint of the reward that a --reward names: of its file's bytes, or of the name "toy"."""
+    return checkpoint.fingerprint(Path(reward).read_bytes() if Path(reward).is_file() else reward)
+
+
 def all_draws(sources, prompts, tokenizer, reward, settings):
-    """`draw` for all prompts, a few at a time. Each part is kept in OUT.draws, so that a stopped run continues."""
-    counts = shares(settings.samples, len(sources))
-    knobs = settings.reward, settings.samples, settings.max_new_tokens, settings.seed
-    made_of = checkpoint.fingerprint(*itertools.chain(*sources), *knobs)
+    """`draw` for all prompts, a few at a time. Each part is kept in OUT.draws, so that a stopped run continues.
+
+    The name of a part is a fingerprint of what it was made from. Parts of other names are not used.
+    """
+    counts, folder = shares(settings.samples, len(sources)), Path(f"{settings.out}.draws")
+    knobs = content(settings.reward), settings.samples, settings.max_new_tokens, settings.seed
+    made_of = checkpoint.fingerprint(*itertools.chain(*sources), tokenizer.fingerprint, *knobs)
     at_once = max(1, ROWS // counts[-1])
+    firsts = range(0, len(prompts), at_once)
+    paths = {
+        first: folder / f"{checkpoint.fingerprint(made_of, first, prompts[first : first + at_once])}.pt"
+        for first in firsts
+    }
+    if others := set(folder.glob("*.pt")) - set(paths.values()):
+        print(f"{folder}: {len(others)} files were drawn from other models, rewards or settings, and are not used")
     parts = []
-    for first in tqdm(range(0, len(prompts), at_once), desc="draws", unit=f"x {at_once} prompts"):
-        some = prompts[first : first + at_once]
-        path = Path(f"{settings.out}.draws") / f"{checkpoint.fingerprint(made_of, first, some)}.pt"
+    for first, path in tqdm(paths.items(), desc="draws", unit=f"x {at_once} prompts"):
         if not path.exists():
             seed = settings.seed * 1_000_003 + first  # one per part, so that a continued run draws the same
-            generator = torch.Generator(sources[0].model.wte.weight.device).manual_seed(seed)
+            generator = torch.Generator(sources[0][0].wte.weight.device).manual_seed(seed)
+            some = prompts[first : first + at_once]
             rewards, logps = draw(sources, some, tokenizer, reward, counts, settings.max_new_tokens, generator)
             with atomic(path) as file:
                 torch.save({"rewards": rewards, "logps": logps}, file)
@@ -192,10 +195,6 @@ def all_draws(sources, prompts, tokenizer, reward, settings):
 
 
 # ---- 3. The file, and what can be read off it ----
-
-
-def write(path, points):
-    common.write_csv(path, points, digits=6)
 
 
 def read(path, least_ess=LEAST_ESS):
@@ -218,6 +217,26 @@ def slope_at(points, kl):
         if before.kl <= kl <= after.kl:
             return (after.reward - before.reward) / (after.kl - before.kl)
     return math.nan
+
+
+def moments(rewards, kls, per_prompt=1):
+    """Means of the rewards and KLs (N,) of the same samples, with standard errors and their covariance -> by name.
+
+    Each `per_prompt` neighbours share a prompt. Only the means of different prompts are independent.
+    """
+    pair = torch.stack([torch.as_tensor(values, dtype=torch.float64) for values in (rewards, kls)])
+    pair = pair.view(2, -1, per_prompt).mean(-1)
+    cov = pair.cov() / pair.shape[1]
+    (reward, kl), (reward_se, kl_se) = pair.mean(-1).tolist(), cov.diagonal().sqrt().tolist()
+    return {"kl": kl, "kl_se": kl_se, "reward": reward, "reward_se": reward_se, "cov": cov[0, 1].item()}
+
+
+def height_se(slope, kl_se, reward_se, cov):
+    """Standard error of reward - slope * KL, from those of both means and their covariance.
+
+    It is a policy's error across the limit. High rewards and high KLs go together, and so their errors nearly cancel.
+    """
+    return math.sqrt(max(0.0, reward_se**2 + (slope * kl_se) ** 2 - 2 * slope * cov))
 
 
 def at_beta(points, beta):
@@ -245,23 +264,15 @@ def main():
     if settings.samples < 4 * len(names):
         raise UserError(f"--samples {settings.samples}: {len(names)} models draw at least four each.")
     models, tokenizer = common.load_models(*names, device=pick_device(settings.device))
-    sources = [Source(model, settings.temperature if i else 1.0) for i, model in enumerate(models)]
+    sources = [(model, settings.temperature if i else 1.0) for i, model in enumerate(models)]
     prompts = common.read_prompts(settings.data, limit=settings.prompts)
 
     rewards, logps = all_draws(sources, prompts, tokenizer, reward, settings)
     counts = shares(settings.samples, len(sources))
-    points = curve(rewards, logps, counts)
-    write(settings.out, points)
+    common.write_csv(settings.out, curve(rewards, logps, counts), digits=6)
     drawn = read(settings.out)
     print(f"{settings.out}: {len(prompts)} prompts x {settings.samples} draws from {', '.join(names)}")
     print(f"the reference's mean reward is {drawn[0].reward:.3f} +- {drawn[0].reward_se:.3f}")
-    print("    kl  gain    +-     beta   effective samples per prompt: worst, median")
-    for target in (0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6):
-        p = min(points, key=lambda p: abs(p.kl - target))
-        print(
-            f"{p.kl:6.2f}{p.reward - points[0].reward:6.3f} {p.gain_se:.4f}{p.beta:7.3f}{p.ess_min:9.0f}"
-            f"{p.ess_median:9.0f}" + ("" if p.ess_min >= LEAST_ESS else "   not drawn")
-        )
     end, changed = drawn[-1], doubling(rewards, logps, counts)
     print(f"drawn up to {end.kl:.2f} nats (beta {end.beta:.3f}), where no prompt has fewer than {LEAST_ESS}")
     print(f"doubling the samples changed the gain at equal KL by {changed:.2%} at most")

@@ -20,7 +20,7 @@ METHODS = ("sft", "preferred-ft", "unlikelihood", "best-of-n", "ppo", "ppo-gt", 
 
 # method -> its class of Settings, their named sets, and the knob that the sweep varies
 TRAINED = {
-    "preferred-ft": (train_dpo.Settings, train_dpo.SETS, None),  # DPO's optimiser and steps: only the loss differs
+    "preferred-ft": (train_dpo.Settings, train_dpo.SETS, None),  # its loop is DPO's, only the loss differs
     "unlikelihood": (unlikelihood.Settings, train_dpo.SETS, "alpha"),
     "dpo": (train_dpo.Settings, train_dpo.SETS, "beta"),
     "ppo": (ppo.Settings, ppo.SETS, "kl_target"),
@@ -34,7 +34,7 @@ class Unit(NamedTuple):
     """One method, one setting, one seed."""
 
     method: str  # one of METHODS, or what others need: "reward-model", "reference-logps"
-    setting: float | str  # "" where the method has none
+    setting: float | str  # "" where the method has none; "1.0-adamw": DPO at beta 1 by AdamW in place of SGD
     seed: int
 
     @property
@@ -67,14 +67,24 @@ ADAMW = dict(optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True)
 IMDB_PPO = dict(steps=100, rollouts=256, epochs=2, lr=1e-4, value_lr=2e-4, warmup_steps=5, value_clip=1.0)
 
 
-def by_sgd(beta):
-    """DPO on the toy by SGD with momentum: AdamW's equal steps for all weights also learn the noise of the labels.
+BY_ADAMW = [f"{beta}-adamw" for beta in (0.5, 0.75, 1.0, 1.4)]
 
-    The gradient grows with beta, and the log-ratios it has to reach with 1/beta. So lr beta^2 decides how far a run
-    gets. Below beta 0.5 the first steps, which grow with lr beta, would be too long: there lr beta is fixed.
+
+def number(setting):
+    """The number in a setting: 1.0 of 1.0 and of "1.0-adamw", 0.0 of ""."""
+    return float(str(setting).partition("-")[0] or 0)
+
+
+def dpo_optimizer(setting):
+    """DPO on the toy: SGD with momentum, or AdamW with the settings of the other methods.
+
+    For SGD, the gradient grows with beta, and the log-ratios it has to reach with 1/beta. So lr beta^2 decides how far
+    a run gets. Below beta 0.5 the first steps, which grow with lr beta, would be too long: there lr beta is fixed.
     """
-    lr = 0.003 / beta**2 if beta > 0.5 else 0.006 / beta
-    return dict(optimizer="sgd", lr=lr, warmup_steps=20, decay=True, fast=True)
+    if str(setting).endswith("-adamw"):
+        return ADAMW
+    lr = 0.003 / setting**2 if setting > 0.5 else 0.006 / setting
+    return dict(ADAMW, optimizer="sgd", lr=lr)
 
 
 SWEEPS = {
@@ -83,13 +93,11 @@ SWEEPS = {
             **SETTINGS,
             "ppo": [0.5, 1.0, 2.0, 4.0],
             "ppo-gt": [0.5, 1.0, 2.0, 4.0],
-            "dpo": [0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0],
+            "dpo": [0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0, *BY_ADAMW],
         },
         training={
-            "dpo": by_sgd,
-            "preferred-ft": lambda _: ADAMW,
-            "unlikelihood": lambda alpha: dict(ADAMW, fast=True),
-            "reward-model": lambda _: ADAMW,
+            "dpo": dpo_optimizer,
+            **{method: lambda _: ADAMW for method in ("preferred-ft", "unlikelihood", "reward-model")},
         },
         records=lambda n: list(toy.rows("pairs_train", n)),  # the generator makes more than the file holds
         pairs=30_000,
@@ -104,10 +112,7 @@ SWEEPS = {
             "ppo-gt": [3.0, 6.0, 9.0, 12.0],
             "dpo": [0.05, 0.1, 0.3, 1.0, 5.0],
         },
-        training={
-            **{method: lambda target: IMDB_PPO for method in ("ppo", "ppo-gt")},
-            **{method: lambda setting: dict(fast=True) for method in ("dpo", "unlikelihood")},
-        },
+        training={method: lambda target: IMDB_PPO for method in ("ppo", "ppo-gt")},
         records=lambda n: dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None],
         pairs=0,
         max_new_tokens=64,
@@ -122,7 +127,9 @@ def training(unit, settings):
     own = {"imdb": "imdb-small"}.get(settings.data, settings.data)  # the set of the small model
     values = {**sets.get(own, {}), "seed": unit.seed}
     if knob:
-        values[knob] = unit.setting
+        values[knob] = number(unit.setting)
+    if issubclass(cls, train_dpo.Settings):
+        values["fast"] = True  # policy and reference alike: in bf16 the two paths differ
     if cls is ppo.Settings:
         # the price at which the optimum is `kl_target` nats away, for a reward of normal distribution
         values["kl_coef"] = sweep.reward_sd / math.sqrt(2 * unit.setting)

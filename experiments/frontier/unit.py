@@ -76,32 +76,45 @@ class Setup:
         self.device = pick_device(settings.device)
         (self.sft,), self.tokenizer = common.load_models(settings.sft, device=self.device)
         self.sft.set_dropout(0.0)
-        self.fingerprint = checkpoint.fingerprint(self.sft)
         self.reward = load_reward(settings.reward)
         self.prompts = common.read_prompts(settings.data, "prompts_test", settings.prompts)
 
     @functools.cached_property
+    def records(self):
+        return self.sweep.records(self.settings.pairs)
+
+    @functools.cached_property
     def pairs(self):
-        records = self.sweep.records(self.settings.pairs)
-        return dataset.encode_pairs(records, self.tokenizer, self.sft.config.block_size)[0]
+        return dataset.encode_pairs(self.records, self.tokenizer, self.sft.config.block_size)[0]
+
+    @functools.cached_property
+    def contents(self):
+        """Fingerprints of all that a unit's points are made from: a file of the same name may hold something else."""
+        prompts = self.prompts, common.read_prompts(self.settings.data, "prompts_train")
+        return {
+            "weights of --sft": checkpoint.fingerprint(self.sft),
+            "content of --reward": limit.content(self.settings.reward),
+            "content of the pairs": checkpoint.fingerprint(self.records),
+            "content of the prompts": checkpoint.fingerprint(prompts),
+        }
 
     def sample(self, model, prompts, seed, per_prompt=1, room=None):
         longest = self.settings.max_new_tokens
         return common.sample(model, self.tokenizer, prompts, longest, seed, per_prompt, room, batch_size=limit.ROWS)
 
-    def judge(self, samples, per_prompt):
-        """Mean true reward, and the share of grammatical samples -> columns by name."""
-        reward, se = common.prompt_mean_se(self.reward(samples.prompts, samples.texts), per_prompt)
+    def judge(self, samples, per_prompt, kls=None):
+        """Mean true reward and KL of samples, and the share that is grammatical -> columns by name."""
+        rewards = self.reward(samples.prompts, samples.texts)
         reviews = [prompt + text for prompt, text in zip(samples.prompts, samples.texts, strict=True)]
         accepted = statistics.mean(map(self.sweep.grammatical, reviews)) if self.sweep.grammatical else ""
-        return {"reward": reward, "reward_se": se, "grammatical": accepted}
+        kls = torch.zeros(len(rewards)) if kls is None else kls
+        return {**limit.moments(rewards, kls, per_prompt), "grammatical": accepted}
 
     def evaluate(self, policy, per_prompt, seed):
         """A policy's point -> columns by name. KL and reward are of the same samples, for `limit.share_of_gain`."""
         samples = self.sample(policy, self.prompts, seed, per_prompt)
-        plain, _ = sequence_kl(policy, self.sft, samples.prompt_ids, samples.ids)
-        kl, se = common.prompt_mean_se(plain, per_prompt)
-        return {"kl": kl, "kl_se": se, **self.judge(samples, per_prompt)}
+        kls, _ = sequence_kl(policy, self.sft, samples.prompt_ids, samples.ids)
+        return self.judge(samples, per_prompt, kls)
 
 
 class Watch:
@@ -127,8 +140,7 @@ class Watch:
 
 def sft(setup, unit):
     """The SFT model itself, 0 nats from itself."""
-    figures = setup.evaluate(setup.sft, setup.settings.samples, unit.seed)
-    return [{"step": 0, **figures, "kl": 0.0, "kl_se": 0.0, "seconds": 0.0}]
+    return [{"step": 0, **setup.evaluate(setup.sft, setup.settings.samples, unit.seed), "seconds": 0.0}]
 
 
 def pairwise(setup, unit):
@@ -140,6 +152,7 @@ def pairwise(setup, unit):
     else:
         loss = unlikelihood_loss if unit.method == "unlikelihood" else train_dpo.dpo_loss
         reference = checkpoint.read(setup.out / "reference_logps.pt", keys=("logps",))["logps"]
+        train_dpo.check_start(policy, rows, reference, list(range(min(len(rows), made.batch_size))), made, loss)
         step = functools.partial(train_dpo.train_step, reference=reference, loss=loss)
     watch = Watch(setup, policy, count_steps(rows, made)[-1], unit.seed)
     fit(policy, rows, step, made, watch)
@@ -156,8 +169,8 @@ def best_of(setup, unit):
     scores = model.to(setup.device).score(samples.prompt_ids, samples.ids, limit.ROWS).view(-1, k)
     seconds, points = time.perf_counter() - began, []
     for n in sizes:
-        point = {"setting": n, "step": 0, "kl": best_of_n.kl_bound(n), "kl_se": 0.0, "seconds": seconds * n / k}
-        points.append(point | setup.judge(best_of_n.best_samples(samples, scores, n), k // n))
+        best = setup.judge(best_of_n.best_samples(samples, scores, n), k // n)
+        points.append({**best, "setting": n, "step": 0, "kl": best_of_n.kl_bound(n), "seconds": seconds * n / k})
     return points
 
 
@@ -221,7 +234,7 @@ def made_of(setup, unit):
     knobs = dataclasses.asdict(training(unit, setup.settings)) if unit.method in TRAINED else {}
     elsewhere = {field.name for field in dataclasses.fields(Settings)} | {"init", "dtype"}
     return {
-        "weights of --sft": setup.fingerprint,
+        **setup.contents,
         **{f"--{name.replace('_', '-')}": getattr(setup.settings, name) for name in names},
         **{name: value for name, value in knobs.items() if name not in elsewhere},
     }
@@ -233,6 +246,9 @@ def is_done(setup, unit):
     if not path.exists():
         return False
     before, now = json.loads(path.read_text(encoding="utf-8"))["made_of"], made_of(setup, unit)
+    if not setup.contents.keys() <= before.keys():
+        print(f"{path} does not say which reward, pairs and prompts it was made from: it is made again")
+        return False
     # a knob that only one of the two has was added to the code or removed since: it is not compared
     changed = [name for name in now if name in before and before[name] != now[name]]
     if changed:
@@ -252,7 +268,8 @@ def run(setup, unit):
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
     torch.set_num_threads(1)  # two processes of one thread get more done than one of two: the matrices are small
-    setting = float(settings.setting) if settings.setting else ""
+    plain = settings.setting and "-" not in settings.setting
+    setting = float(settings.setting) if plain else settings.setting
     run(Setup(settings), Unit(settings.method, setting, settings.seed))
 
 
