@@ -70,16 +70,18 @@ def draw_curves(folder):
     rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(12.6, 3 * rows), layout="constrained")
     for i, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, 3, i + 1, title=panel[0], xlabel="optimiser steps")
+        title = panel[0] if len(panel) == 1 else panel[0].split("/")[0]
+        axes = figure.add_subplot(rows, 3, i + 1, title=title, xlabel="optimiser steps")
         for name, colour in zip(panel, ("C0", "C1", "C2"), strict=False):
             steps, values = zip(*((m["step"], m[name]) for m in metrics if name in m), strict=True)
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, running_mean(values, reach=len(values) // 60), color=colour, label=name)
+            axes.plot(steps, running_mean(values, reach=len(values) // 60), color=colour, label=name.split("/")[-1])
             held_out = [(m["step"], m[f"eval/{name}"]) for m in metrics if f"eval/{name}" in m]
             if held_out:
-                axes.plot(*zip(*held_out, strict=True), "o", color=colour, markeredgecolor="black", label="held out")
+                label = "held out" if colour == "C0" else None
+                axes.plot(*zip(*held_out, strict=True), "o", color=colour, markeredgecolor="black", label=label)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, frameon=False)
     with atomic(folder / "curves.png") as file:
         figure.savefig(file, dpi=130, format="png")
     return True
