@@ -411,10 +411,7 @@ def test_trap18_a_resumed_run_ends_in_the_same_weights(sft, tmp_path):
     assert all(torch.equal(weight, other["value"][name]) for name, weight in state["value"].items())
 
 
-def test_a_context_without_room_for_a_response_and_a_reward_that_is_not_finite_are_refused(sft, tmp_path, capsys):
-    assert "--max-new-tokens leaves no room" in tiny.fails(
-        capsys, ppo.main, "--data", sft / "sft.jsonl", "--init", sft / "sft", "--out", tmp_path / "a", "--device", "cpu"
-    )
+def test_a_reward_that_is_not_finite_is_refused():
     with pytest.raises(UserError, match="not a finite number"):
         nan = lambda prompts, responses, prompt_ids, response_ids: [math.nan] * len(prompts)  # noqa: E731
         ppo.train(gpt(), gpt(), nan, ["0"], Symbols(), settings(steps=1))
