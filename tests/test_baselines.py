@@ -291,6 +291,28 @@ def test_the_longest_row_that_training_keeps_fits():
         model.score([[EOT, 0, 1]], [[0, 1, 2, 0, EOT]])
 
 
+def test_scores_have_the_mean_0_whatever_the_precision_of_the_training():
+    """`mean` and the rewards that it is subtracted from come from one precision."""
+    model = rewarder(dtype=torch.float32, n_embd=64)
+    reward_model.centre(model, ROWS, settings(reward_model.Settings, dtype="bfloat16", batch_size=2))
+    prompts, chosen, rejected = map(list, zip(*ROWS, strict=True))
+    assert abs(model.score(prompts * 2, chosen + rejected).mean()) < 1e-6
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_trap8_in_bf16_the_policy_starts_at_the_reference(fast):
+    """Unlikelihood's rewards, which are differences of log-probs, in other batches than the reference's."""
+    knobs = knobs_of("unlikelihood", dtype="bfloat16", fast=fast, batch_size=5, micro_batch_size=2)
+    policy = gpt(dtype=torch.float32, n_embd=64)
+    reference = train_dpo.reference_logps(policy, ROWS, knobs)
+    indices = [3, 0, 1, 4, 2]
+    train_dpo.check_start(policy, ROWS, reference, indices, knobs, unlikelihood_loss)
+    optimizer = make_optimizer(policy, "sgd", 0.0)
+    metrics = train_dpo.train_step(policy, optimizer, ROWS, reference, indices, knobs, unlikelihood_loss)
+    for side in ("chosen", "rejected"):
+        assert abs(metrics[f"rewards/{side}"]) <= 1e-3 * abs(metrics[f"logps/{side}"])
+
+
 def test_it_recovers_a_linear_reward_from_noisy_choices():
     """r(y) = 1.5 (0s) - 1 (1s) + 0.5 if it ended; 6,000 pairs labelled by Bradley-Terry."""
     count = torch.tensor([[y.count(0), y.count(1), y.count(2), y[-1] == EOT] for y in RESPONSES], dtype=torch.float64)

@@ -346,6 +346,15 @@ def test_trap15_policy_equal_to_reference_is_0(enumerated):
         assert values.abs().max() < 1e-12
 
 
+def test_trap8_in_bf16_the_policy_equal_to_the_reference_is_at_0(enumerated):
+    """Both sides of the difference come from one path and one precision, whatever the precision is."""
+    samples = [y for y, _, _ in enumerated[2][0]]
+    policy, reference = tiny_gpt(0).float(), tiny_gpt(0).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate.sequence_kl(policy, reference, [PROMPTS[0]] * len(samples), samples, batch_size=7)
+    assert all(values.abs().max() == 0 for values in found)
+
+
 def test_trap15_sum_over_tokens_whatever_the_company(enumerated):
     """A sample's KL is the same alone and in a batch with longer rows, and in train mode as in eval."""
     policy, reference, rows = enumerated

@@ -224,6 +224,17 @@ def test_rollout_logps_are_those_of_the_sampled_ids_one_response_at_a_time():
         torch.testing.assert_close(rollout.entropies[n, here], -(p * p.log()).sum(-1), rtol=0, atol=1e-12)
 
 
+def test_trap8_in_bf16_the_policy_starts_at_the_reference():
+    """One path and one precision for both sides of each difference: exactly 0 against the reference."""
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = gpt(n_embd=64)
+        rollout, _ = sampled(policy, gpt(n_embd=64))
+        again = token_logps(policy(rollout.rows.ids), rollout.rows.targets)
+    mask = rollout.rows.mask
+    assert rollout.logps.dtype == torch.float32 and torch.equal(rollout.logps[mask], rollout.reference_logps[mask])
+    assert ((again - rollout.logps)[mask].abs() <= 1e-3 * again[mask].abs()).all()
+
+
 def test_before_the_first_update_every_ratio_is_1_and_nothing_is_clipped():
     policy = gpt()
     rollout, value = sampled(policy)

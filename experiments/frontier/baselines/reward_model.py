@@ -189,8 +189,10 @@ def evaluate(model, pairs, settings):
 
 def centre(model, pairs, settings):
     """Sets `mean` so that the scores of all responses in `pairs` have the mean 0."""
-    means = evaluate(model, pairs, settings)
-    model.mean.fill_((means["eval/rewards/chosen"] + means["eval/rewards/rejected"]) / 2)
+    prompts, chosen, rejected = map(list, zip(*pairs, strict=True))
+    model.mean.zero_()
+    size = settings.micro_batch_size or settings.batch_size
+    model.mean.copy_(model.score(prompts * 2, chosen + rejected, size).mean())
 
 
 def train(model, pairs, settings, on_step=None):
