@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	sed 's/^torch==.*/$(TORCH)/' constraints.txt > .venv/constraints.txt
-	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable ".[plot,hf,bench,dev]"
+	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable ".[plot,hf,bench,judge,dev]"
 	touch $@
 
 demo: .venv/.installed

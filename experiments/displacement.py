@@ -3,13 +3,10 @@
     python -m experiments.displacement --out runs/displacement
 
 Four words and the end-of-text token make 1,365 responses of up to five tokens, so every probability is an exact sum.
-Three questions, one function each (docs/displacement.md discusses the answers):
-
-    displaced   DPO as in train_dpo.py, from four starts: what happens to log pi(chosen) while the margin grows?
-    at_optimum  the best policy of Eq. 4, computed exactly: are its chosen rewards above 0?
-    by_length   log-probabilities summed over the response, and (a mistake) averaged: which lengths gain?
+Three questions, one function each: `displaced`, `at_optimum`, `by_length`. docs/displacement.md discusses the answers.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -31,17 +28,16 @@ from train_dpo import dpo_loss, response_logps, token_logps
 
 @dataclasses.dataclass
 class Settings:
-    out: str = knob(dataclasses.MISSING, "folder for displacement.json and the pictures")
+    out: str = knob(dataclasses.MISSING, "folder for displacement.json and the picture")
     seeds: int = knob(3, "repeat everything with this many seeds (weights, pairs, rewards)", least=1)
-    pairs: int = knob(24, "pairs to train on, all of them at every step", least=1)
-    sft_steps: int = knob(200, "steps of SFT, where there is SFT", least=1)
     steps: int = knob(300, "steps of DPO", least=1)
-    lr: float = knob(1e-3, "learning rate of DPO (a tenth of it where lengths are compared); SFT has 3e-3")
-    beta: float = knob(0.1, "beta of DPO in the first question")
+    lr: float = knob(1e-3, "learning rate of DPO; a tenth of it where lengths are compared")
     margin: float = knob(1.0, "compare the runs at the first step with this margin")
-    length_beta: float = knob(1.0, "beta of DPO and of the optima where lengths are compared", least=1e-3)
     overwrite: bool = knob(False, "replace an earlier result in --out")
 
+
+PAIRS, SFT_STEPS, SFT_LR = 24, 200, 3e-3
+BETA, LENGTH_BETA = 0.1, 1.0  # of the first question, and where lengths are compared
 
 # ---- 1. The language: every response and its probability ----
 
@@ -55,12 +51,12 @@ FIRST = torch.tensor([y[0] for y in RESPONSES])  # the first token of each respo
 EVERY = dataset.sft_batch([([EOT], list(y)) for y in RESPONSES])  # the prompt is empty: only the eot before it
 
 
-@torch.no_grad()
-def every_logp(model):
-    """log pi(y) of every response -> (1365,), in nats. Their exponentials sum to 1."""
-    if isinstance(model, Free):
-        return model.logits.log_softmax(-1)
-    return token_logps(model(EVERY.ids), EVERY.targets).masked_fill(~EVERY.mask, 0.0).sum(-1)
+class Free(nn.Module):
+    """The control, no language model: one logit for each whole response, so that no two share a word or a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(len(RESPONSES), dtype=torch.float64))
 
 
 def tiny_gpt(seed):
@@ -69,12 +65,20 @@ def tiny_gpt(seed):
     return GPT(config, torch.Generator().manual_seed(seed)).double()
 
 
-class Free(nn.Module):
-    """The control, no language model: one logit for each whole response, so that no two share a word or a weight."""
+@torch.no_grad()
+def every_logp(model):
+    """log pi(y) of every response -> (1365,), in nats. Their exponentials sum to 1."""
+    if isinstance(model, Free):
+        return model.logits.log_softmax(-1)
+    return token_logps(model(EVERY.ids), EVERY.targets).masked_fill(~EVERY.mask, 0.0).sum(-1)
 
-    def __init__(self):
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(len(RESPONSES), dtype=torch.float64))
+
+def pair_logps(model, pairs):
+    """log pi of both responses of each pair -> (chosen (B,), rejected (B,)), by `train_dpo.response_logps`."""
+    if isinstance(model, Free):
+        logps = model.logits.log_softmax(-1)
+        return tuple(logps[[INDEX[response] for response in side]] for side in zip(*pairs, strict=True))
+    return response_logps(model, dataset.preference_batch([([EOT], *map(list, pair)) for pair in pairs]))
 
 
 def twin_pairs(n, seed):
@@ -109,25 +113,16 @@ def length_pairs(seed):
 # ---- 2. The two stages ----
 
 
-def sft(model, responses, steps):
+def sft(model, responses):
     """Trains the model on the responses, all of them at every step, and returns it."""
     batch = dataset.sft_batch([([EOT], list(y)) for y in responses])
-    optimizer = make_optimizer(model, "adamw", 3e-3)
-    for _ in range(steps):
+    optimizer = make_optimizer(model, "adamw", SFT_LR)
+    for _ in range(SFT_STEPS):
         loss = -token_logps(model(batch.ids), batch.targets)[batch.mask].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model
-
-
-def pair_logps(model, pairs):
-    """log pi of both responses of each pair -> (chosen (B,), rejected (B,)), by `train_dpo.response_logps`."""
-    if isinstance(model, Free):
-        logps = model.logits.log_softmax(-1)
-        return tuple(logps[[INDEX[pair[side]] for pair in pairs]] for side in (0, 1))
-    batch = dataset.preference_batch([([EOT], list(chosen), list(rejected)) for chosen, rejected in pairs])
-    return response_logps(model, batch)
 
 
 def dpo(model, pairs, beta, lr, steps, mean=False, until=math.inf):
@@ -137,8 +132,9 @@ def dpo(model, pairs, beta, lr, steps, mean=False, until=math.inf):
     side together; "fallen" is the share of the pairs whose chosen reward is below 0; the rest are means over the pairs.
     With `mean`, the loss (but not the reported logps) divides log-probabilities by the length: THE MISTAKE to look at.
     """
-    different = [list({pair[side]: i for i, pair in enumerate(pairs)}.values()) for side in (0, 1)]  # one place of each
-    lengths = [torch.tensor([len(pair[side]) if mean else 1 for pair in pairs]) for side in (0, 1)]
+    sides = list(zip(*pairs, strict=True))
+    different = [list({y: i for i, y in enumerate(side)}.values()) for side in sides]  # one place of each response
+    lengths = [torch.tensor([len(y) if mean else 1 for y in side]) for side in sides]
     optimizer = make_optimizer(model, "adamw", lr)
     curve, reference = [], None
     for step in range(steps + 1):
@@ -170,13 +166,13 @@ def displaced(start, seed, settings):
 
     "compared" is the first point of the curve with the margin asked for, or the last.
     """
-    pairs = twin_pairs(1 if "one pair" in start else settings.pairs, seed)
+    pairs = twin_pairs(1 if "one pair" in start else PAIRS, seed)
     model = Free() if start == "free control" else tiny_gpt(seed)
     if "SFT" in start:
-        sft(model, [chosen for chosen, _ in pairs], settings.sft_steps)
+        sft(model, [chosen for chosen, _ in pairs])
     before = every_logp(model).exp()
     # Adam moves a weight by about lr per step. In the GPT, many weights make up a logit; in the control it is one.
-    curve = dpo(model, pairs, settings.beta, settings.lr * (25 if start == "free control" else 1), settings.steps)
+    curve = dpo(model, pairs, BETA, settings.lr * (25 if start == "free control" else 1), settings.steps)
     after = every_logp(model).exp()
     column = {chosen: "chosen" for chosen, _ in pairs} | {rejected: "rejected" for _, rejected in pairs}
     gained = []
@@ -192,14 +188,13 @@ def optimum(reference, reward, beta):
     return (reference + reward / beta).log_softmax(-1)
 
 
-def at_optimum(seed, settings):
+def at_optimum(seed, _):
     """What a perfect DPO run would log, summed over every pair of responses -> list of dicts, one per beta.
 
     The reference is an SFT model. Both responses of a pair come from it, each response has a reward drawn from N(0, 1),
     the choices follow Bradley-Terry (Eq. 1), and the policy is pi* itself.
     """
-    model = sft(tiny_gpt(seed), [chosen for chosen, _ in twin_pairs(settings.pairs, seed)], settings.sft_steps)
-    reference = every_logp(model)
+    reference = every_logp(sft(tiny_gpt(seed), [chosen for chosen, _ in twin_pairs(PAIRS, seed)]))
     reward = torch.randn(len(RESPONSES), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     p = reference.exp()
     wins = 2 * p * (torch.sigmoid(reward[:, None] - reward) @ p)  # (Y,): how often y is the chosen one
@@ -230,7 +225,7 @@ def mean_optimum(reference, reward, lengths, beta):
     return logps
 
 
-POLICIES = ("reference", "sum", "mean", "mean, beta x 3.5")  # 3.5 tokens: the mean length in `length_pairs`
+MEANS = {"mean": LENGTH_BETA, "mean, beta x 3.5": 3.5 * LENGTH_BETA}  # 3.5 tokens: the mean length in `length_pairs`
 
 
 def by_length(seed, settings):
@@ -240,36 +235,36 @@ def by_length(seed, settings):
              fresh model without the empty response: in it the first word says nothing about the length.
     trained  DPO on `length_pairs`, from a model after SFT on both columns, so that it can write every length.
     """
-    beta, rows = settings.length_beta, []
+    rows = []
 
-    def add(kind, policy, logps, reference, which=slice(None), **more):
-        p, lengths = logps.exp(), LENGTHS[which]
-        row = {"kind": kind, "policy": policy, "length": (p * lengths).sum().item()}
-        row |= {"good": p[FIRST[which] == 1].sum().item(), "kl": (p * (logps - reference)).sum().item()}
-        rows.append({**row, "shares": [p[lengths == n].sum().item() for n in range(1, LONGEST + 1)], **more})
+    def add(kind, policy, logps, reference, responses, log_ratios=()):
+        p, lengths = logps.exp(), LENGTHS[responses]
+        rows.append({
+            "kind": kind, "policy": policy, "length": (p * lengths).sum().item(),
+            "good": p[FIRST[responses] == 1].sum().item(), "kl": (p * (logps - reference)).sum().item(),
+            "shares": [p[lengths == n].sum().item() for n in range(1, LONGEST + 1)], "log-ratios": log_ratios,
+        })  # fmt: skip
 
     words = FIRST != EOT
     reference, lengths = every_logp(tiny_gpt(seed))[words].log_softmax(-1), LENGTHS[words]
     reward = (FIRST[words] == 1).double() - (FIRST[words] == 2).double()
-    means = [mean_optimum(reference, reward, lengths, b) for b in (beta, 3.5 * beta)]
-    for policy, logps in zip(POLICIES, (reference, optimum(reference, reward, beta), *means), strict=True):
-        add("exact", policy, logps, reference, words)
+    add("exact", "reference", reference, reference, words)
+    add("exact", "sum", optimum(reference, reward, LENGTH_BETA), reference, words)
+    for policy, beta in MEANS.items():
+        add("exact", policy, mean_optimum(reference, reward, lengths, beta), reference, words)
 
-    pairs = length_pairs(seed)
-    sizes = torch.tensor([len(chosen) for chosen, _ in pairs])
-
-    def start():
-        return sft(tiny_gpt(seed), [response for pair in pairs for response in pair], settings.sft_steps)
-
-    reference = every_logp(start())
-    add("trained", "reference", reference, reference)
-    for policy, its_beta, mean in zip(POLICIES[1:], (beta, beta, 3.5 * beta), (False, True, True), strict=True):
-        model = start()
-        curve = dpo(model, pairs, its_beta, settings.lr / 10, settings.steps, mean, until=settings.margin)
+    pairs, every = length_pairs(seed), slice(None)
+    chosen = [INDEX[y] for y, _ in pairs]
+    start = sft(tiny_gpt(seed), [response for pair in pairs for response in pair])
+    reference = every_logp(start)
+    add("trained", "reference", reference, reference, every)
+    for policy, beta in {"sum": LENGTH_BETA, **MEANS}.items():
+        model = copy.deepcopy(start)
+        dpo(model, pairs, beta, settings.lr / 10, settings.steps, policy in MEANS, until=settings.margin)
         logps = every_logp(model)
-        ratios = (logps - reference)[[INDEX[chosen] for chosen, _ in pairs]]
-        more = {"log-ratios of the chosen": [ratios[sizes == n].mean().item() for n in range(2, LONGEST + 1)]}
-        add("trained", policy, logps, reference, **more, margin=curve[-1]["margin"], step=curve[-1]["step"])
+        ratios = (logps - reference)[chosen]
+        per_length = [ratios[LENGTHS[chosen] == n].mean().item() for n in range(2, LONGEST + 1)]
+        add("trained", policy, logps, reference, every, per_length)
     return rows
 
 
@@ -284,54 +279,45 @@ def spread(values, digits=2):
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def same(result, kind, policy):
-    """The rows of `by_length` for one policy, one per seed."""
-    return [row for rows in result["by_length"] for row in rows if (row["kind"], row["policy"]) == (kind, policy)]
+def table(title, head, rows):
+    lines = (head, ["---", *["---:"] * (len(head) - 1)], *rows)
+    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines), "", ""])
 
 
 def tables(result):
     """The result as Markdown: mean (lowest to highest) over the seeds."""
-    text = []
-
-    def add(title, head, rows):
-        lines = (head, ["---", *["---:"] * (len(head) - 1)], *rows)
-        text.append("\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines), ""]))
-
     keys = ("margin", "logps/chosen", "logps/rejected", "mass/chosen", "mass/rejected", "mass/neither", "fallen")
-    rows = []
+    fall, gains = [], []
     for start in STARTS:
         runs = [run for run in result["displaced"] if run["start"] == start]
         for when, points in (("before", [r["curve"][0] for r in runs]), ("after", [r["compared"] for r in runs])):
-            rows.append([f"{start}, {when}", *(spread([point[key] for point in points]) for key in keys)])
-    head = ["", "margin", "log pi(chosen)", "log pi(rejected)", *GROUPS, "share of chosen that fell"]
-    add("**The chosen fall.** log pi in nats per response, averaged over the pairs; then probabilities.", head, rows)
-
-    rows = []
-    for run in result["displaced"]:
-        gained = [f"`{g['response']}` ({g['column']}) {g['before']:.3f} to {g['after']:.3f}" for g in run["gained"]]
-        rows.append([f"{run['start']}, seed {run['seed']}", *gained])
-    title = "**The two responses that gained most**, probability before and at the last step."
-    add(title, ["", "first", "second"], rows)
-
+            fall.append([f"{start}, {when}", *(spread([point[key] for point in points]) for key in keys)])
+        for run in runs:
+            cells = [f"`{g['response']}` ({g['column']}) {g['before']:.3f} to {g['after']:.3f}" for g in run["gained"]]
+            gains.append([f"{start}, seed {run['seed']}", *cells])
     keys = list(result["at_optimum"][0][0])
     per_beta = zip(*result["at_optimum"], strict=True)
-    rows = [[spread([row[key] for row in seeds], 2 if key != "beta" else 1) for key in keys] for seeds in per_beta]
-    add("**At the optimum of Eq. 4**, nothing trained.", keys, rows)
-
-    rows = []
-    for kind, policy in itertools.product(("exact", "trained"), POLICIES):
-        seeds = same(result, kind, policy)
-        ratios = zip(*(row.get("log-ratios of the chosen", ()) for row in seeds), strict=True)
+    best = [[spread([row[key] for row in seeds], 2 if key != "beta" else 1) for key in keys] for seeds in per_beta]
+    lengths = []
+    for seeds in zip(*result["by_length"], strict=True):
+        shares, ratios = (zip(*(row[key] for row in seeds), strict=True) for key in ("shares", "log-ratios"))
         cells = [spread([row[key] for row in seeds]) for key in ("length", "good", "kl")]
-        rows.append([f"{kind}: {policy}", *cells, ", ".join(f"{sum(values) / len(values):.2f}" for values in ratios)])
-    head = ["", "expected length", '"good" first', "KL(pi, ref)", "log-ratio"]
-    add("**Lengths.** log-ratio: log pi/pi_ref of the chosen of 2, 3, 4 and 5 tokens.", head, rows)
-    return "\n".join(text)
+        cells += [", ".join(f"{sum(values) / len(values):.2f}" for values in lists) for lists in (shares, ratios)]
+        lengths.append([f"{seeds[0]['kind']}: {seeds[0]['policy']}", *cells])
+
+    columns = ["", "margin", "log pi(chosen)", "log pi(rejected)", *GROUPS, "share of chosen that fell"]
+    title = "**The chosen fall.** log pi in nats per response, averaged over the pairs; then probabilities."
+    text = table(title, columns, fall)
+    title = "**The two responses that gained most**, probability before and at the last step."
+    text += table(title, ["", "first", "second"], gains)
+    text += table("**At the optimum of Eq. 4**, nothing trained.", keys, best)
+    columns = ["", "expected length", '"good" first', "KL(pi, ref)", "lengths 1 to 5", "log-ratio, lengths 2 to 5"]
+    return text + table("**Lengths.** Then probabilities, and log pi/pi_ref of the chosen.", columns, lengths)
 
 
-def draw(folder, result):
-    """displacement.png (the first question) and displacement_more.png (the other two)."""
-    figure = common.figure(folder / "displacement.png", (12, 7))
+def draw(path, result):
+    """One column per start: the margins, the log-probabilities, and where the probability is."""
+    figure = common.figure(path, (12, 7))
     if figure is None:
         return
     axes = figure.subplots(3, len(STARTS), sharex=True, sharey="row")
@@ -353,30 +339,7 @@ def draw(folder, result):
     axes[2, 0].legend(loc="upper right", fontsize=9)
     for cell in figure.axes:
         cell.grid(alpha=0.25)
-    common.save_figure(folder / "displacement.png", figure, dpi=90)
-
-    figure = common.figure(folder / "displacement_more.png", (10.5, 3.4))
-    left, middle, right = figure.subplots(1, 3)
-    for i, rows in enumerate(result["at_optimum"]):
-        for name in ("chosen", "rejected"):
-            x, y = [row["beta"] for row in rows], [row[f"rewards/{name}"] for row in rows]
-            left.plot(x, y, "o-", color=GROUPS[name], label=None if i else name, ms=3)
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set(xscale="log", xlabel="beta", ylabel="implicit reward", title="at the optimum of Eq. 4")
-    for policy, colour in zip(POLICIES, ("black", "C0", "C1", "C2"), strict=True):
-        for i, row in enumerate(same(result, "exact", policy)):
-            label = None if i else policy
-            middle.plot(range(1, LONGEST + 1), row["shares"], "o-", color=colour, label=label, ms=3, linewidth=1)
-        for row in same(result, "trained", policy):
-            y = row.get("log-ratios of the chosen", [0] * (LONGEST - 1))
-            right.plot(range(2, LONGEST + 1), y, "o-", color=colour, ms=3, linewidth=1)
-    middle.set(xlabel="length, tokens", ylabel="probability", title="exact optima: all responses")
-    right.set(xlabel="length, tokens", ylabel="log pi / pi_ref, nats", title="trained: the chosen responses")
-    left.legend(frameon=False, fontsize=8)
-    middle.legend(frameon=False, fontsize=8)  # the right one has the same colours
-    for cell in figure.axes:
-        cell.grid(alpha=0.25)
-    common.save_figure(folder / "displacement_more.png", figure, dpi=90)
+    common.save_figure(path, figure, dpi=90)
 
 
 def main():
@@ -391,7 +354,7 @@ def main():
         result[question.__name__].append(question(*arguments, settings))
     atomic_write(path, json.dumps(result) + "\n")
     print(tables(result))
-    draw(out, result)
+    draw(out / "displacement.png", result)
     print(f"everything measured: {path}")
 
 

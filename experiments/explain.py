@@ -1,6 +1,6 @@
 """One DPO step on one pair of responses: every token and every number, before the step and after it.
 
-    python -m experiments.explain --policy runs/toy/dpo --reference runs/toy/sft --row 3 --png step.png
+    python -m experiments.explain --policy runs/toy/dpo --reference runs/toy/sft --row 3
 
 Prints three tables: the prompt, the chosen response and the rejected response. Each token has a line:
 
@@ -10,22 +10,20 @@ Prints three tables: the prompt, the chosen response and the rejected response. 
     diff       log pi - log ref: what this token adds to the log-ratio of the response
     change     log pi after the step - log pi before it
 
-Below the tables, each formula of the loss stands with its numbers filled in, before the step and after it.
+Below the tables, each formula of the loss stands with its numbers filled in, before the step and after it. In a token,
+␣ is a space and ∎ is the end-of-text token. docs/explain.md shows how to read all this.
 
 The step is one call of `train_dpo.train_step` with this pair as the batch, on a copy of the policy, with a new
-optimiser. Nothing on disk changes. docs/explain.md shows how to read the tables.
-
-Beta, loss and optimiser come from the policy's settings.json. If the policy is not a DPO run, they are the defaults of
-train_dpo.py for its data. Everything is computed in the precision of the weights.
-
-In a token, ␣ is a space and ∎ is the end-of-text token. Other invisible characters, and bytes that are only a part of
-a character, are written as in Python: \\n, \\xe2.
+optimiser. Nothing on disk changes. Beta, loss and optimiser come from the policy's settings.json. If the policy is not
+a DPO run, they are the defaults of train_dpo.py. Everything is computed in the precision of the weights and without
+--fast, whatever the run was trained with.
 """
 
 import copy
 import dataclasses
 import json
 import os
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -49,7 +47,6 @@ class Settings:
     row: int = knob(0, "which pair of the file, counted from 0")
     beta: float = knob(0.0, "beta of the loss: larger stays closer to the reference; 0: as the policy was trained")
     lr: float = knob(0.0, "learning rate of the step; 0: as the policy was trained, after its warm-up")
-    png: str = knob("", "also draw the tables into this file")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
 
 
@@ -84,7 +81,8 @@ def training_settings(settings):
             )
     given = {k: getattr(settings, k) for k in ("beta", "lr") if getattr(settings, k)}
     device = pick_device(settings.device)
-    return dataclasses.replace(train, data=name, device=device, dtype="float32", micro_batch_size=0, **given)
+    plain = dict(device=device, dtype="float32", fast=False, micro_batch_size=0)
+    return dataclasses.replace(train, data=name, **plain, **given)
 
 
 def read_pair(settings, train, tokenizer, max_length):
@@ -224,13 +222,16 @@ def formulas(figures, train):
     return [*found, ("pull on a token", pull, f"-{beta} x {n['weight']}", -train.beta * figures["weight"])]
 
 
-# ---- 3. The sheet: lines of at most 80 columns, for the terminal and for the picture ----
+# ---- 3. The tables: 80 columns wide ----
 
-WIDTH = 80
 BOLD, DIM, RED, GREEN = "1", "2", "31", "32"  # escape codes; these two colours can be read on light and on dark
+ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 TITLES = {"prompt": "PROMPT x, not scored", "chosen": "CHOSEN y_w", "rejected": "REJECTED y_l"}
 HEADS = ("log pi", "log ref", "diff", "log pi", "diff", "change")
-SIGNED = (2, 4, 5)  # the columns whose sign matters; they are coloured
+
+
+def paint(text, *styles):
+    return f"\x1b[{';'.join(styles)}m{text}\x1b[0m" if styles else text
 
 
 def columns(text):
@@ -250,116 +251,52 @@ def fit(text, width):
     return text + " " * (width - columns(text))
 
 
-def fold(label, text, width=WIDTH, indent=11):
-    """Lines of at most `width` columns, the first with the label. They break anywhere, since a path has no spaces."""
-    lines, line = [], fit(label, indent)
-    for char in text:
-        if columns(line + char) > width:
-            lines.append(line)
-            line = " " * indent
-        line += char
-    return [*lines, line]
-
-
 def table_line(text, mask, log_pi, log_ref, log_pi_after, *style):
     """One line of a table: the token in 17 columns, the mask in 5, and three numbers of 9 on either side of a bar."""
     values = [None] * 6
     if log_pi is not None:
         values = [log_pi, log_ref, log_pi - log_ref, log_pi_after, log_pi_after - log_ref, log_pi_after - log_pi]
-    spans = [(f"{fit(text, 17)}{mask:>5}", style)]
+    line = paint(f"{fit(text, 17)}{mask:>5}", *style)
     for i, value in enumerate(values):
-        spans += [(" |", (DIM,))] if i == 3 else []
-        signs = ()
-        if i in SIGNED and DIM not in style:  # colour on dim is hard to read
+        line += paint(" |", DIM) if i == 3 else ""
+        signed, sign = i in (2, 4, 5), ()
+        if signed and DIM not in style:  # colour on dim is hard to read
             shown = round(value, 3)
-            signs = (GREEN if shown > 0 else RED, *([BOLD] if abs(shown) >= 1 else [])) if shown else (DIM,)
-        spans.append((f"{number(value, signed=i in SIGNED):>9}", (*signs, *style)))
-    return spans
-
-
-def sheet(found, settings, train, source, tokenizer):
-    """All that is shown, as blocks: {name: lines}. A line is a list of (text, styles)."""
-    clipped = f", cut to {train.grad_clip:g}" if found["grad_norm"] > train.grad_clip else ""
-    smoothing = f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else ""
-    made_from = {
-        "policy": settings.policy,
-        "reference": settings.reference + (" (counted as 0 in the loss)" if train.reference_free else ""),
-        "pair": source,
-        "loss": f"{train.loss_type}{smoothing}, beta {train.beta:g}",
-        "step": f"{train.optimizer}, learning rate {train.lr:g}; gradient norm {found['grad_norm']:.3g}{clipped}",
-    }
-    blocks = {"head": [[(line, ())] for label in made_from.items() for line in fold(*label)]}
-    heads = "".join(f"{head:>9}" for head in HEADS)
-    for part, tokens in found["tokens"].items():
-        block = blocks[part] = [[], [(f"{fit(TITLES[part], 22)}{'before the step':>27} |{'after it':>27}", (BOLD,))]]
-        block.append([(f"{'token':18}mask{heads[:27]} |{heads[27:]}", (DIM,))])
-        for t in tokens:
-            text = "∎" if t["id"] == tokenizer.eot else visible(tokenizer.tokens[t["id"]])
-            mask, style = ("x", ()) if t["scored"] else (".", (DIM,))
-            block.append(table_line(text, mask, t["log_pi"], t["log_ref"], t["log_pi_after"], *style))
-        if part != "prompt":
-            before, after = found["before"], found["after"]
-            sums = before[f"{part}_logp"], before[f"{part}_reference_logp"], after[f"{part}_logp"]
-            block.append(table_line(f"sum of {len(tokens)}", "", *sums, BOLD))
-    block = blocks["loss"] = [[], [("WHAT THE LOSS MAKES OF THE SUMS", (BOLD,))]]
-    both = zip(formulas(found["before"], train), formulas(found["after"], train), strict=True)
-    for (name, formula, *before), (_, _, *after) in both:
-        block.append([(f"{name:17}", (BOLD,)), (formula, ())])
-        for when, (filled, value) in (("before", before), ("after", after)):
-            block.append([(f"  {when:8}{filled:57} = ", ()), (f"{figure(value):>9}", (BOLD,))])
-    return blocks
+            sign = (GREEN if shown > 0 else RED if shown < 0 else DIM,)
+        line += paint(f"{number(value, signed):>9}", *sign, *style)
+    return line
 
 
 def terminal(found, settings, train, source, tokenizer, colour):
-    """The sheet as printable lines, with escape codes if `colour`."""
-
-    def paint(text, styles):
-        return f"\x1b[{';'.join(styles)}m{text}\x1b[0m" if colour and styles else text
-
-    blocks = sheet(found, settings, train, source, tokenizer)
-    return ["".join(paint(*span) for span in line) for block in blocks.values() for line in block]
-
-
-def fonts_for(text):
-    """Fonts for matplotlib that together have the characters of `text` -> (names, characters that no font here has)."""
-    from matplotlib import font_manager
-
-    names, missing = ["DejaVu Sans Mono"], set(text)  # DejaVu comes with matplotlib
-    fonts = sorted(font_manager.fontManager.ttflist, key=lambda font: font.name != names[0])
-    for font in fonts:
-        if missing and "Last Resort" not in font.name:  # that font has a box for every character there is
-            has = {char for char in missing if font_manager.get_font(font.fname).get_char_index(ord(char))}
-            names += [font.name] if has and font.name not in names else []
-            missing -= has
-    return names, missing
-
-
-def picture(path, blocks):
-    """Draws the sheet in two columns into a PNG file. A character that no installed font has is drawn as a box."""
-    left = blocks["head"] + blocks["prompt"] + blocks["loss"]
-    right = blocks["chosen"] + blocks["rejected"]
-    height, width = 1 + max(len(left), len(right)), 2 * WIDTH + 4
-    canvas = common.figure(path, (width * 4.82 / 72, height * 11 / 72), layout=None)  # points: a character 4.82 x 11
-    if canvas is None:
-        return
-    fonts, missing = fonts_for("".join(text for line in left + right for text, _ in line))
-    boxes = {ord(char): "□" * columns(char) for char in missing}
-    axes = canvas.add_axes((0, 0, 1, 1), xlim=(-1, width - 1), ylim=(height, 0))
-    axes.axis("off")
-    colours = {DIM: "gray", RED: "#c62020", GREEN: "#08803a"}
-    for start, lines in ((0, left), (WIDTH + 3, right)):
-        for y, line in enumerate(lines):
-            x = start
-            for text, styles in line:
-                shown = text.lstrip(" ")
-                axes.text(
-                    x + columns(text) - columns(shown), y + 0.8, shown.translate(boxes), family=fonts, fontsize=8,
-                    weight="bold" if BOLD in styles else "normal",
-                    color=next((colours[style] for style in styles if style in colours), "black"),
-                    parse_math=False,  # a "$" starts no formula
-                )  # fmt: skip
-                x += columns(text)
-    common.save_figure(path, canvas, dpi=120)  # at which a character is 8 pixels wide
+    """All that is shown of `anatomy`, as printable lines, with escape codes if `colour`."""
+    before, after, norm = found["before"], found["after"], found["grad_norm"]
+    clipped = f", cut to {train.grad_clip:g}" if 0 < train.grad_clip < norm else ""
+    smoothing = f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else ""
+    lines = [
+        f"policy     {settings.policy}",
+        f"reference  {settings.reference}{' (counted as 0 in the loss)' if train.reference_free else ''}",
+        f"pair       {source}",
+        f"loss       {train.loss_type}{smoothing}, beta {train.beta:g}",
+        f"step       {train.optimizer}, learning rate {train.lr:g}; gradient norm {norm:.3g}{clipped}",
+    ]
+    heads = "".join(f"{head:>9}" for head in HEADS)
+    for part, tokens in found["tokens"].items():
+        lines += ["", paint(f"{fit(TITLES[part], 22)}{'before the step':>27} |{'after it':>27}", BOLD)]
+        lines.append(paint(f"{'token':18}mask{heads[:27]} |{heads[27:]}", DIM))
+        for t in tokens:
+            text = "∎" if t["id"] == tokenizer.eot else visible(tokenizer.tokens[t["id"]])
+            mask, style = ("x", ()) if t["scored"] else (".", (DIM,))
+            lines.append(table_line(text, mask, t["log_pi"], t["log_ref"], t["log_pi_after"], *style))
+        if part != "prompt":
+            sums = before[f"{part}_logp"], before[f"{part}_reference_logp"], after[f"{part}_logp"]
+            lines.append(table_line(f"sum of {len(tokens)}", "", *sums, BOLD))
+    lines += ["", paint("WHAT THE LOSS MAKES OF THE SUMS", BOLD)]
+    both = zip(formulas(before, train), formulas(after, train), strict=True)
+    for (name, formula, filled, value), (_, _, filled_after, value_after) in both:
+        lines.append(paint(f"{name:17}", BOLD) + formula)
+        lines.append(f"  before  {filled:57} = " + paint(f"{figure(value):>9}", BOLD))
+        lines.append(f"  after   {filled_after:57} = " + paint(f"{figure(value_after):>9}", BOLD))
+    return lines if colour else [ESCAPE.sub("", line) for line in lines]
 
 
 def main():
@@ -370,11 +307,8 @@ def main():
     limits = [policy.config.block_size, reference.config.block_size, *([train.max_length] if train.max_length else [])]
     pair, source = read_pair(settings, train, tokenizer, min(limits))
     found = anatomy(policy, reference, pair, train)
-    everything = found, settings, train, source, tokenizer
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print("\n".join(terminal(*everything, colour=colour)))
-    if settings.png:
-        picture(settings.png, sheet(*everything))
+    print("\n".join(terminal(found, settings, train, source, tokenizer, colour)))
 
 
 if __name__ == "__main__":

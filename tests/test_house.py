@@ -1,6 +1,8 @@
 """The house: which floor may import which, no circles, and how many lines a reader is asked to read."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,16 @@ def test_no_floor_imports_a_higher_one(path):
 def test_the_two_stages_do_not_import_one_another():
     for name in ("train_sft", "train_dpo"):
         assert not imports(NAMES[name], everywhere=True) & {"train_sft", "train_dpo"}
+
+
+def test_every_package_that_the_code_imports_is_declared():
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\ndependencies = ")[2]
+    declared = set(re.findall(r'"([\w-]+)', declared.partition("[tool.")[0]))
+    nodes = [node for path in FILES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - set(FLOORS)
+    assert {{"PIL": "pillow"}.get(name, name) for name in imported} <= declared
 
 
 def test_no_circle_of_imports():

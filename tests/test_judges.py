@@ -1,19 +1,20 @@
 """Judges: rewards compared, implicit rewards against a loop, and a chat model behind a real HTTP server."""
 
-import datetime
-import email.utils
+import copy
+import importlib.util
 import json
 import socket
+import sys
 import threading
-import types
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import need
 from tiny import SHAPE
 
-import experiments.winrate.chat as chat_judge
-from experiments.winrate.chat import QUESTIONS, ChatJudge, parse, retry_after
+from experiments.winrate.chat import QUESTIONS, ChatJudge, parse
 from experiments.winrate.journal import Journal
 from experiments.winrate.judges import implicit_rewards, load_judge
 from minidpo.model import GPT, GPTConfig
@@ -79,6 +80,14 @@ def test_implicit_rewards_against_a_loop_over_tokens(models):
     assert same.abs().max() == 0  # a model against itself prefers nothing
 
 
+def test_implicit_rewards_of_a_copy_are_0_in_bf16_too(models):
+    """Policy and reference take one path in one precision: only then does the rounding of bf16 cancel."""
+    policy, _, tokenizer = models
+    with torch.autocast("cpu", torch.bfloat16):
+        rewards = implicit_rewards(policy.float(), copy.deepcopy(policy), tokenizer, PROMPTS, A, B)
+    assert rewards.abs().max() == 0
+
+
 def test_implicit_rewards_keep_to_the_context(models):
     """A prompt that is too long loses its left, as in training."""
     prompt = "The film is dull. " * 40
@@ -125,6 +134,8 @@ def test_names_that_are_no_judge(name, says):
         ("Better:", None),
         ("I would choose A.", None),
         ("Betray: B", None),
+        ("A:\n\nA:\n\nA:", None),  # the headings of the question, repeated
+        ("Response B:\nB:\nIt is longer.", None),
         ("", None),
     ],
 )
@@ -139,15 +150,6 @@ def test_questions_show_all_three_texts_in_their_places():
             text.index("{PROMPT}") < text.index(" A:") < text.index("{ONE}") < text.index(" B:") < text.index("{TWO}")
         )
         assert text.endswith('Line 2: "Better: A" or "Better: B".')
-
-
-def test_retry_after():
-    assert retry_after(None) is None and retry_after("soon") is None and retry_after("-3") is None
-    assert retry_after("nan") is None and retry_after("Wed, 21 Oct 2015 07:28:00 -0000") is None  # no zone
-    assert retry_after("7") == 7 and retry_after(" 1.5 ") == 1.5
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0  # gone by
-    later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=1000)
-    assert 900 < retry_after(email.utils.format_datetime(later)) <= 1000
 
 
 # ---- a chat model: a server that speaks the protocol, well or badly ----
@@ -171,7 +173,7 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                server.requests.append((self.path, dict(self.headers), body))
+                server.requests.append((self.path, self.headers, body))
                 status, headers, text = server.script[0] if len(server.script) == 1 else server.script.pop(0)
                 if text == "silence":
                     server.over.wait(30)
@@ -188,7 +190,7 @@ class Server:
                 self.wfile.write(data)
 
             def do_GET(self):
-                server.requests.append((self.path, dict(self.headers), b""))
+                server.requests.append((self.path, self.headers, b""))
                 self.send_error(405)
 
             def log_message(self, *_):
@@ -216,7 +218,7 @@ def server():
 def waits(monkeypatch):
     """The seconds that a judge would have slept, one after the other; and a key in the environment, and no proxy."""
     waits = []
-    monkeypatch.setattr(chat_judge, "time", types.SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("no_proxy", "*")
     return waits
@@ -225,6 +227,7 @@ def waits(monkeypatch):
 @pytest.fixture
 def chat(server, tmp_path):
     """chat(**changes) -> a judge that asks the server, with its journal read again from the disk."""
+    need(importlib.util.find_spec("openai"), "needs openai: pip install minidpo[judge]")
 
     def chat(question="simple", endpoint=server.url + "/v1", model="tiny", key_env="OPENAI_API_KEY", timeout=5.0):
         return ChatJudge(question, endpoint, model, key_env, Journal(tmp_path / "answers.jsonl"), timeout)
@@ -239,7 +242,7 @@ def test_what_goes_over_the_wire(server, chat):
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert headers["Content-Type"] == "application/json"
     sent = json.loads(body)
-    assert set(sent) == {"model", "messages", "temperature"} and sent["model"] == "tiny" and sent["temperature"] == 0
+    assert set(sent) == {"model", "messages"} and sent["model"] == "tiny"  # newer models refuse a temperature
     assert sent["messages"] == [
         {"role": "user", "content": QUESTIONS["concise"].format(prompt="POST: a café\n\nTL;DR:", a="one {x}", b="two")}
     ]
@@ -262,7 +265,7 @@ def test_answers_are_kept_and_never_asked_for_again(server, chat):
 def test_a_stopped_judge_continues_where_it_stopped(server, chat, tmp_path):
     texts = list("pqrst"), list("abcde"), list("fghij")
     server.script = [(200, {}, good("Better: A"))] * 3 + [(401, {}, "")]
-    with pytest.raises(UserError, match="refuses the key in OPENAI_API_KEY"):
+    with pytest.raises(UserError, match="Error code: 401.*the key in OPENAI_API_KEY"):
         chat()(*texts)
     assert len(server.requests) == 4
     path = tmp_path / "answers.jsonl"
@@ -280,16 +283,19 @@ def test_what_may_pass_is_tried_again(server, chat, waits):
         (200, {}, good("Better: B")),
     ]  # fmt: skip
     assert chat()(["p"], ["a"], ["b"]) == ["b"]
-    assert waits == [1, 2, 4, 8, 16, 32] and len(server.requests) == 7
+    assert len(waits) == 6 and len(server.requests) == 7
 
 
 @pytest.mark.parametrize(
     "body",
-    ["<html>busy</html>", "{}", '{"choices": []}', "[1]", '{"choices": [{"message": {"content": 7}}]}', "[" * 9999],
+    ["<html>busy</html>", "{}", '{"choices": []}', "[1]", '{"choices": [{"message": {"content": 7}}]}'],
 )
-def test_an_answer_that_is_no_chat_completion_is_tried_again(server, chat, waits, body):
-    server.script = [(200, {}, body), (200, {}, good("Better: A"))]
-    assert chat()(["p"], ["a"], ["b"]) == ["a"] and waits == [1]
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_an_answer_that_is_no_chat_completion_is_not_kept(server, chat, kind, body):
+    server.script = [(200, {"Content-Type": kind}, body), (200, {}, good("Better: A"))]
+    with pytest.raises(UserError, match="not a chat completion"):
+        chat()(["p"], ["a"], ["b"])
+    assert chat()(["p"], ["a"], ["b"]) == ["a"]
 
 
 def test_a_refusal_without_text_is_an_answer(server, chat):
@@ -299,53 +305,47 @@ def test_a_refusal_without_text_is_an_answer(server, chat):
 
 def test_a_slow_server_is_tried_again(server, chat, waits):
     server.script = [(200, {}, "silence"), (200, {}, good("Better: B"))]
-    assert chat(timeout=0.3)(["p"], ["a"], ["b"]) == ["b"] and waits == [1]
+    assert chat(timeout=0.3)(["p"], ["a"], ["b"]) == ["b"] and len(waits) == 1
 
 
 def test_retry_after_is_kept_to(server, chat, waits):
     server.script = [(429, {"Retry-After": "17"}, ""), (503, {"Retry-After": "0"}, ""), (200, {}, good("Better: A"))]
-    assert chat()(["p"], ["a"], ["b"]) == ["a"] and waits == [17, 0]
+    assert chat()(["p"], ["a"], ["b"]) == ["a"] and waits[0] == 17 and len(waits) == 2
     server.script = [(429, {"Retry-After": "3600"}, "")]
-    with pytest.raises(UserError, match="asks for a wait of 3600 s.*continues from there"):
+    with pytest.raises(UserError, match="Error code: 429.*continues from there"):
         chat()(["q"], ["a"], ["b"])
-    assert waits == [17, 0]
+    assert len(waits) == 2
 
 
 def test_a_server_that_stays_broken_ends_the_command(server, chat, waits):
     server.script = [(502, {}, "bad gateway")]
-    with pytest.raises(UserError, match=r"status 502, at attempt 7\. .*answers\.jsonl.*continues from there"):
+    with pytest.raises(UserError, match=r"Error code: 502.*answers\.jsonl.*continues from there"):
         chat()(["p"], ["a"], ["b"])
-    assert len(server.requests) == 7 and waits == [1, 2, 4, 8, 16, 32]
+    assert len(server.requests) == 7 and len(waits) == 6
 
 
 @pytest.mark.parametrize(
     ("status", "says"),
     [
-        (400, "status 400, 'no such thing'"),
-        (401, "refuses the key in OPENAI_API_KEY"),
-        (403, "refuses the key in OPENAI_API_KEY"),
-        (404, "Check --endpoint and --model"),
+        (400, "Error code: 400 - no such thing"),
+        (401, "Error code: 401.*the key in OPENAI_API_KEY"),
+        (403, "Error code: 403.*the key in OPENAI_API_KEY"),
+        (404, "Error code: 404.*Check --endpoint, --model"),
     ],
 )
 def test_what_waiting_cannot_fix_stops_at_once(server, chat, waits, status, says):
-    server.script = [(status, {}, "no such thing")]
+    server.script = [(status, {}, json.dumps({"error": {"message": "no such thing"}}))]
     with pytest.raises(UserError, match=says):
         chat()(["p", "q"], ["a", "a"], ["b", "b"])
     assert len(server.requests) == 1 and waits == []
 
 
-def test_an_address_where_nobody_answers_stops_at_once_but_not_later(server, chat, waits):
+def test_an_address_where_nobody_answers(chat, waits):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(UserError, match="cannot be reached.*Check --endpoint"):
+        with pytest.raises(UserError, match="Connection error.*Check --endpoint"):
             chat(endpoint=nobody)(["p"], ["a"], ["b"])
-        assert waits == []
-        judge = chat()
-        assert judge(["p"], ["a"], ["b"]) == ["a"]
-        judge.url = nobody  # it was there before: it may come back
-        with pytest.raises(UserError, match=r"no answer \(ConnectionRefusedError\), at attempt 7"):
-            judge(["q"], ["a"], ["b"])
     assert len(waits) == 6
 
 
@@ -353,7 +353,7 @@ def test_a_redirect_does_not_carry_the_key_away(server, chat):
     elsewhere = Server()
     try:
         server.script = [(302, {"Location": elsewhere.url + "/steal"}, "")]
-        with pytest.raises(UserError, match="a redirect, which is not followed"):
+        with pytest.raises(UserError, match="Error code: 302"):
             chat()(["p"], ["a"], ["b"])
         assert elsewhere.requests == []
     finally:
@@ -365,7 +365,7 @@ def test_a_redirect_does_not_carry_the_key_away(server, chat):
     ["api.openai.com/v1", "ftp://h/v1", "http://", "http://h:port/v1", "http://h h/v1", "http://h/\n", "http://[::1/"],
 )
 def test_addresses_that_are_none(chat, endpoint):
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match="plain base URL"):
         chat(endpoint=endpoint)
 
 
@@ -378,7 +378,7 @@ def test_an_address_holds_no_secret(chat):
 
 def test_no_key_or_one_that_cannot_be_sent(chat, monkeypatch):
     monkeypatch.setenv("OTHER", "sk-secret\nX-Header: 1")
-    with pytest.raises(UserError, match="the key in OTHER") as stop:
+    with pytest.raises(UserError, match="the environment variable OTHER") as stop:
         chat(key_env="OTHER")
     assert "secret" not in str(stop.value)
     for empty in ("", "  "):
@@ -392,18 +392,25 @@ def test_no_key_or_one_that_cannot_be_sent(chat, monkeypatch):
 def test_the_key_is_written_nowhere(server, chat, tmp_path, capsys):
     """Even if the server sends it back, in an answer or in an error."""
     messages = []
-    answers = [(200, good(f"{KEY}\nBetter: A")), (400, f"bad {KEY}"), (200, f"x{KEY}"), (401, KEY), (404, KEY)]
+    error = json.dumps({"error": {"message": f"bad {KEY}"}})
+    answers = [(200, good(f"{KEY}\nBetter: A")), (400, error), (200, f"x{KEY}"), (401, error), (404, KEY)]
     for prompt, (status, body) in zip("pqrst", answers, strict=True):
         server.script = [(status, {}, body)]
         try:
             assert chat()([prompt], ["a"], ["b"]) == ["a"]
         except UserError as error:
             messages.append(str(error))
-    assert len(messages) == 4 and "'bad [key]'" in messages[0]
+    assert len(messages) == 4 and "bad [key]" in messages[0]
     written = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file())
     assert "Better: A" in written
     shown = capsys.readouterr()
     assert KEY not in "".join([*messages, written, shown.out, shown.err])
+
+
+def test_without_the_package_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match=r'pip install -e ".\[judge\]"'):
+        ChatJudge("simple", "http://localhost", "tiny")
 
 
 def test_a_placeholder_for_a_key_changes_no_answer(server, chat, monkeypatch):

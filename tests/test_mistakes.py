@@ -10,14 +10,25 @@ from tiny import call, fails, write_data
 import experiments.mistakes.__main__ as command
 import train_dpo
 import train_sft
-from experiments.mistakes import GALLERY, ROOT, Mistake, broken, caught, copy, curves, load, run_tests
+from experiments.mistakes import (
+    GALLERY,
+    PAGE,
+    ROOT,
+    Mistake,
+    broken,
+    caught,
+    copy,
+    curves,
+    load,
+    read_page,
+    read_section,
+    run_tests,
+)
 from minidpo.report import read_metrics
 
 BY_NAME = {mistake.name: mistake for mistake in GALLERY}
 EACH = pytest.mark.parametrize("mistake", GALLERY, ids=lambda mistake: mistake.name)
-HARMLESS = Mistake(
-    "harmless", "train_dpo.py", "# (7)", "# 7", "a comment", "tests/test_loss.py::test_loss_starts_at_ln_2"
-)
+HARMLESS = Mistake("harmless", "train_dpo.py", "# (7)", "# 7", "tests/test_loss.py::test_loss_starts_at_ln_2")
 
 
 @EACH
@@ -63,7 +74,7 @@ def test_what_is_no_failed_test_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="SyntaxError"):
         run_tests(tmp_path, ["tests/test_loss.py"])
     with pytest.raises(ValueError, match="twice: train_dpo.py has this 0 times"):
-        load(Mistake("twice", "train_dpo.py", "not to be found", "", "", ""))
+        load(Mistake("twice", "train_dpo.py", "not to be found", "", ""))
 
 
 def test_load_gives_the_broken_module_and_leaves_the_healthy_one():
@@ -83,17 +94,21 @@ def test_curves_train_once_and_the_page_holds_what_was_measured(tmp_path, monkey
     call(train_sft.main, "--data", tmp_path / "sft.jsonl", "--out", tmp_path / "sft", "--preset", "toy", *short)
     names = ("dropout-left-on", "warm-up-again", "kl-per-token")
     monkeypatch.setattr(command, "GALLERY", [BY_NAME[name] for name in names])
-    monkeypatch.setattr(curves, "GALLERY", command.GALLERY)
     monkeypatch.setattr(curves, "STEPS", 4)
     monkeypatch.setattr(curves, "BATCH_SIZE", 4)
     monkeypatch.setattr(curves, "PROMPTS", 3)
     shipped = ROOT / "data" / "toy_sentiment"
     monkeypatch.setattr(curves.data, "find", lambda name, file: shipped / f"{file}.jsonl")
-    flags = ("--init", tmp_path / "sft", "--curves", tmp_path / "runs", "--page", tmp_path / "page.md")
-    (tmp_path / "page.md").write_text("# By hand\n\nThis stays.\n\n## gone\n\nThis goes.\n", encoding="utf-8")
+    flags = ("--init", tmp_path / "sft", "--curves", tmp_path / "runs")
+    sections = [section for section in read_page(PAGE)[1] if read_section(section).name in names]
+    sections[2] = sections[2].replace("\nCaught by", "\n| mistake | gone |\n\n> gone\n\nCaught by")
+    page = "\n## ".join(["# By hand\n\nThis stays.\n", *sections])
+    (tmp_path / "page.md").write_text(page, encoding="utf-8")
+    monkeypatch.setattr(curves, "PAGE", tmp_path / "page.md")
     call(command.main, *flags)
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert page.startswith("# By hand\n\nThis stays.\n\n## dropout-left-on\n") and "This goes" not in page
+    assert page.startswith("# By hand\n\nThis stays.\n\n## dropout-left-on\n") and "gone" not in page
+    assert page.count("**In the curves:**") == page.count("Caught by `") == 3
     runs, healthy = tmp_path / "runs", curves.healthy(BY_NAME["warm-up-again"])
     resumed, beside = (curves.read(runs, run) for run in (BY_NAME["warm-up-again"], healthy))
     for name, figures in (("mistake", resumed), ("healthy", beside)):
@@ -110,14 +125,17 @@ def test_curves_train_once_and_the_page_holds_what_was_measured(tmp_path, monkey
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == page
 
 
-def test_the_page_in_docs_is_of_this_gallery():
-    page = (ROOT / "docs" / "mistakes.md").read_text(encoding="utf-8")
-    words = " ".join(page.split())  # lines wrapped again
-    for mistake in GALLERY:
-        for part in (mistake.what, mistake.test, *curves.diff(mistake)):
-            assert " ".join(part.split()) in words, (
-                f"{mistake.name} has changed: run python -m experiments.mistakes --curves ... to write its section"
-            )
-    for section in page.split("\n## ")[1:]:
-        assert section.count(f"\n{curves.SEEN} ") == 1 and curves.TO_WRITE not in section
-    assert page.count("\n## ") == len(GALLERY) and f"{len(GALLERY)} ways to get DPO wrong" in page
+def test_every_section_of_the_page_is_whole():
+    above, sections = read_page(PAGE)
+    assert f"{len(GALLERY)} ways to get DPO wrong" in above and len(BY_NAME) == len(GALLERY) == len(sections)
+    for section, mistake in zip(sections, GALLERY, strict=True):
+        assert mistake.file and mistake.old and mistake.test, mistake.name
+        assert section.count("\n**In the curves:** ") == 1 and section.count("\nIn `") == 1, mistake.name
+        assert bool(mistake.shows) == ("\n| mistake |" in section or "\nMeasured: " in section), mistake.name
+
+
+def test_a_section_is_read():
+    section = "name\n\nWhat.\n\nIn `a.py`:\n\n```diff\n-x\n+y\n+\n z\n```\n\n"
+    section += "Trained with `--a 1 --b`, and resumed half-way; the picture shows `lr`.\n\nCaught by `t.py::t[1.]`.\n"
+    expected = Mistake("name", "a.py", "x\nz\n", "y\n\nz\n", "t.py::t[1.]", ("--a", "1", "--b"), True, "lr")
+    assert read_section(section) == expected

@@ -1,6 +1,7 @@
 """Win rates: counts and intervals against exact values, sides swapped and unswapped, and the whole command."""
 
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -312,6 +313,7 @@ def test_long_prompts_are_cut_on_the_left(home, tmp_path, capsys):
 
 def test_a_chat_judge_end_to_end(sweep, tmp_path, monkeypatch):
     """A model that always answers "A": near one half of the wins, asked once for each different pair of texts."""
+    need(importlib.util.find_spec("openai"), "needs openai: pip install minidpo[judge]")
     monkeypatch.setenv("MY_KEY", KEY)
     monkeypatch.setenv("no_proxy", "*")
     server = Server()
@@ -327,6 +329,14 @@ def test_a_chat_judge_end_to_end(sweep, tmp_path, monkeypatch):
     held = contents(tmp_path / "out")
     assert len(held["answers.jsonl"].splitlines()) == asked <= 20 and b"MY_KEY" in held["settings.json"]
     assert not any(KEY.encode() in data for data in held.values())
+
+
+def test_overwriting_with_one_judge_leaves_no_old_agreement(home, sweep, tmp_path, monkeypatch):
+    sweep(judge=("toy", f"implicit:{home / 'dpo'},{home / 'sft'}"))
+    assert {"agreement.csv", "winrate.png"} <= set(contents(tmp_path / "out"))
+    monkeypatch.setattr(winrate, "figure", lambda *_, **__: None)  # as without matplotlib
+    sweep("--overwrite")
+    assert not {"agreement.csv", "winrate.png"} & set(contents(tmp_path / "out"))
 
 
 def test_picture(sweep, tmp_path):
@@ -347,7 +357,7 @@ def test_picture(sweep, tmp_path):
         (("--temperatures", ""), "write numbers from 0"),
         (("--judge", "tyo"), "unknown judge 'tyo'"),
         (("--judge", "chat:simple"), "needs --endpoint URL and --model NAME"),
-        (("--judge", "chat:simple", "--endpoint", "x", "--model", "m"), "'x' is no address"),
+        (("--judge", "chat:simple", "--endpoint", "x", "--model", "m"), "plain base URL"),
         (("--run", "/nowhere/run"), "/nowhere/run not found"),
         (("--data", "/nowhere/rows.jsonl"), "/nowhere/rows.jsonl not found"),
         (("--timeout", "0"), "--timeout 0.0"),

@@ -3,14 +3,16 @@
     python -m experiments.mistakes                                         runs each mistake's test in a broken copy
     python -m experiments.mistakes --curves FOLDER --init runs/toy/sft     trains with each mistake
 
-A test that has never failed has shown nothing. gallery.py lists the mistakes, this file tries one, and
-docs/mistakes.md shows what each looks like in training.
+A test that has never failed has shown nothing. Each section of docs/mistakes.md is a mistake. This file reads the page
+and tries a mistake; curves.py trains with it and writes what it measured into the page.
 """
 
 import contextlib
+import dataclasses
 import io
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,13 +21,49 @@ import types
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from experiments.mistakes.gallery import GALLERY, Mistake
-
-__all__ = ["GALLERY", "ROOT", "Mistake", "broken", "caught", "copy", "load", "run_tests"]
-
 ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "mistakes.md"
 COPIED = ("*.py", "pyproject.toml", "minidpo/**/*.py", "data/**/*.py", "data/toy_sentiment/*.jsonl")
-COPIED += ("experiments/**/*.py", "tests/*.py")
+COPIED += ("experiments/**/*.py", "docs/mistakes.md", "tests/*.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """One mistake: where it is, what it does, and the test that catches it."""
+
+    name: str
+    file: str  # from the root of the repository
+    old: str  # source text, which occurs once in the file
+    new: str  # the same place with the mistake
+    test: str  # the pytest node id of a test that fails because of it
+    flags: tuple = ()  # flags of train_dpo.py, if the mistake shows only with them
+    resumed: bool = False  # whether the run is stopped half-way and resumed
+    shows: str = ""  # the metric to draw below the margins; empty: not trained, as it cannot change such a run
+
+
+def read_page(path):
+    """The page -> (what stands above its first section, its sections as texts)."""
+    above, *sections = path.read_text(encoding="utf-8").split("\n## ")
+    return above, sections
+
+
+def read_section(section):
+    """A section of the page -> Mistake. `old` and `new` are the two sides of its diff."""
+
+    def found(pattern):
+        match = re.search(pattern, section, re.MULTILINE)
+        return match[1] if match else ""
+
+    diff = found(r"^```diff\n((?:.*\n)*?)```").splitlines(keepends=True)
+    old, new = ("".join(line[1:] for line in diff if line[0] in signs) for signs in ("- ", "+ "))
+    return Mistake(
+        section.partition("\n")[0], found("^In `(.*)`:$"), old, new, found(r"^Caught by `(.*)`\.$"),
+        flags=tuple(found("^Trained with `(.*?)`").split()), resumed=bool(found("^Trained.*(resumed)")),
+        shows=found("^Trained.* shows `(.*)`"),
+    )  # fmt: skip
+
+
+GALLERY = [read_section(section) for section in read_page(PAGE)[1]]
 
 
 def broken(mistake):

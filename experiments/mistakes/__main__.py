@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import textwrap
 
 from experiments.mistakes import GALLERY, caught, curves
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
@@ -11,9 +10,10 @@ from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 @dataclasses.dataclass
 class Settings:
     only: str = knob("", "the name of one mistake; empty: all")
-    curves: str = knob("", "instead of running tests, train with each mistake into this folder and write --page")
+    curves: str = knob(
+        "", "instead of running tests, train with each mistake into this folder; writes docs/mistakes.md"
+    )
     init: str = knob("", "with --curves: the SFT run of the toy to start from")
-    page: str = knob("docs/mistakes.md", "with --curves: the page to write, with its picture beside it")
 
 
 def main():
@@ -27,15 +27,14 @@ def main():
             make = "python train_sft.py --data toy --out runs/toy/sft"
             raise UserError(f"--curves needs --init, an SFT run of the toy. Make one: {make}")
         curves.train_all(mistakes, settings.init, settings.curves)
-        curves.write_page(settings.page, settings.curves)
+        curves.write_page(settings.curves)
         return
 
     missed = []
     for mistake in mistakes:
         found, seconds = caught(mistake)
         missed += [] if found else [mistake.name]
-        what = textwrap.fill(mistake.what, 100, initial_indent=" " * 16, subsequent_indent=" " * 16)
-        print(f"{'caught' if found else 'MISSED'} {seconds:5.1f} s  {mistake.name}\n{what}\n{'':16}{mistake.test}")
+        print(f"{'caught' if found else 'MISSED'} {seconds:5.1f} s  {mistake.name}\n{'':16}{mistake.test}")
     print(f"{len(mistakes) - len(missed)} of {len(mistakes)} mistakes caught")
     if missed:
         sys.exit(f"missed: {', '.join(missed)}. The tests need one that fails with this mistake.")

@@ -1,11 +1,10 @@
-"""What each mistake looks like: short DPO runs on the toy. They write the sections of docs/mistakes.md and its picture.
+"""What each mistake looks like: short DPO runs on the toy. They write the tables of docs/mistakes.md and its picture.
 
 Every run starts from the same SFT model and sees the same pairs in the same order, once. Beside each mistake the
 healthy code runs with the same flags. The healthy code also draws and scores the samples of both.
 """
 
 import contextlib
-import difflib
 import io
 import json
 import shutil
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 import data
 from experiments import common, evaluate
-from experiments.mistakes import GALLERY, ROOT, Mistake, broken, copy
+from experiments.mistakes import PAGE, Mistake, copy, read_page, read_section
 from experiments.rewards import load_reward
 from minidpo import checkpoint
 from minidpo.files import atomic_write
@@ -33,7 +32,7 @@ METRICS = ("loss", "rewards/chosen", "rewards/margins", "rewards/accuracies", "l
 def healthy(mistake):
     """The run beside a mistake's: no mistake, the same flags."""
     name = "-".join(["healthy", *(flag.strip("-") for flag in mistake.flags)])
-    return Mistake(name, "train_dpo.py", "def dpo_loss(", "def dpo_loss(", "", "", flags=mistake.flags)
+    return Mistake(name, "train_dpo.py", "def dpo_loss(", "def dpo_loss(", "", mistake.flags)
 
 
 def train_all(mistakes, init, folder):
@@ -43,7 +42,7 @@ def train_all(mistakes, init, folder):
     pairs = data.find("toy", "pairs_train").read_text(encoding="utf-8").splitlines(keepends=True)
     pairs = "".join(pairs[: STEPS * BATCH_SIZE])
     atomic_write(folder / "pairs.jsonl", pairs)
-    runs = {run.name: run for mistake in mistakes if mistake.trained for run in (healthy(mistake), mistake)}
+    runs = {run.name: run for mistake in mistakes if mistake.shows for run in (healthy(mistake), mistake)}
     for name, run in tqdm(runs.items(), desc="runs", unit="run"):
         made_of = checkpoint.fingerprint(model, pairs, STEPS, SETS["toy"], run.new, run.flags, run.resumed)
         if made_of != read(folder, run).get("made_of"):
@@ -55,7 +54,7 @@ def train_all(mistakes, init, folder):
 
 def read(folder, run):
     """What was measured of a run; {} if it was not trained."""
-    path = Path(folder) / run.name / "result.json"
+    path = folder / run.name / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -119,53 +118,33 @@ def draw(path, mistakes, folder):
 # ---- The page ----
 
 COLUMNS = (*METRICS, "reward", "kl", "length")
-SEEN = "**In the curves:**"
-TO_WRITE = f"{SEEN} (write here what they show)"
 
 
-def wrap(text, indent=""):
-    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def diff(mistake):
-    """The lines that change, whole, with - and + in front."""
-    sources = (ROOT / mistake.file).read_text(encoding="utf-8"), broken(mistake)
-    lines = difflib.unified_diff(*(source.splitlines() for source in sources), lineterm="", n=0)
-    return [line for line in list(lines)[2:] if not line.startswith("@@")]
-
-
-def section(mistake, folder, seen):
-    """The mistake's part of the page. `seen` is what a person wrote about its curves."""
-    lines = [f"## {mistake.name}", "", wrap(mistake.what), "", f"In `{mistake.file}`:", "", "```diff", *diff(mistake)]
-    lines += ["```", "", seen, ""]
-    result, beside = read(folder, mistake), read(folder, healthy(mistake))
+def measured(mistake, folder):
+    """What was measured of the mistake, as paragraphs of its section."""
+    result = read(folder, mistake)
     if "stopped" in result:
-        lines += ["Measured: the run stopped with", "", wrap("> " + result["stopped"], "> "), ""]
-    elif result:
-        flags = f"`{' '.join(mistake.flags)}`" if mistake.flags else ""
-        lines += [f"| {flags} | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
-        for name, figures in (("mistake", result), ("healthy", beside)):
-            lines.append(f"| {name} | {' | '.join(format(figures[column], '.3g') for column in COLUMNS)} |")
-        lines.append("")
-    return [*lines, f"Caught by `{mistake.test}`.", ""]
+        message = textwrap.fill("> " + result["stopped"], 120, subsequent_indent="> ", break_on_hyphens=False)
+        return ["Measured: the run stopped with", message]
+    flags = f"`{' '.join(mistake.flags)}`" if mistake.flags else ""
+    lines = [f"| {flags} | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
+    for name, figures in (("mistake", result), ("healthy", read(folder, healthy(mistake)))):
+        lines.append(f"| {name} | {' | '.join(format(figures[column], '.3g') for column in COLUMNS)} |")
+    return ["\n".join(lines)]
 
 
-def write_page(path, folder):
-    """Writes a section for each mistake into the page, and the picture beside it.
-
-    Two parts are written by hand and stay: what stands above the first section of the page, and the paragraph of each
-    section of docs/mistakes.md that begins with `SEEN`.
-    """
-    path, folder = Path(path), Path(folder)
-    above = path.read_text(encoding="utf-8").partition("\n## ")[0] + "\n" if path.exists() else ""
-    seen = {}
-    for text in (ROOT / "docs" / "mistakes.md").read_text(encoding="utf-8").split("\n## ")[1:]:
-        name, *paragraphs = text.split("\n\n")
-        seen[name] = next((paragraph for paragraph in paragraphs if paragraph.startswith(SEEN)), TO_WRITE)
-    sections = [line for mistake in GALLERY for line in section(mistake, folder, seen.get(mistake.name, TO_WRITE))]
-    atomic_write(path, above + "\n".join(sections))
-    print(f"{path}: {len(GALLERY)} mistakes")
-    trained = [mistake for mistake in GALLERY if read(folder, mistake)]
-    if trained:
-        print(f"samples of the SFT model: {read(folder, healthy(trained[0]))['start']}")
-        draw(path.with_suffix(".png"), trained, folder)
+def write_page(folder):
+    """Writes what was measured into the sections of docs/mistakes.md, and its picture. The rest stays as it is."""
+    above, sections = read_page(PAGE)
+    folder, trained = Path(folder), []
+    for i, section in enumerate(sections):
+        mistake = read_section(section)
+        if read(folder, mistake):
+            trained.append(mistake)
+            paragraphs = section.rstrip("\n").split("\n\n")
+            kept = [text for text in paragraphs if not text.startswith(("| ", "Measured:", "> "))]
+            sections[i] = "\n\n".join([*kept[:-1], *measured(mistake, folder), kept[-1]]) + "\n"
+    atomic_write(PAGE, "\n## ".join([above, *sections]))
+    print(f"{PAGE}: {len(trained)} mistakes trained")
+    print(f"samples of the SFT model: {read(folder, healthy(trained[0]))['start']}")
+    draw(PAGE.with_suffix(".png"), trained, folder)

@@ -175,6 +175,8 @@ def main():
             comparison = dict(run=run, temperature=temperature, prompt=prompt, own=theirs, completion=completion)
             lines.append(json.dumps({**comparison, "outcomes": found}, ensure_ascii=False) + "\n")
 
+    for name in ("settings.json", "agreement.csv", "winrate.png"):  # of other settings; this run may not write them
+        (out / name).unlink(missing_ok=True)
     atomic_write(out / "comparisons.jsonl", "".join(lines))
     write_csv(out / "winrate.csv", rows)
     if agreements:
@@ -184,7 +186,7 @@ def main():
     columns = Row(*zip(*rows, strict=True))._asdict()
     cells = {name: [f"{x:.3g}" if isinstance(x, float) else str(x) for x in column] for name, column in columns.items()}
     print("\n" + samples_table(cells))
-    for a in agreements:
+    for a in [a for a in agreements if a.n]:
         same = f"the same verdict on {a.share:.1%} of {a.n:,} comparisons, Cohen's kappa {a.kappa:.3f}"
         print(f"{a.judge_a} and {a.judge_b}: {same}")
     print(f"results: {out}")
