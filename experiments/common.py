@@ -16,8 +16,6 @@ from minidpo.settings import UserError
 
 # ---- 1. Models, prompts, samples ----
 
-MIN_PROMPT_TOKENS = 8  # as in dataset.cut_to_context
-
 
 def load_models(*names, device="cpu"):
     """Loads models (run folders, GPT-2 folders or names) in evaluation mode -> (list of models, their tokenizer).
@@ -42,11 +40,11 @@ def read_prompts(name, file="prompts_test", limit=0):
 def prompt_ids(tokenizer, prompts, max_new_tokens, *models):
     """Returns the ids of each prompt text behind a leading eot, as `generate` takes them.
 
-    A prompt is cut on its left, down to MIN_PROMPT_TOKENS, where the context of one of `models` is too short for it and
-    max_new_tokens. Prints how many were cut.
+    A prompt is cut on its left, down to 8 tokens, where it and max_new_tokens do not fit the context of all `models`.
+    Prints how many were cut.
     """
     context = min(model.config.block_size for model in models)
-    room = min(max(context - max_new_tokens, MIN_PROMPT_TOKENS), context - 1)
+    room = min(max(context - max_new_tokens, 8), context - 1)  # 8 as in dataset.cut_to_context
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     if n_cut := sum(len(ids) > room for ids in encoded):
         print(f"{n_cut:,} of {len(prompts):,} prompts cut on the left to {room} tokens")
