@@ -136,14 +136,14 @@ def read_csv(path, row_class, make):
     return rows
 
 
-def figure(path, figsize, layout="constrained"):
+def figure(path, figsize):
     """Returns a matplotlib Figure for the picture `path`, or None, with a printed line, if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f'no {path}: matplotlib is not installed (pip install "minidpo[plot]")')
         return None
-    return Figure(figsize=figsize, layout=layout)
+    return Figure(figsize=figsize, layout="constrained")
 
 
 def save_figure(path, figure, dpi=110):

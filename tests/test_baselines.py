@@ -215,6 +215,17 @@ def test_trap10_a_step_is_the_same_however_it_is_cut(method):
             assert a == pytest.approx(b, abs=1e-8)
 
 
+def test_the_reward_model_cuts_its_forward_passes_as_micro_tokens_says(monkeypatch):
+    sizes, batch = [], dataset.preference_batch
+    monkeypatch.setattr(
+        dataset, "preference_batch", lambda pairs, device: sizes.append(len(pairs)) or batch(pairs, device)
+    )
+    knobs, model = knobs_of("reward-model", batch_size=5, micro_tokens=16), rewarder()
+    reward_model.evaluate(model, ROWS, knobs)
+    reward_model.train_step(model, make_optimizer(model, "sgd", 0.0), ROWS, [3, 0, 1, 4, 2], knobs)
+    assert sum(sizes) == 2 * 5 and max(sizes) == 2  # rows of at most 4 tokens, two for each pair
+
+
 def test_pair_metrics_are_means_over_pairs_whatever_the_batches():
     model, knobs = rewarder(), settings(reward_model.Settings, batch_size=2)  # 2 + 2 + 1
     means = reward_model.evaluate(model, ROWS, knobs)

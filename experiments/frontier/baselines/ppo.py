@@ -191,9 +191,9 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, generator, ids=None):
-    """Samples one response to each of `prompts` (texts) and scores it -> Rollout. `ids` is that of common.sample."""
-    samples = common.sample(policy, tokenizer, prompts, settings.max_new_tokens, generator, ids=ids)
+def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, generator, prompt_ids=None):
+    """Samples one response to each of `prompts` (texts) and scores it -> Rollout. `prompt_ids` are `ids` of `train`."""
+    samples = common.sample(policy, tokenizer, prompts, settings.max_new_tokens, generator, ids=prompt_ids)
     device = policy.wte.weight.device
     rows = dataset.sft_batch(list(zip(samples.prompt_ids, samples.ids, strict=True)), device)
     parts = []
