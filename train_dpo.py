@@ -41,10 +41,11 @@ loss is the negative log-likelihood of the labels, as for any classifier. The ex
     L(pi)  =  -E[ log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x)  -  beta log pi(y_l|x)/pi_ref(y_l|x) ) ]        (7)
 
 If the labels follow (1) and the pairs cover all responses, the likelihood is largest when pi gives the same
-probabilities as pi* in (6). This happens only at pi = pi*, the optimum of (3): the loss solves the problem above.
+probabilities as pi* in (6). Then log pi and log pi* differ by a constant per prompt. Both pi and pi* sum to 1, so the
+constant is 0 and pi = pi*, the optimum of (3): the loss solves the problem above.
 
-THE IMPLICIT REWARD is the term that occurs twice in (7), beta log pi(y|x)/pi_ref(y|x). It is the reward (5) without
-the part that depends on x alone. With it the loss is short:
+THE IMPLICIT REWARD is the term that occurs twice in (7), beta log pi(y|x)/pi_ref(y|x). It has the form of (5), with pi
+in place of pi* and without the part that depends on x alone. With it the loss is short:
 
     chosen_reward = beta (log pi - log pi_ref)(y_w|x),  rejected_reward the same for y_l,
     margin = chosen_reward - rejected_reward,           loss = -log sigmoid(margin).
@@ -53,17 +54,18 @@ ITS GRADIENT (A.4) shows what a step does. The derivative of -log sigmoid(m) is 
 
     grad L  =  -beta E[ sigmoid(rejected_reward - chosen_reward) ( grad log pi(y_w|x) - grad log pi(y_l|x) ) ]
 
-A step pushes log pi of the chosen response up and log pi of the rejected one down. The weight of a pair is large where
-the implicit reward is wrong about it. At the start pi = pi_ref, so both rewards are 0, every loss is ln 2 = 0.693 and
-every weight is 1/2. A loss of ln 2 does not mean that the gradient is 0.
+The first term pushes log pi of the chosen response up, the second pushes log pi of the rejected one down. The weight of
+a pair is large where the implicit reward is wrong about it. At the start pi = pi_ref, so both rewards are 0, every loss
+is ln 2 = 0.693 and every weight is 1/2. A loss of ln 2 does not mean that the gradient is 0.
 
 WHERE DID THE KL TERM GO? The objective (3) has a KL term, the loss (7) has none. It became the reference inside the
 logarithms, because the optimum (4) of the KL objective contains pi_ref. beta sets the scale of the margin: to move the
-margin by 1, the difference of the log-ratios log(pi / pi_ref) must move by 1/beta nats. Once sigmoid(margin) equals the
-share of labels for y_w, the gradient is 0 on average. So a larger beta means a policy closer to the reference. This has
-two limits. First, the loss sees only the responses in the pairs. Nothing is sampled, so nothing keeps pi near the
-reference on other responses. Second, if nothing in the data contradicts a label, a larger margin always lowers the
-loss. Then not beta alone, but also the number of epochs and the learning rate decide how far pi moves.
+margin by 1, the difference of the log-ratios log(pi / pi_ref) must move by 1/beta nats. Suppose that a pair is labelled
+many times and one response wins 70 % of the labels. When sigmoid(margin) is 0.7, the gradients of these labels cancel.
+So a larger beta means a policy closer to the reference. This has two limits. First, the loss sees only the responses in
+the pairs. Nothing is sampled, so nothing keeps pi near the reference on other responses. Second, if nothing in the data
+contradicts a label, a larger margin always lowers the loss. Then not beta alone, but also the number of epochs and the
+learning rate decide how far pi moves.
 
 WHY DOES THE CHOSEN REWARD FALL? (7) depends on the margin alone. The margin also grows when both log-probabilities fall
 and the rejected one falls faster. Chosen and rejected responses share words, so pushing one down pulls the other down,
@@ -213,7 +215,7 @@ class Settings(RunSettings):
         return {name: getattr(self, name) for name in ("beta", "label_smoothing", "loss_type", "reference_free")}
 
 
-# ---- 3. The pieces of the loop. pairs: a list of (prompt_ids, chosen_ids, rejected_ids); reference: logps (N, 2) ----
+# ---- 3. The pieces of the loop. pairs: N of (prompt_ids, chosen_ids, rejected_ids); reference: their logps (N, 2) ----
 
 
 def logps_of(model, pairs, indices, settings):
@@ -241,7 +243,7 @@ def reference_logps(model, pairs, settings):
 
 
 def cached_reference(policy, parts, settings, run):
-    """`reference_logps` of all `parts`, kept in a file. Runs with the same weights, data and rounding share it."""
+    """`reference_logps` of all `parts`, kept in a file. Runs that would compute the same bits share it."""
     sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
     rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes, settings.reference_free)
     name = checkpoint.fingerprint(policy, run.data, rounding)
@@ -356,7 +358,7 @@ def main(settings_class=Settings, loss=dpo_loss):
             set_learning_rate(optimizer, lr)
             metrics = train_step(policy, optimizer, pairs, reference, indices, settings, loss)
             metrics |= {"lr": lr, **run.speed(pairs=len(indices), tokens=dataset.count_tokens(pairs, indices))}
-            if held_out and run.evaluates_after(step):
+            if held_out and run.evaluates_after(step):  # the held-out pairs come last in `reference`
                 metrics |= evaluate(policy, held_out, reference[len(pairs) :], settings, loss)
             run.log(step, metrics)
             if step + 1 == 2 * settings.warmup_steps + 50 and abs(metrics["rewards/margins"]) < 1e-3:
