@@ -37,12 +37,18 @@ def read_prompts(name, file="prompts_test", limit=0):
     return [record["prompt"] for record in read_jsonl(data.find(name, file), ("prompt",))][: limit or None]
 
 
-def prompt_ids(tokenizer, prompts, room=None):
+def prompt_ids(tokenizer, prompts, max_new_tokens, *models):
     """Returns the ids of each prompt text behind a leading eot, as `generate` takes them.
 
-    With `room`, a prompt is cut on its left to its last `room` tokens, the eot not counted.
+    A prompt is cut on its left, down to 8 tokens, where it and max_new_tokens do not fit the context of all `models`.
+    Prints how many were cut.
     """
-    return [[tokenizer.eot, *tokenizer.encode(prompt)[-room if room else None :]] for prompt in prompts]
+    context = min(model.config.block_size for model in models)
+    room = min(max(context - max_new_tokens, 8), context - 1)  # 8 as in dataset.cut_to_context
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    if n_cut := sum(len(ids) > room for ids in encoded):
+        print(f"{n_cut:,} of {len(prompts):,} prompts cut on the left to {room} tokens")
+    return [[tokenizer.eot, *ids[-room:]] for ids in encoded]
 
 
 class Samples(NamedTuple):
@@ -56,15 +62,16 @@ class Samples(NamedTuple):
 
 
 def sample(
-    model, tokenizer, prompts, max_new_tokens, seed, per_prompt=1, room=None, temperature=1.0,
+    model, tokenizer, prompts, max_new_tokens, seed, per_prompt=1, ids=None, temperature=1.0,
     batch_size=256, progress=None,
 ):  # fmt: skip
     """Samples `per_prompt` responses to each of `prompts` (texts) -> Samples.
 
     The same seed, prompts and batch size give the same responses. `seed` is a number, or a torch.Generator on the
-    model's device to continue from. `room` is that of `prompt_ids`; the other arguments are those of `generate`.
+    model's device to continue from. `ids` is what `prompt_ids` made of the prompts; None: it is called here. The other
+    arguments are those of `generate`.
     """
-    encoded = prompt_ids(tokenizer, prompts, room)
+    encoded = prompt_ids(tokenizer, prompts, max_new_tokens, model) if ids is None else ids
     prompts, encoded = ([x for x in xs for _ in range(per_prompt)] for xs in (prompts, encoded))
     if not isinstance(seed, torch.Generator):
         seed = torch.Generator(model.wte.weight.device).manual_seed(seed)
@@ -129,14 +136,14 @@ def read_csv(path, row_class, make):
     return rows
 
 
-def figure(path, figsize, layout="constrained"):
+def figure(path, figsize):
     """Returns a matplotlib Figure for the picture `path`, or None, with a printed line, if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f'no {path}: matplotlib is not installed (pip install "minidpo[plot]")')
         return None
-    return Figure(figsize=figsize, layout=layout)
+    return Figure(figsize=figsize, layout="constrained")
 
 
 def save_figure(path, figure, dpi=110):

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data.toy_sentiment.grammar import grammatical
-from experiments.common import load_models, prompt_mean_se, read_prompts, sample
+from experiments.common import load_models, prompt_ids, prompt_mean_se, read_prompts, sample
 from experiments.rewards import load_reward
 from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
@@ -106,7 +106,8 @@ def evaluate(policy, reference, tokenizer, prompts, reward, settings):
     figures["reference"] holds those of the reference's own samples. Prompts are repeated `samples_per_prompt` times.
     """
     per_prompt = settings.samples_per_prompt
-    how = prompts, settings.max_new_tokens, settings.seed, per_prompt
+    ids = prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy, reference)
+    how = prompts, settings.max_new_tokens, settings.seed, per_prompt, ids
     ours = sample(policy, tokenizer, *how, progress="sampling policy")
     theirs = sample(reference, tokenizer, *how, progress="sampling reference")
     rewards, reference_rewards = (reward(samples.prompts, samples.texts) for samples in (ours, theirs))

@@ -215,6 +215,17 @@ def test_trap10_a_step_is_the_same_however_it_is_cut(method):
             assert a == pytest.approx(b, abs=1e-8)
 
 
+def test_the_reward_model_cuts_its_forward_passes_as_micro_tokens_says(monkeypatch):
+    sizes, batch = [], dataset.preference_batch
+    monkeypatch.setattr(
+        dataset, "preference_batch", lambda pairs, device: sizes.append(len(pairs)) or batch(pairs, device)
+    )
+    knobs, model = knobs_of("reward-model", batch_size=5, micro_tokens=16), rewarder()
+    reward_model.evaluate(model, ROWS, knobs)
+    reward_model.train_step(model, make_optimizer(model, "sgd", 0.0), ROWS, [3, 0, 1, 4, 2], knobs)
+    assert sum(sizes) == 2 * 5 and max(sizes) == 2  # rows of at most 4 tokens, two for each pair
+
+
 def test_pair_metrics_are_means_over_pairs_whatever_the_batches():
     model, knobs = rewarder(), settings(reward_model.Settings, batch_size=2)  # 2 + 2 + 1
     means = reward_model.evaluate(model, ROWS, knobs)
@@ -289,6 +300,28 @@ def test_the_longest_row_that_training_keeps_fits():
     assert torch.isfinite(model.score([[EOT, 0, 1]], [[0, 1, 2, EOT]])).all()  # 1 + 2 + 3 = 6 positions and its eot
     with pytest.raises(UserError, match="longer than the model's context"):
         model.score([[EOT, 0, 1]], [[0, 1, 2, 0, EOT]])
+
+
+def test_scores_have_the_mean_0_whatever_the_precision_of_the_training():
+    """`mean` and the rewards that it is subtracted from come from one precision."""
+    model = rewarder(dtype=torch.float32, n_embd=64)
+    reward_model.centre(model, ROWS, settings(reward_model.Settings, dtype="bfloat16", batch_size=2))
+    prompts, chosen, rejected = map(list, zip(*ROWS, strict=True))
+    assert abs(model.score(prompts * 2, chosen + rejected).mean()) < 1e-6
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_trap8_in_bf16_the_policy_starts_at_the_reference(fast):
+    """Unlikelihood's rewards, which are differences of log-probs, in other batches than the reference's."""
+    knobs = knobs_of("unlikelihood", dtype="bfloat16", fast=fast, batch_size=5, micro_batch_size=2)
+    policy = gpt(dtype=torch.float32, n_embd=64)
+    reference = train_dpo.reference_logps(policy, ROWS, knobs)
+    indices = [3, 0, 1, 4, 2]
+    train_dpo.check_start(policy, ROWS, reference, indices, knobs, unlikelihood_loss)
+    optimizer = make_optimizer(policy, "sgd", 0.0)
+    metrics = train_dpo.train_step(policy, optimizer, ROWS, reference, indices, knobs, unlikelihood_loss)
+    for side in ("chosen", "rejected"):
+        assert abs(metrics[f"rewards/{side}"]) <= 1e-3 * abs(metrics[f"logps/{side}"])
 
 
 def test_it_recovers_a_linear_reward_from_noisy_choices():

@@ -14,6 +14,8 @@ import experiments.evaluate as evaluate
 import experiments.make_pairs as make_pairs
 import train_dpo
 import train_sft
+from experiments.frontier import limit
+from experiments.frontier.baselines import ppo
 from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import generate
@@ -69,6 +71,48 @@ def test_csv_that_is_damaged(tmp_path, text, says):
         common.read_csv(tmp_path / "points.csv", Point, "make points")
     with pytest.raises(UserError, match="missing.csv not found.*make points"):
         common.read_csv(tmp_path / "missing.csv", Point, "make points")
+
+
+# ---- common: prompts ----
+
+
+@pytest.fixture
+def long_prompts(tmp_path):
+    """A file with a prompt that is longer than the context of 40 tokens, and one that is not."""
+    texts = ["The film is dull. " * 30 + "Her cast", "It"]
+    return write_jsonl(tmp_path / "long.jsonl", [{"prompt": text} for text in texts]), texts
+
+
+@pytest.mark.parametrize("module", [evaluate, make_pairs, limit, ppo])
+def test_every_command_cuts_a_long_prompt_on_the_left(module, home, tmp_path, long_prompts, monkeypatch, capsys):
+    """The ids are the last ones of the prompt behind an eot, and leave room for the new tokens; one line says so."""
+    file, texts = long_prompts
+    flags = {
+        evaluate: ("--policy", home / "dpo", "--reference", home / "sft", "--data", file),
+        make_pairs: ("--policy", home / "sft", "--prompts", file, "--out", tmp_path / "pairs.jsonl"),
+        limit: ("--reference", home / "sft", "--data", file, "--samples", 256, "--out", tmp_path / "limit.csv"),
+        ppo: ("--init", home / "sft", "--data", file, "--steps", 1, "--rollouts", 8, "--out", tmp_path / "ppo"),
+    }[module]
+    seen = []
+    monkeypatch.setattr(
+        common, "generate", lambda model, ids, *a, **k: seen.append(ids) or generate(model, ids, *a, **k)
+    )
+    monkeypatch.setattr(module, "load_reward", lambda name: vowels)
+    call(module.main, *flags, "--reward", "any", "--max-new-tokens", 12, "--device", "cpu")
+    _, tokenizer, _ = checkpoint.load(home / "sft")
+    long, short = map(tokenizer.encode, texts)
+    expected = [tokenizer.eot, *long[-28:]], [tokenizer.eot, *short]  # 28 + 12 = 40
+    assert {tuple(ids) for batch in seen for ids in batch} == set(map(tuple, expected))
+    assert capsys.readouterr().out.count("1 of 2 prompts cut on the left to 28 tokens") == 1
+
+
+@pytest.mark.parametrize(("max_new_tokens", "kept"), [(1, 15), (10, 8), (8, 8), (100, 8)])
+def test_a_prompt_keeps_8_tokens_whatever_is_to_follow(max_new_tokens, kept):
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    model = GPT(GPTConfig(257, 16, 1, 2, 8))
+    ids = common.prompt_ids(tokenizer, ["abc", "x" * 30 + "abcdefghijklmno"], max_new_tokens, model)
+    assert ids == [[256, *b"abc"], [256, *b"abcdefghijklmno"[-kept:]]]
+    assert all(generate(model, ids, max_new_tokens, 256, generator=torch.Generator().manual_seed(0)))
 
 
 # ---- make_pairs ----
@@ -302,6 +346,15 @@ def test_trap15_policy_equal_to_reference_is_0(enumerated):
         assert values.abs().max() < 1e-12
 
 
+def test_trap8_in_bf16_the_policy_equal_to_the_reference_is_at_0(enumerated):
+    """Both sides of the difference come from one path and one precision, whatever the precision is."""
+    samples = [y for y, _, _ in enumerated[2][0]]
+    policy, reference = tiny_gpt(0).float(), tiny_gpt(0).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate.sequence_kl(policy, reference, [PROMPTS[0]] * len(samples), samples, batch_size=7)
+    assert all(values.abs().max() == 0 for values in found)
+
+
 def test_trap15_sum_over_tokens_whatever_the_company(enumerated):
     """A sample's KL is the same alone and in a batch with longer rows, and in train mode as in eval."""
     policy, reference, rows = enumerated
@@ -330,7 +383,7 @@ def test_trap15_sampled_ids_are_never_encoded_again(monkeypatch):
     monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
     settings = evaluate.Settings("", "", "", "none")
     figures, _, texts = evaluate.evaluate(policy, reference, tokenizer, ["a", "bc"], vowels, settings)
-    assert encoded == ["a", "bc"] * 2 and texts["policy"] == [" the", "the the"]
+    assert encoded == ["a", "bc"] and texts["policy"] == [" the", "the the"]
     kls = [
         log_p(policy, [tokenizer.eot, *prompt], ids) - log_p(reference, [tokenizer.eot, *prompt], ids)
         for prompt, ids in zip((b"a", b"bc"), drawn, strict=True)

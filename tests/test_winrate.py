@@ -306,7 +306,7 @@ def test_long_prompts_are_cut_on_the_left(home, tmp_path, capsys):
     call(winrate.main, *flags, "--max-new-tokens", 12)
     assert "1 of 2 prompts cut on the left" in capsys.readouterr().out
     model, tokenizer, _ = checkpoint.load(home / "sft")
-    ids = common.prompt_ids(tokenizer, [row["prompt"] for row in rows], winrate.prompt_room(model, 12))
+    ids = common.prompt_ids(tokenizer, [row["prompt"] for row in rows], 12, model)
     assert len(ids[0]) == 1 + 40 - 12 and tokenizer.decode(ids[0]).endswith("Her cast")
     assert ids[1] == [tokenizer.eot, *tokenizer.encode("It")]
 

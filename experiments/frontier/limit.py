@@ -145,7 +145,7 @@ def shares(samples, models):
     return [samples - (models - 1) * (samples // models)] + [samples // models] * (models - 1)
 
 
-def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator):
+def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator, ids=None):
     """Draws counts[k] responses of sources[k] to each prompt (a text) -> rewards (P, S), logps (K, P, S).
 
     The draws of one source stand together.
@@ -153,7 +153,7 @@ def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator)
     rewards, logps = [], []
     for (model, temperature), count in zip(sources, counts, strict=True):
         drawn = common.sample(
-            model, tokenizer, prompts, max_new_tokens, generator, count, temperature=temperature, batch_size=ROWS
+            model, tokenizer, prompts, max_new_tokens, generator, count, ids, temperature, batch_size=ROWS
         )
         rewards.append(torch.tensor(reward(drawn.prompts, drawn.texts), dtype=torch.float64).view(-1, count))
         logps.append(torch.stack([sequence_logps(s, drawn.prompt_ids, drawn.ids).view(-1, count) for s in sources]))
@@ -181,13 +181,15 @@ def all_draws(sources, prompts, tokenizer, reward, settings):
     }
     if others := set(folder.glob("*.pt")) - set(paths.values()):
         print(f"{folder}: {len(others)} files were drawn from other models, rewards or settings, and are not used")
+    ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, *(model for model, _ in sources))
     parts = []
     for first, path in tqdm(paths.items(), desc="draws", unit=f"x {at_once} prompts"):
         if not path.exists():
             seed = settings.seed * 1_000_003 + first  # one per part, so that a continued run draws the same
             generator = torch.Generator(sources[0][0].wte.weight.device).manual_seed(seed)
-            some = prompts[first : first + at_once]
-            rewards, logps = draw(sources, some, tokenizer, reward, counts, settings.max_new_tokens, generator)
+            some, some_ids = (x[first : first + at_once] for x in (prompts, ids))
+            how = counts, settings.max_new_tokens, generator
+            rewards, logps = draw(sources, some, tokenizer, reward, *how, some_ids)
             with atomic(path) as file:
                 torch.save({"rewards": rewards, "logps": logps}, file)
         parts.append(checkpoint.read(path, keys=("rewards", "logps")))

@@ -98,9 +98,9 @@ class Setup:
             "content of the prompts": checkpoint.fingerprint(prompts),
         }
 
-    def sample(self, model, prompts, seed, per_prompt=1, room=None):
+    def sample(self, model, prompts, seed, per_prompt=1):
         longest = self.settings.max_new_tokens
-        return common.sample(model, self.tokenizer, prompts, longest, seed, per_prompt, room, batch_size=limit.ROWS)
+        return common.sample(model, self.tokenizer, prompts, longest, seed, per_prompt, batch_size=limit.ROWS)
 
     def judge(self, samples, per_prompt, kls=None):
         """Mean true reward and KL of samples, and the share that is grammatical -> columns by name."""
@@ -193,7 +193,7 @@ def to_scale(setup, reward, seed, samples=256):
     Labels that are never wrong do not say how large a learned reward is. Ziegler et al. 2019 normalise it as well.
     """
     prompts = common.read_prompts(setup.settings.data, "prompts_train", samples)
-    drawn = setup.sample(setup.sft, prompts, seed, room=ppo.room_for_prompt(setup.sft, setup.settings))
+    drawn = setup.sample(setup.sft, prompts, seed)
     scores = reward(drawn.prompts, drawn.texts, drawn.prompt_ids, drawn.ids)
     factor = setup.sweep.reward_sd / statistics.stdev(scores)
     return lambda *batch: [factor * score for score in reward(*batch)]

@@ -73,24 +73,17 @@ def own_completions(name, limit, seed):
     return list(itertools.islice(first.items(), limit or None))
 
 
-def prompt_room(model, max_new_tokens):
-    """How many tokens of a prompt leave room for max_new_tokens in the context: at least 8."""
-    return max(8, model.config.block_size - max_new_tokens)
-
-
-def completions(journal, name, model, tokenizer, prompts, temperature, settings):
+def completions(journal, name, model, tokenizer, prompts, ids, temperature, settings):
     """The run's completions of all prompts (texts) at one temperature -> list of {"text", "ended", "tokens"}."""
     weights = checkpoint.fingerprint(model, tokenizer.fingerprint)
     longest, found = settings.max_new_tokens, []
-    room = prompt_room(model, longest)
     batches = range(0, len(prompts), settings.batch_size)
     for i in tqdm(batches, desc=f"{name} at temperature {temperature:g}", unit="batch"):
-        batch = prompts[i : i + settings.batch_size]
-        ids = prompt_ids(tokenizer, batch, room)
-        key = checkpoint.fingerprint(weights, ids, temperature, longest, settings.seed, i)
+        batch, batch_ids = (x[i : i + settings.batch_size] for x in (prompts, ids))
+        key = checkpoint.fingerprint(weights, batch_ids, temperature, longest, settings.seed, i)
         if key not in journal.entries:
             seed = random.Random(f"{settings.seed} {temperature} {i}").getrandbits(63)  # each batch has its own
-            new = sample(model, tokenizer, batch, longest, seed, room=room, temperature=temperature)
+            new = sample(model, tokenizer, batch, longest, seed, ids=batch_ids, temperature=temperature)
             lengths = map(len, new.ids)
             done = [dict(text=t, ended=e, tokens=n) for t, e, n in zip(new.texts, new.ended, lengths, strict=True)]
             journal.add(key, run=name, temperature=temperature, completions=done)
@@ -159,13 +152,10 @@ def main():
 
     journal, sampled = Journal(out / "samples.jsonl"), {}
     for run, (model, tokenizer) in models.items():
-        room = prompt_room(model, settings.max_new_tokens)
-        n_cut = sum(len(ids) > 1 + room for ids in prompt_ids(tokenizer, prompts))
-        if n_cut:
-            print(f"{run}: {n_cut:,} of {len(prompts):,} prompts cut on the left, to leave room for a completion")
+        ids = prompt_ids(tokenizer, prompts, settings.max_new_tokens, model)
         model.to(device)
         for temperature in temperatures:
-            sampled[run, temperature] = completions(journal, run, model, tokenizer, prompts, temperature, settings)
+            sampled[run, temperature] = completions(journal, run, model, tokenizer, prompts, ids, temperature, settings)
         model.cpu()
 
     rows, outcomes = [], {name: [] for name in judges}  # outcomes in the order of `sampled`

@@ -190,19 +190,10 @@ class Rollout(NamedTuple):
     scores: torch.Tensor  # (N,), the reward of each response
 
 
-def room_for_prompt(policy, settings):
-    """Returns how many tokens of a prompt fit into the context before the longest response. UserError if none does."""
-    room = policy.config.block_size - settings.max_new_tokens
-    if room < 1:
-        raise UserError("--max-new-tokens leaves no room for a prompt in the model's context. Give less.")
-    return room
-
-
 @torch.no_grad()
-def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, generator):
-    """Samples one response to each of `prompts` (texts) and scores it -> Rollout."""
-    room = room_for_prompt(policy, settings)
-    samples = common.sample(policy, tokenizer, prompts, settings.max_new_tokens, generator, room=room)
+def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, generator, prompt_ids=None):
+    """Samples one response to each of `prompts` (texts) and scores it -> Rollout. `prompt_ids` are `ids` of `train`."""
+    samples = common.sample(policy, tokenizer, prompts, settings.max_new_tokens, generator, ids=prompt_ids)
     device = policy.wte.weight.device
     rows = dataset.sft_batch(list(zip(samples.prompt_ids, samples.ids, strict=True)), device)
     parts = []
@@ -243,13 +234,13 @@ def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
     return {**metrics, "value_explained": explained.item()}
 
 
-def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None, state=None, steps=None):
+def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None, state=None, steps=None, ids=None):
     """Trains `policy` in place.
 
     Args:
         reward: reward(prompts, responses, prompt_ids, response_ids) -> list of floats; texts, and ids as `generate`
             takes and returns them.
-        prompts: texts.
+        prompts: texts; `ids` is what common.prompt_ids made of them. None: it is called here.
         on_step: on_step(step, metrics, state) after each step, counted from 1. `state` is what to save beside the
             policy, at once, since its tensors change with the next step.
         state: that of an earlier on_step, to continue its training with its policy.
@@ -262,6 +253,8 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
     value.body.set_dropout(0.0)
     optimizers = [make_optimizer(model, "adamw", settings.lr) for model in (policy, value)]
     kl_coef = settings.kl_coef
+    if ids is None:
+        ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy)
     if state:
         value.load_state_dict(state["value"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -274,7 +267,8 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
         seed = settings.seed * 1_000_003 + step
         generator, sampling = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
         drawn = torch.randint(len(prompts), (settings.rollouts,), generator=generator).tolist()
-        rollout = roll_out(policy, value, reference, reward, [prompts[i] for i in drawn], tokenizer, settings, sampling)
+        some, some_ids = ([x[i] for i in drawn] for x in (prompts, ids))
+        rollout = roll_out(policy, value, reference, reward, some, tokenizer, settings, sampling, some_ids)
         for optimizer, peak in zip(optimizers, (settings.lr, settings.value_lr), strict=True):
             set_learning_rate(optimizer, learning_rate(step, settings.steps, peak, settings.warmup_steps, decay=True))
         losses = update(policy, value, optimizers, rollout, kl_coef, settings, generator)
@@ -319,8 +313,8 @@ def main():
     state = state if settings.resume else {}
     run.count(state.get("step", 0), settings.steps, min(settings.steps, settings.max_steps or settings.steps))
     prompts = common.read_prompts(settings.data, "prompts_train")
-    shown = prompts[: settings.samples]
-    shown_ids = common.prompt_ids(tokenizer, shown, room_for_prompt(policy, settings))
+    ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy)
+    shown, shown_ids = prompts[: settings.samples], ids[: settings.samples]
     before = complete(reference, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
 
     def on_step(step, metrics, now):
@@ -330,7 +324,7 @@ def main():
 
     save = lambda step: run.save(policy, tokenizer, state)  # noqa: E731
     with run.loop(range(run.first_step, run.last_step), tokenizer, save) as steps:
-        train(policy, reference, reward, prompts, tokenizer, settings, on_step, state, steps)
+        train(policy, reference, reward, prompts, tokenizer, settings, on_step, state, steps, ids)
     after = complete(policy, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
     size = f"{run.last_step} steps of {settings.rollouts} responses"
     note = f"PPO on the reward {settings.reward} from {settings.init}: {size}."

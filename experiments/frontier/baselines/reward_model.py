@@ -165,9 +165,9 @@ def means_of(parts):
 
 def train_step(model, optimizer, pairs, indices, settings):
     """One optimiser step on the pairs `indices`. Returns the metrics from before the update, by name."""
-    size, parts = settings.micro_batch_size or len(indices), []
-    for i in range(0, len(indices), size):
-        parts.append(measure(model, pairs, indices[i : i + size], settings))
+    parts = []
+    for micro in settings.cut([indices], pairs):
+        parts.append(measure(model, pairs, micro, settings))
         (parts[-1]["loss"].sum() / len(indices)).backward()  # the mean over the pairs of the step
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
     metrics = {**means_of(parts), "grad_norm": grad_norm.item()}
@@ -182,15 +182,17 @@ def train_step(model, optimizer, pairs, indices, settings):
 def evaluate(model, pairs, settings):
     """Returns the metrics on all of `pairs`, by name."""
     model.eval()
-    batches = dataset.batches(pairs, settings.micro_batch_size or settings.batch_size, seed=0, epoch=0)
+    batches = settings.cut(dataset.batches(pairs, settings.batch_size, seed=0, epoch=0), pairs)
     means = means_of([measure(model, pairs, indices, settings) for indices in batches])
     return {"eval/" + name: mean for name, mean in means.items()}
 
 
 def centre(model, pairs, settings):
     """Sets `mean` so that the scores of all responses in `pairs` have the mean 0."""
-    means = evaluate(model, pairs, settings)
-    model.mean.fill_((means["eval/rewards/chosen"] + means["eval/rewards/rejected"]) / 2)
+    prompts, chosen, rejected = map(list, zip(*pairs, strict=True))
+    model.mean.zero_()  # `score` subtracts it
+    size = settings.micro_batch_size or settings.batch_size
+    model.mean.copy_(model.score(prompts * 2, chosen + rejected, size).mean())
 
 
 def train(model, pairs, settings, on_step=None):
