@@ -143,7 +143,7 @@ class Run:
     def loop(self, items, tokenizer, save):
         """Opens the folder and gives `items` one per step, with a progress bar and checkpoints.
 
-        After Ctrl-C or SIGTERM the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
+        After Ctrl-C, SIGTERM or SIGHUP the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
         """
         parallel.all_sum(0)  # wait until every process has checked the folder
         self._open(tokenizer)
@@ -219,14 +219,15 @@ class Run:
 
 
 class CatchInterrupt:
-    """`with CatchInterrupt() as interrupt:` turns a first Ctrl-C or SIGTERM into `interrupt.requested = True`.
+    """`with CatchInterrupt() as interrupt:` turns a first Ctrl-C into `interrupt.requested = True`.
 
-    So a loop can finish its step and save. A second signal stops the process at once.
+    SIGTERM and SIGHUP, which a closed terminal sends, do the same. So a loop can finish its step and save. A second signal stops the process at once.
     """
 
     def __enter__(self):
         self.requested = False
-        self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+        self._previous = {s: signal.signal(s, self._on_signal) for s in (getattr(signal, name) for name in names)}
         return self
 
     def _on_signal(self, *_):

@@ -786,7 +786,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(home, tmp_path):
 
 
 @STAGES
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_in_a_step_lets_it_finish(home, tmp_path, stage, number, monkeypatch, capsys):
     """In the third step of ten: saved and resumed. In the last, nothing is left to resume: the run ends as always."""
     module = train_sft if stage is sft else train_dpo
