@@ -143,7 +143,7 @@ class Run:
     def loop(self, items, tokenizer, save):
         """Opens the folder and gives `items` one per step, with a progress bar and checkpoints.
 
-        After Ctrl-C, SIGTERM or SIGHUP the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
+        After Ctrl-C the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
         """
         parallel.all_sum(0)  # wait until every process has checked the folder
         self._open(tokenizer)
@@ -221,7 +221,8 @@ class Run:
 class CatchInterrupt:
     """`with CatchInterrupt() as interrupt:` turns a first Ctrl-C into `interrupt.requested = True`.
 
-    SIGTERM and SIGHUP, which a closed terminal sends, do the same. So a loop can finish its step and save. A second signal stops the process at once.
+    SIGTERM and SIGHUP (a closed terminal) do the same. So a loop can finish its step and save. A second signal stops the
+    process at once.
     """
 
     def __enter__(self):
