@@ -221,8 +221,8 @@ class Run:
 class CatchInterrupt:
     """`with CatchInterrupt() as interrupt:` turns a first Ctrl-C into `interrupt.requested = True`.
 
-    SIGTERM and SIGHUP (a closed terminal) do the same. So a loop can finish its step and save. A second signal stops the
-    process at once.
+    SIGTERM and SIGHUP (a closed terminal) do the same. So a loop can finish its step and save. A second signal stops
+    the process at once.
     """
 
     def __enter__(self):
