@@ -424,13 +424,6 @@ def test_prompt_longer_than_the_context_in_sampling(home, capsys):
     text = "the film is long " * 20
     message = refused(capsys, home, minidpo.sampling.main, "--run", home / "sft", "--prompt", text)
     assert "the model's context holds 1 to 40" in message and "Shorten it" in message
-    prompts = write_jsonl(home / "prompts.jsonl", [{"prompt": "The film"}, {"prompt": text}])
-    argv = ("--policy", home / "sft", "--reference", home / "sft", "--data", prompts, "--reward", "toy")
-    message = refused(capsys, home, experiments.evaluate.main, *argv, "--json", home / "new.json")
-    assert "prompt 1 has" in message and "context" in message
-    argv = ("--policy", home / "sft", "--prompts", prompts, "--reward", "toy", "--out", home / "new.jsonl")
-    message = refused(capsys, home, experiments.make_pairs.main, *argv, "--k", 2)
-    assert "prompt 2 has" in message and "context" in message
 
 
 def test_a_full_context_still_gives_one_token(home, capsys):

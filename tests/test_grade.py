@@ -123,7 +123,8 @@ ELSEWHERE = {  # mistakes in what no exercise asks for: the model, the loop, fil
     "chosen-and-rejected-swapped", "ipo-with-beta-in-the-margin", "rejected-detached", "dropout-missed-in-attention",
     "dropout-left-on", "reference-follows-the-policy", "cache-without-the-weights", "optimizer-of-another-copy",
     "exact-gelu", "head-tied-by-its-data", "mean-of-each-micro-batch", "zero-grad-forgotten", "average-of-averages",
-    "kl-on-the-references-samples", "logits-in-bf16", "warm-up-again", "evaluation-moves-the-rng", "wrapped-names-saved",
+    "kl-on-the-references-samples", "warm-up-again", "evaluation-moves-the-rng", "wrapped-names-saved",
+    "logits-in-bf16",
 }  # fmt: skip
 
 
