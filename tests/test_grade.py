@@ -274,9 +274,13 @@ BAD = [  # (code of a function, part of the grader's message)
     ),
     # access to the grader, other processes and programs
     ("def shift(row): from course import oracles; return oracles.shift(row)", "it imports the grader (course.oracles)"),
-    ("def shift(row): return open('course/oracles.py').read()", "it opens the grader's files (oracles.py)"),
     (
-        "def shift(row):\n try: open('course/grade.py')\n except OSError: pass\n return row[:-1], row[1:]",
+        "def shift(row): return open(train_dpo.__file__[:-12] + 'course/oracles.py').read()",
+        "it opens the grader's files (oracles.py)",
+    ),
+    (
+        "def shift(row):\n try: open(train_dpo.__file__[:-12] + 'course/grade.py')\n except OSError: pass\n"
+        " return row[:-1], row[1:]",
         "grader's files",
     ),
     ("def shift(row): import inspect, sys; return inspect.getsource(sys.modules['course.child'])", "OSError"),
