@@ -18,8 +18,8 @@ import contextlib
 import json
 import math
 import multiprocessing
-import random
 import os
+import random
 import secrets
 import shutil
 import statistics
@@ -268,15 +268,19 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
     If no mistake matches the whole answers, each returned value is compared by itself. A value that no mistake matches
     is shown in its first wrong case.
     """
-    made = [(words, [mistake(*case) for case in cases]) for words, mistake in exercise.mistakes]
+    made = {}  # (number of the mistake, of the case) -> its answer, when it is needed
 
-    def differ(others, part):
-        """The numbers of the cases, from 1, in which the slice `part` of the answers differs from `others`."""
-        pairs = enumerate(zip(answers, others, dtypes, strict=True), start=1)
-        return [number for number, (a, o, dtype) in pairs if not alike(a[part], o[part], dtype)]
+    def agrees(i, n, part):
+        """Whether mistake i gives the slice `part` of the answer to case n."""
+        if (i, n) not in made:
+            made[i, n] = exercise.mistakes[i][1](*cases[n])
+        return alike(answers[n][part], made[i, n][part], dtypes[n])
 
     def likely_mistake(part):
-        return next((f"likely mistake: {words}" for words, others in made if not differ(others, part)), "")
+        for i, (words, _) in enumerate(exercise.mistakes):
+            if all(agrees(i, n, part) for n in range(len(cases))):
+                return f"likely mistake: {words}"
+        return ""
 
     whole = likely_mistake(slice(None))
     if whole:
@@ -284,10 +288,9 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
     said = []
     for i, name in enumerate(exercise.returns):
         part = slice(i, i + 1)
-        wrong = differ(expected, part)
+        wrong = [n for n in range(len(cases)) if not alike(answers[n][part], expected[n][part], dtypes[n])]
         if wrong:
-            answer, right = answers[wrong[0] - 1][i], expected[wrong[0] - 1][i]
-            words = likely_mistake(part) or shown(wrong[0], answer, right)
+            words = likely_mistake(part) or shown(wrong[0] + 1, answers[wrong[0]][i], expected[wrong[0]][i])
             said.append(f"{name}: {words}" if len(exercise.returns) > 1 else words)
     return "; ".join(said)
 

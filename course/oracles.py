@@ -11,6 +11,7 @@ grader compares an answer with the oracle, and if they differ, with each mistake
 
 import dataclasses
 import math
+import random
 import struct
 from collections.abc import Callable
 from typing import NamedTuple
@@ -630,26 +631,25 @@ SMOOTHING_MISTAKES = [
 # ---- accuracy ----
 
 
+TELLING = 2142  # a seed with which 20 pairs give another share for every known mistake; found by search
+
+
 def accuracy_case(draw, number):
     """Multiples of 1/2, so that every difference is exact. A third of the pairs are ties, in case 0 all of them.
 
-    In case 1 every known mistake gives another share.
+    Case 1 has the same pairs each time, moved by one number: every known mistake gives another share.
     """
-    while True:
-        B = draw.randint(4, 8) if number != 1 else 20
-        policy_chosen, policy_rejected, reference_chosen = (
-            [draw.randint(-80, -40) / 2 for _ in range(B)] for _ in "abc"
-        )
-        gaps = [draw.choice((0.0, draw.randint(1, 60) / 2, draw.randint(-60, -1) / 2)) * (number > 0) for _ in range(B)]
-        # choose the last one so that the chosen log-ratio minus the rejected log-ratio is the gap
-        reference_rejected = [
-            gap - (pc - rc) + pr
-            for gap, pc, pr, rc in zip(gaps, policy_chosen, policy_rejected, reference_chosen, strict=True)
-        ]
-        columns = policy_chosen, policy_rejected, reference_chosen, reference_rejected
-        shares = {share(*columns)[0] for share in (accuracy, *(mistake for _, mistake in ACCURACY_MISTAKES))}
-        if number != 1 or len(shares) == 1 + len(ACCURACY_MISTAKES):
-            return [floats(x, number) for x in columns]
+    shift = draw.randint(-20, 20) / 2
+    B, draw = (20, random.Random(TELLING)) if number == 1 else (draw.randint(4, 8), draw)
+    policy_chosen, policy_rejected, reference_chosen = ([draw.randint(-80, -40) / 2 for _ in range(B)] for _ in "abc")
+    gaps = [draw.choice((0.0, draw.randint(1, 60) / 2, draw.randint(-60, -1) / 2)) * (number > 0) for _ in range(B)]
+    # choose the last one so that the chosen log-ratio minus the rejected log-ratio is the gap
+    reference_rejected = [
+        gap - (pc - rc) + pr
+        for gap, pc, pr, rc in zip(gaps, policy_chosen, policy_rejected, reference_chosen, strict=True)
+    ]
+    columns = policy_chosen, policy_rejected, reference_chosen, reference_rejected
+    return [floats([x + shift for x in column], number) for column in columns]
 
 
 def share(wins):
@@ -868,20 +868,6 @@ PICK_MISTAKES = [
     (
         "a mean KL that equals the budget is within it: <= instead of <",
         lambda f, budget: _best({b: reward for b, (kl, reward) in _means(f).items() if kl < budget}),
-    ),
-    (
-        "the budget is used the wrong way round: the KL must be at most the budget",
-        lambda f, budget: _best({b: reward for b, (kl, reward) in _means(f).items() if kl >= budget}),
-    ),
-    (
-        "the reward divided by the KL is not asked for: take the highest mean reward within the budget",
-        lambda f, budget: _best({b: reward / kl for b, (kl, reward) in _means(f).items() if kl <= budget}),
-    ),
-    (
-        "the rewards of the seeds are added instead of averaged",
-        lambda f, budget: _best(
-            {b: sum(run["reward"] for run in f if run["beta"] == b) for b, (kl, _) in _means(f).items() if kl <= budget}
-        ),
     ),
     (
         "this is the beta with the smallest KL, not the one with the highest mean reward",

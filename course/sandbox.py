@@ -42,6 +42,9 @@ def close_walls(folder):
     tempfile.tempdir = folder
     sys.dont_write_bytecode = True
     sys.path[:] = [folder, str(ROOT), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
+    # some libraries read the source of the functions on the stack; with these entries they do not open the files
+    for file in COURSE.rglob("*.py"):
+        linecache.cache[str(file)] = (0, None, [], str(file))
     silence()
     limit_resources()
     readable = [*SYSTEM, sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
@@ -114,9 +117,6 @@ def watch(readable, folder):
     refused write, for instance to a library's cache, is an error like any other.
     """
     refused, of_project = [], []
-    # some libraries read the source of the functions on the stack; with these entries they do not open the files
-    for file in COURSE.rglob("*.py"):
-        linecache.cache[str(file)] = (0, None, [], str(file))
 
     def refuse(what, remember=True):
         if remember:
