@@ -7,6 +7,7 @@ is discarded. sandbox.py says what the process may do.
 
 import builtins
 import codecs
+import contextlib
 import functools
 import inspect
 import io
@@ -71,8 +72,10 @@ def read_source(path):
     source = Path(path).read_bytes()
     if source.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return source.decode("utf-16")
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    encoding = "utf-8"
     try:
+        with contextlib.suppress(SyntaxError):  # the first two lines declare nothing, or what does not exist
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
         return source.decode(encoding)
     except UnicodeDecodeError as error:
         line = source.count(b"\n", 0, error.start) + 1
@@ -157,7 +160,10 @@ def describe(error, path):
     lines = [line for frame, line in trace if frame.f_code.co_filename == str(path)]
     if isinstance(error, SyntaxError):
         lines = [error.lineno] if error.lineno else []
-    words = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
+    try:
+        words = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
+    except Exception:  # an error of the student's own may not be able to say what it is
+        words = []
     text = f"{type(error).__name__}{': ' if words else ''}{words[0] if words else ''}"
     return text[:200] + (f" (line {lines[-1]})" if lines else "")
 

@@ -223,7 +223,7 @@ def checked(reply, number=None):
     if not died and (reply.get("id") != number or not isinstance(imports, list)):
         failed, died = UNREADABLE, True
     names = [name for name in sandbox.PROJECT if name in imports] if isinstance(imports, list) else []
-    missing = reply.get("missing") is True
+    missing = reply.get("missing") is True and failed != UNREADABLE
     return {"failed": failed, "died": died, "missing": missing, "imports": names, "answers": answers}
 
 

@@ -162,6 +162,8 @@ def watch(readable, folder):
             refuse("sends signals to other processes")
         elif event in NO_PROCESSES:
             refuse(f"starts or calls other programs ({event})")
+        elif event in ("ctypes.dlopen", "ctypes.dlsym"):
+            refuse("calls a library of the system by ctypes", remember=False)
         elif event in NO_NETWORK:
             refuse(f"uses the network ({event})")
 

@@ -1,7 +1,7 @@
 """The exercises, answered by the project's own functions. The grader must give this file full marks.
 
-All answers but `gradient_weight` call the project, so that there is no second implementation. Students should write the
-formulas themselves: the grader reports a file that imports these modules.
+All answers but `gradient_weight` call the project, so that there is no second implementation. Students should write
+the formulas themselves: the grader reports a file that imports these modules.
 """
 
 from types import SimpleNamespace
