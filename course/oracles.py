@@ -282,11 +282,14 @@ GATHER_MISTAKES = [
 
 
 def random_mask(draw, B, T):
-    """(B, T): in each row, response positions between prompt and padding; the first row has both, and two positions."""
-    mask = []
+    """(B, T): in each row, response positions between prompt and padding.
+
+    The first row has at least two response positions and one of each other kind, or two if T is 6 or more.
+    """
+    mask, edge = [], 2 if T >= 6 else 1
     for b in range(B):
-        start = draw.randint(1, T - 3) if b == 0 else draw.randrange(T - 1)
-        end = draw.randint(start + 2, T - 1) if b == 0 else draw.randint(start + 1, T)
+        start = draw.randint(edge, T - edge - 2) if b == 0 else draw.randrange(T - 1)
+        end = draw.randint(start + 2, T - edge) if b == 0 else draw.randint(start + 1, T)
         mask.append([start <= t < end for t in range(T)])
     return Tensor("bool", mask)
 
@@ -324,7 +327,7 @@ MOVED_MASKS = [  # (message, function of a mask)
 
 
 def sum_logps_case(draw, number):
-    B, T = draw.randint(1, 4) if number else 1, draw.randint(4, 8)
+    B, T = draw.randint(1, 4) if number else 1, draw.randint(4 if number else 6, 8)
     logps = nested(lambda x: -0.1 - abs(x), normal(draw, (B, T), scale=3.0))
     return [floats(logps, number), random_mask(draw, B, T)]
 
@@ -703,7 +706,7 @@ ACCURACY_MISTAKES = [
 
 
 def kl_estimates_case(draw, number):
-    N, T, V = draw.randint(1, 3) if number else 1, draw.randint(4, 6), draw.randint(3, 5)
+    N, T, V = draw.randint(1, 3) if number else 1, draw.randint(4, 6) if number else 6, draw.randint(3, 5)
     policy = normal(draw, (N, T, V), 1.5, draw.choice((0.0, -50.0)))
     reference = normal(draw, (N, T, V), 1.5, draw.choice((0.0, 5.0)))
     targets = [[draw.randrange(V) for _ in range(T)] for _ in range(N)]
