@@ -366,7 +366,12 @@ def test_chaos(home, tmp_path):
                 flags = flags_of("sft", home, out, how, *fresh) if fresh else ("--out", out, how, "--epochs", 99)
                 doom = draw.choice([None, None, "step", "save", "move", "begin", "finish"])
                 doom = doom and (doom, draw.randint(1, 3) if doom in ("step", "save", "move") else 1, draw.randrange(9))
-                flags = (*flags, "--save-every", draw.randint(1, 4), *(("--max-steps", 9) if how == "--resume" else ()))
+                flags = (
+                    *flags,
+                    "--save-every",
+                    draw.randint(1, 4),
+                    *(("--max-steps", draw.randint(5, 60)) if how == "--resume" else ()),
+                )
                 processes.append((how, start_stage("sft", flags, log, doom=doom)))
             time.sleep(draw.uniform(0, 0.1))
         for how, process in processes:
