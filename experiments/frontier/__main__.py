@@ -10,7 +10,7 @@ that are missing. All units share the SFT model and the pairs. The seed decides 
 
     units/NAME.json    the points of a unit, and what they were made with: delete it to make them again
     units/NAME.log     what the unit printed
-    policies/NAME      the policies of the methods that learn from pairs: DPO's are the limit's proposals
+    policies/NAME      the trained policies: DPO's are the limit's proposals
     reward_model_SEED, reference_logps.pt
 """
 
