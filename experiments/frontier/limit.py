@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from experiments import common
 from experiments.rewards import load_reward
-from minidpo import checkpoint, dataset
+from minidpo import checkpoint
 from minidpo.device import DEVICES, pick_device
 from minidpo.files import atomic
 from minidpo.settings import UserError, knob, parse_settings, run_main
@@ -126,15 +126,11 @@ def doubling(rewards, logps, counts, betas=BETAS):
 
 
 @torch.no_grad()
-def sequence_logps(source, prompt_ids, response_ids, batch_size=128):
+def sequence_logps(source, prompt_ids, response_ids):
     """Returns the log-probability with which `source` draws each response: (N,) float64, on the CPU."""
     model, temperature = source
-    rows = list(zip(prompt_ids, response_ids, strict=True))
-    logps = torch.empty(len(rows), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
-    for i in range(0, len(rows), batch_size):
-        indices = order[i : i + batch_size]
-        batch = dataset.sft_batch([rows[j] for j in indices], model.wte.weight.device)
+    logps = torch.empty(len(prompt_ids), dtype=torch.float64)
+    for indices, batch in common.by_length(prompt_ids, response_ids, model.wte.weight.device):
         values = token_logps(model(batch.ids) / temperature, batch.targets).masked_fill(~batch.mask, 0.0)
         logps[indices] = values.cpu().double().sum(-1)
     return logps

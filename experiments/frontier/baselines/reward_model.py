@@ -20,8 +20,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
+from experiments import common
 from experiments.frontier.baselines import fit
 from minidpo import checkpoint, dataset
 from minidpo.device import autocast
@@ -57,12 +57,9 @@ class RewardModel(nn.Module):
         """Returns rewards (N,) of responses to prompts (lists of ids), with `mean` subtracted, on the CPU."""
         was_training = self.training
         self.eval()
-        rows = list(zip(prompts, responses, strict=True))
-        rewards = torch.empty(len(rows), dtype=self.head.weight.dtype)
-        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # similar lengths: little padding
-        for i in tqdm(range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None):
-            indices = order[i : i + batch_size]
-            rewards[indices] = self(dataset.sft_batch([rows[j] for j in indices], self.head.weight.device)).cpu()
+        rewards = torch.empty(len(prompts), dtype=self.head.weight.dtype)
+        for indices, batch in common.by_length(prompts, responses, self.head.weight.device, batch_size, progress):
+            rewards[indices] = self(batch).cpu()
         self.train(was_training)
         return rewards - self.mean.cpu()
 
