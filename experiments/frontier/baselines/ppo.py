@@ -31,7 +31,6 @@ weights of the SFT model. In a shared body, the value loss, which starts large, 
 import copy
 import dataclasses
 import math
-import time
 from typing import NamedTuple
 
 import torch
@@ -74,13 +73,10 @@ def mean(values, mask):
     return (values * mask).sum() / mask.sum()
 
 
-def variance(values, mask):
-    return mean((values - mean(values, mask)).square(), mask)
-
-
 def whiten(values, mask):
     """Brings values (N, T) to mean 0 and variance 1, so that one learning rate fits rewards of any scale."""
-    return (values - mean(values, mask)) * mask / (variance(values, mask).sqrt() + 1e-8)
+    centred = (values - mean(values, mask)) * mask
+    return centred / (mean(centred.square(), mask).sqrt() + 1e-8)
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip):
@@ -157,7 +153,6 @@ class Rollout(NamedTuple):
     logps: torch.Tensor  # of the policy that sampled, in nats
     reference_logps: torch.Tensor
     values: torch.Tensor
-    entropies: torch.Tensor  # of the policy's distribution at each position, in nats
     scores: torch.Tensor  # (N,), the reward of each response
 
 
@@ -169,12 +164,10 @@ def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, gen
     rows = dataset.sft_batch(list(zip(samples.prompt_ids, samples.ids, strict=True)), device)
     parts = []
     for ids, targets in zip(*(t.split(settings.minibatch_size) for t in (rows.ids, rows.targets)), strict=True):
-        logits = policy(ids)
-        entropy = torch.distributions.Categorical(logits=logits).entropy()
-        parts.append((token_logps(logits, targets), token_logps(reference(ids), targets), value(ids), entropy))
-    logps, reference_logps, values, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts.append((token_logps(policy(ids), targets), token_logps(reference(ids), targets), value(ids)))
+    logps, reference_logps, values = (torch.cat(part) for part in zip(*parts, strict=True))
     scores = torch.tensor(reward(samples.prompts, samples.texts, samples.prompt_ids, samples.ids)).to(logps)
-    return Rollout(rows, logps, reference_logps, values, entropies, scores)
+    return Rollout(rows, logps, reference_logps, values, scores)
 
 
 def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
@@ -201,8 +194,7 @@ def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
     metrics = dict(zip(names, (sums / n).tolist(), strict=True))
     if not all(math.isfinite(m) for m in metrics.values()):
         raise UserError(f"not a finite number in {metrics}. Is the learning rate too high?")
-    explained = 1 - variance(returns - rollout.values, mask) / variance(returns, mask).clamp(min=1e-8)
-    return {**metrics, "value_explained": explained.item()}
+    return metrics
 
 
 def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None):
@@ -224,7 +216,6 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None)
     ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy)
 
     for step in range(settings.steps):
-        started = time.perf_counter()
         # one seed per step, so that the sampling of a step does not depend on how many numbers the last one drew
         seed = settings.seed * 1_000_003 + step
         generator, sampling = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
@@ -235,19 +226,8 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None)
             set_learning_rate(optimizer, learning_rate(step, settings.steps, peak, settings.warmup_steps, decay=True))
         losses = update(policy, value, optimizers, rollout, kl_coef, settings, generator)
 
-        mask = rollout.rows.mask
-        kl = ((rollout.logps - rollout.reference_logps) * mask).sum(dim=1).mean().item()
-        metrics = {
-            "reward": rollout.scores.mean().item(),
-            "kl": kl,  # as sampled: its mean over samples is KL(pi || pi_ref)
-            "objective": rollout.scores.mean().item() - kl_coef * kl,
-            "kl_coef": kl_coef,
-            "entropy": mean(rollout.entropies, mask).item(),
-            "length": mask.sum().item() / len(mask),
-            **losses,
-            "lr": optimizers[0].param_groups[0]["lr"],
-            "seconds": time.perf_counter() - started,
-        }
+        kl = ((rollout.logps - rollout.reference_logps) * rollout.rows.mask).sum(dim=1).mean().item()
+        metrics = {"reward": rollout.scores.mean().item(), "kl": kl, "kl_coef": kl_coef, **losses}
         kl_coef = next_kl_coef(kl_coef, kl, settings.kl_target, settings.kl_gain)
         if on_step:
             on_step(step + 1, metrics)
