@@ -14,7 +14,7 @@ import itertools
 
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.measure import Settings, as_row, measure_all, table, tell
-from experiments.bench.shapes import DEFAULTS, DTYPES, FLOOR, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
+from experiments.bench.shapes import DEFAULTS, DTYPES, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
 from experiments.common import figure, save_figure
 from minidpo.device import pick_device
 from minidpo.settings import knob, parse_settings, run_main, unknown
@@ -53,8 +53,6 @@ def disagreements(rows):
     """Returns a line for each row whose losses differ from the first of the same shape, precision and optimizer."""
     lines, first = [], {}
     for row in rows:
-        if row["implementation"] == FLOOR:
-            continue
         other = first.setdefault((row["shape"], row["dtype"], row.get("optimizer")), row)
         gaps = [abs(a - b) for a, b in zip(row["losses"], other["losses"], strict=True)]
         if not all(gap <= TOLERANCE[row["dtype"]] for gap in gaps):  # true for NaN, too
@@ -74,9 +72,8 @@ def ratios(rows):
             continue
         line = dict(shape=shape, implementation=name, dtype=row["dtype"], ours=ours["dtype"])
         line["time"] = row["seconds_median"] / ours["seconds_median"]
-        if name != FLOOR:
-            line["peak"] = ours["peak_mb"] / row["peak_mb"]
-            line["above"] = (ours["peak_mb"] - ours["libraries_mb"]) / (row["peak_mb"] - row["libraries_mb"])
+        line["peak"] = ours["peak_mb"] / row["peak_mb"]
+        line["above"] = (ours["peak_mb"] - ours["libraries_mb"]) / (row["peak_mb"] - row["libraries_mb"])
         result.append(line)
     return result
 
@@ -126,9 +123,8 @@ def draw(path, rows):
         middle = row["seconds_median"]
         spread = [[middle - row["seconds_min"]], [row["seconds_max"] - middle]]
         above.barh(y, middle, xerr=spread, ecolor="0.3", label=row["dtype"], **style)
-        if row["implementation"] != FLOOR:
-            below.barh(y, row["peak_mb"] / 1e3, **style)
-            below.plot([row["libraries_mb"] / 1e3] * 2, [y - 0.18, y + 0.18], color="0.2")
+        below.barh(y, row["peak_mb"] / 1e3, **style)
+        below.plot([row["libraries_mb"] / 1e3] * 2, [y - 0.18, y + 0.18], color="0.2")
     for column, shape in enumerate(shapes):
         axes[0, column].set(title=shape, xlabel="seconds per step (whisker: min to max)")
         axes[1, column].set(xlabel="peak memory, GB (stroke: libraries)")
