@@ -13,9 +13,18 @@ from minidpo import checkpoint, dataset
 from minidpo.dataset import read_jsonl
 from minidpo.files import atomic, atomic_write
 from minidpo.sampling import generate
-from minidpo.settings import UserError
+from minidpo.settings import UserError, unknown
 
-# ---- 1. Models, prompts, samples ----
+# ---- 1. Flags, models, prompts, samples ----
+
+
+def names_in(flag, text, valid, default):
+    """Returns the names in "a,b", or `default` for "". Raises UserError for a name that is not one of `valid`."""
+    names = [name.strip() for name in text.split(",")] if text else list(default)
+    for name in names:
+        if name not in valid:
+            raise unknown(flag, name, list(valid))
+    return names
 
 
 def load_models(*names, device="cpu"):

@@ -15,9 +15,9 @@ import itertools
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.measure import Settings, as_row, measure_all, table, tell
 from experiments.bench.shapes import DEFAULTS, DTYPES, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
-from experiments.common import figure, save_figure
+from experiments.common import figure, names_in, save_figure
 from minidpo.device import pick_device
-from minidpo.settings import knob, parse_settings, run_main, unknown
+from minidpo.settings import knob, parse_settings, run_main
 
 IDEAS = (OURS, *(f"{OURS} without {idea}" for idea in WITHOUT))
 # The losses of two implementations may differ by this much. fp32 sums run in another order. bf16 rounds to 8 bits, and
@@ -137,15 +137,6 @@ def draw(path, rows):
     save_figure(path, picture)
 
 
-def chosen(flag, text, valid, default):
-    """Returns the names in "a,b", or `default` for "". Raises UserError for a name that is not one of `valid`."""
-    names = [name.strip() for name in text.split(",")] if text else list(default)
-    for name in names:
-        if name not in valid:
-            raise unknown(flag, name, list(valid))
-    return names
-
-
 def main():
     settings = parse_settings(BenchSettings, __doc__)
     pick_device(settings.device)
@@ -157,10 +148,10 @@ def main():
     if settings.quick:
         settings.rounds = 1
     sizes, names, dtypes = DEFAULTS[settings.device]
-    names = chosen("--implementations", settings.implementations, IMPLEMENTATIONS, names)
+    names = names_in("--implementations", settings.implementations, IMPLEMENTATIONS, names)
     cells = itertools.product(
-        chosen("--shapes", settings.shapes, SHAPES, sizes),
-        chosen("--dtypes", settings.dtypes, DTYPES, dtypes),
+        names_in("--shapes", settings.shapes, SHAPES, sizes),
+        names_in("--dtypes", settings.dtypes, DTYPES, dtypes),
         IDEAS if settings.ablation else names,
     )
     works = {}

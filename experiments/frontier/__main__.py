@@ -28,7 +28,7 @@ from experiments import common
 from experiments.frontier import figure, limit
 from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, number
 from experiments.frontier.unit import Setup, SweepSettings, is_done, unit_path
-from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,16 +40,6 @@ class Settings(SweepSettings):
     kl_end: float = knob(20.0, "the figure ends at this KL, in nats; points beyond are named in it", least=1)
     jobs: int = knob(1, "units at a time, each in a process of one thread", least=1)
     plot_only: bool = knob(False, "draw the figure from --csv and print the summary, nothing else")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for method in self.chosen_methods:
-            if method not in METHODS:
-                raise unknown("--methods", method, list(METHODS))
-
-    @property
-    def chosen_methods(self):
-        return [method.strip() for method in self.methods.split(",")] if self.methods else list(METHODS)
 
     @property
     def csv_path(self):
@@ -65,10 +55,10 @@ class Settings(SweepSettings):
 
 def units(settings):
     """Returns all units that are asked for, seed by seed; what a unit needs comes before it."""
-    found = []
+    found, methods = [], common.names_in("--methods", settings.methods, METHODS, METHODS)
     for seed in range(settings.seeds):
         # the long ones first, so that no process is left alone with one at the end
-        for method in sorted(settings.chosen_methods, key=lambda method: "ppo" not in method):
+        for method in sorted(methods, key=lambda method: "ppo" not in method):
             one_setting = [""] if method in ("sft", "best-of-n") else None  # one batch of samples serves every N
             for setting in one_setting or SWEEPS[settings.data].settings[method]:
                 unit = Unit(method, setting, seed)
