@@ -155,11 +155,9 @@ def test_an_interrupt_loses_nothing_turns_interleave_and_the_command_goes_on(mon
     assert asked[25:] == [(5, dtype, name) for _ in range(3) for n, dtype, name in one_round if n == 2]
 
 
-def test_bad_names_a_damaged_file_a_page_without_block_and_a_failing_process(tmp_path, capsys):
+def test_bad_names_a_page_without_block_and_a_failing_process(tmp_path, capsys):
     assert "'W2'" in fails(capsys, bench.main, "--shapes", "W1,W4")
     assert "'hf-plain'" in fails(capsys, bench.main, "--implementations", "hf-plane")
-    (tmp_path / "W1-float32-minidpo-0.json").write_text("{", encoding="utf-8")
-    assert "is damaged" in fails(capsys, bench.main, "--cache", tmp_path)
     (tmp_path / "page.md").write_text("<!-- bench -->\n", encoding="utf-8")
     with pytest.raises(UserError, match="has no lines"):
         measure.tell(bench.BenchSettings(markdown=tmp_path / "page.md"), "bench", [], "text", None, {})

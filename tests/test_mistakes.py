@@ -72,7 +72,7 @@ def test_a_missed_mistake_is_reported(monkeypatch, capsys):
     call(command.main, "--only", "no-log-sigmoid")
     assert "1 of 1 mistakes caught" in capsys.readouterr().out
     assert "Did you mean 'no-log-sigmoid'" in fails(capsys, command.main, "--only", "no-logsigmoid")
-    assert "--curves needs --init" in fails(capsys, command.main, "--curves", "x")
+    assert "/nowhere not found" in fails(capsys, command.main, "--curves", "x", "--init", "/nowhere")
 
 
 def test_what_is_no_failed_test_is_an_error(tmp_path):

@@ -50,8 +50,8 @@ def train_on(rewards, responses, reference, **knobs):
     """PPO from `reference` on a table of rewards (3 prompts, len(responses)) -> the policy and each step's metrics."""
     table = {(x, tuple(y)): rewards[x][j].item() for x in range(3) for j, y in enumerate(responses)}
 
-    def reward(prompts, texts, prompt_ids, response_ids):
-        return [table[x[1], tuple(y)] for x, y in zip(prompt_ids, response_ids, strict=True)]
+    def reward(samples):
+        return [table[x[1], tuple(y)] for x, y in zip(samples.prompt_ids, samples.ids, strict=True)]
 
     policy, seen = copy.deepcopy(reference), []
     on_step = lambda step, metrics: seen.append(metrics)  # noqa: E731
@@ -65,7 +65,7 @@ def sampled(policy, reference=None, reward=None, n=64, **knobs):
     torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(5))
     ids = [PROMPTS[i % 3] for i in range(n)]
     rollout = ppo.roll_out(
-        policy, value, reference or policy, reward or (lambda *texts_and_ids: [float(i) for i in range(n)]),
+        policy, value, reference or policy, reward or (lambda samples: [float(i) for i in range(n)]),
         [str(x[1]) for x in ids], Symbols(), settings(**knobs), torch.Generator().manual_seed(1),
     )  # fmt: skip
     return rollout, value
@@ -191,14 +191,14 @@ def test_rollout_logps_are_those_of_the_sampled_ids_one_response_at_a_time():
     policy, reference = gpt(0, dtype=torch.float64), gpt(1, dtype=torch.float64)
     drawn = {}
 
-    def reward(prompts, responses, prompt_ids, response_ids):
-        drawn.update(prompts=prompts, responses=responses, prompt_ids=prompt_ids, ids=response_ids)
-        return [float(len(ids)) for ids in response_ids]
+    def reward(samples):
+        drawn.update(samples._asdict())
+        return [float(len(ids)) for ids in samples.ids]
 
     rollout, value = sampled(policy, reference, reward, max_new_tokens=3)
     cut = [ids for ids in drawn["ids"] if EOT not in ids]
     assert cut and len(cut) < len(drawn["ids"]) and {len(ids) for ids in cut} == {3}
-    assert drawn["responses"] == [Symbols().decode(ids) for ids in drawn["ids"]]
+    assert drawn["texts"] == [Symbols().decode(ids) for ids in drawn["ids"]]
     assert rollout.scores.tolist() == [len(ids) for ids in drawn["ids"]]
     for n, (x, y) in enumerate(zip(drawn["prompt_ids"], drawn["ids"], strict=True)):
         here = slice(len(x) - 1, len(x) + len(y) - 1)
@@ -254,7 +254,7 @@ def test_the_value_model_shares_nothing_with_the_policy_and_learns_the_unwhitene
 @pytest.mark.parametrize("still", ["lr", "value_lr"])
 def test_each_network_has_its_own_learning_rate(still):
     policy = gpt()
-    reward = lambda prompts, responses, prompt_ids, response_ids: [float(len(ids)) for ids in response_ids]  # noqa: E731
+    reward = lambda samples: [float(len(ids)) for ids in samples.ids]  # noqa: E731
     knobs = settings(steps=1, rollouts=8, **{still: 0.0})
     value = ppo.train(policy, gpt(), reward, ["0"], Symbols(), knobs)
     moved = {
@@ -325,9 +325,9 @@ def test_a_long_prompt_is_cut_on_the_left(capsys):
     """The ids are the last ones of the prompt behind an eot; one line says so."""
     seen = []
 
-    def reward(prompts, responses, prompt_ids, response_ids):
-        seen.extend(map(tuple, prompt_ids))
-        return [float(len(ids)) for ids in response_ids]
+    def reward(samples):
+        seen.extend(map(tuple, samples.prompt_ids))
+        return [float(len(ids)) for ids in samples.ids]
 
     ppo.train(gpt(), gpt(), reward, ["0121012", "2"], Symbols(), settings(steps=2, rollouts=8))
     assert set(seen) == {(EOT, 1, 0, 1, 2), (EOT, 2)}  # the context holds 5
@@ -336,5 +336,5 @@ def test_a_long_prompt_is_cut_on_the_left(capsys):
 
 def test_a_reward_that_is_not_finite_is_refused():
     with pytest.raises(UserError, match="not a finite number"):
-        nan = lambda prompts, responses, prompt_ids, response_ids: [math.nan] * len(prompts)  # noqa: E731
+        nan = lambda samples: [math.nan] * len(samples.ids)  # noqa: E731
         ppo.train(gpt(), gpt(), nan, ["0"], Symbols(), settings(steps=1))

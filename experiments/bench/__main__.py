@@ -5,8 +5,7 @@
     python -m experiments.bench --ablation --dtypes bfloat16 --rounds 1 --markdown docs/fast.md  # ideas of --fast
     python -m experiments.bench --precision runs/toy/sft --markdown docs/fast.md                 # errors of bf16
 
-Each measurement is a process of its own. The processes take turns, for several rounds, so that a slow minute of the
-machine affects all of them. docs/bench.md explains the shapes, the implementations and the figures.
+docs/bench.md explains the shapes, the implementations and the figures.
 """
 
 import dataclasses

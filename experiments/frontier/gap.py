@@ -173,8 +173,7 @@ def write(path, runs):
 
 def draw(path, runs):
     """Draws the gap against the number of pairs: per cause the mean over the seeds as a line, and each run as a dot."""
-    figure = common.figure(path, (6.4, 4.4))
-    if not figure:
+    if not (figure := common.figure(path, (6.4, 4.4))):
         return
     axes = figure.add_subplot()
     for i, cause in enumerate(CAUSES):

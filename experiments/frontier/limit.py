@@ -14,10 +14,9 @@ counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of
 
     u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
 
-with weights divided by their sum, prompt by prompt. The densities are known exactly, so bad proposals cost precision
-and nothing else. Proposals sample at a temperature above 1, because a weight is large where q is too small. Two numbers
-show whether the samples suffice: the effective sample size (sum w)^2 / sum w^2 of each prompt, at least LEAST_ESS
-wherever `read` gives a point; and how far the curve moves when the samples are doubled.
+with weights divided by their sum, prompt by prompt. Proposals sample at a temperature above 1, because a weight is
+large where q is too small. `read` gives a point only where each prompt has LEAST_ESS effective samples,
+(sum w)^2 / sum w^2; `doubling` says how far the curve moves when the samples are doubled.
 """
 
 import dataclasses
@@ -247,9 +246,7 @@ def share_of_gain(points, kl, reward):
     """Returns a policy's gain in reward over the reference, as a share of the limit's gain at the same KL.
 
     NaN where the curve is not drawn, and at 0 nats. Take reward and kl as means over the same samples, the KL by its
-    plain estimator, sum_t log pi - log pi_ref. The sum of exact KLs has a smaller error. But a sample that is by chance
-    unlikely under the reference mostly has a high reward as well: the errors of the plain estimator move a policy along
-    the curve, and hardly change the share.
+    plain estimator: experiments/evaluate.py says why.
     """
     gain = reward_at(points, kl) - points[0].reward
     return (reward - points[0].reward) / gain if gain else math.nan

@@ -53,7 +53,6 @@ class Sweep:
 
 
 SETTINGS = {"preferred-ft": [""], "unlikelihood": [0.05, 0.1, 0.5, 1.0], "best-of-n": [2, 4, 16, 64]}
-BY_ADAMW = [f"{beta}-adamw" for beta in (0.5, 0.75, 1.0, 1.4)]
 
 
 def number(setting):
@@ -79,7 +78,8 @@ SWEEPS = {
             **SETTINGS,
             "ppo": [0.5, 1.0, 2.0, 4.0],
             "ppo-gt": [0.5, 1.0, 2.0, 4.0],
-            "dpo": [0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0, *BY_ADAMW],
+            "dpo": [0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0]
+            + [f"{beta}-adamw" for beta in (0.5, 0.75, 1.0, 1.4)],
         },
         base="toy",
         training={"dpo": dpo_optimizer, "reward-model": lambda _: {"batch_size": 32}},

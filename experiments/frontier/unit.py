@@ -180,11 +180,11 @@ def by_ppo(setup, unit):
     if unit.method == "ppo":
         model, _ = reward_model.load(setup.out / f"reward_model_{unit.seed}", setup.tokenizer)
         model.to(setup.device)
-        reward = lambda prompts, responses, *ids: model.score(*ids).tolist()  # noqa: E731
+        reward = lambda samples: model.score(samples.prompt_ids, samples.ids).tolist()  # noqa: E731
         if setup.sweep.rescale:
             reward = to_scale(setup, reward, unit.seed)
     else:
-        reward = lambda prompts, responses, *ids: setup.reward(prompts, responses)  # noqa: E731
+        reward = lambda samples: setup.reward(samples.prompts, samples.texts)  # noqa: E731
     watch = Watch(setup, policy, made.steps, unit.seed)
     prompts = common.read_prompts(setup.settings.data, "prompts_train")
     ppo.train(policy, setup.sft, reward, prompts, setup.tokenizer, made, watch)
@@ -198,10 +198,8 @@ def to_scale(setup, reward, seed, samples=256):
     Labels that are never wrong do not say how large a learned reward is. Ziegler et al. 2019 normalise it as well.
     """
     prompts = common.read_prompts(setup.settings.data, "prompts_train", samples)
-    drawn = setup.sample(setup.sft, prompts, seed)
-    scores = reward(drawn.prompts, drawn.texts, drawn.prompt_ids, drawn.ids)
-    factor = setup.sweep.reward_sd / statistics.stdev(scores)
-    return lambda *batch: [factor * score for score in reward(*batch)]
+    factor = setup.sweep.reward_sd / statistics.stdev(reward(setup.sample(setup.sft, prompts, seed)))
+    return lambda samples: [factor * score for score in reward(samples)]
 
 
 def learn_reward(setup, unit):

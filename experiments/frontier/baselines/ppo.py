@@ -166,7 +166,7 @@ def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, gen
     for ids, targets in zip(*(t.split(settings.minibatch_size) for t in (rows.ids, rows.targets)), strict=True):
         parts.append((token_logps(policy(ids), targets), token_logps(reference(ids), targets), value(ids)))
     logps, reference_logps, values = (torch.cat(part) for part in zip(*parts, strict=True))
-    scores = torch.tensor(reward(samples.prompts, samples.texts, samples.prompt_ids, samples.ids)).to(logps)
+    scores = torch.tensor(reward(samples)).to(logps)
     return Rollout(rows, logps, reference_logps, values, scores)
 
 
@@ -201,8 +201,7 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None)
     """Trains `policy` in place. Returns the value model.
 
     Args:
-        reward: reward(prompts, responses, prompt_ids, response_ids) -> list of floats; texts, and ids as `generate`
-            takes and returns them.
+        reward: reward(samples) -> list of floats, for common.Samples.
         prompts: texts.
         on_step: on_step(step, metrics) after each step, counted from 1.
     """
