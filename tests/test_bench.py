@@ -51,7 +51,7 @@ def row(implementation, median, peak_mb, shape="W1", dtype="float32", losses=(0.
 def test_all_implementations_make_the_same_losses(tmp_path, capsys):
     there("safetensors", "transformers", "trl", "matplotlib")
     (tmp_path / "page.md").write_text("# Page\n<!-- bench -->\nold\n<!-- /bench -->\nend\n", encoding="utf-8")
-    flags = ["--quick", "--shapes", "W1", "--dtypes", "float32", "--threads", 1, "--cache", tmp_path / "cache"]
+    flags = ["--shapes", "trial", "--rounds", 1, "--dtypes", "float32", "--threads", 1, "--cache", tmp_path / "cache"]
     flags += ["--json", tmp_path / "b.json", "--markdown", tmp_path / "page.md"]
     call(bench.main, *flags)
     rows = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
@@ -68,19 +68,30 @@ def test_all_implementations_make_the_same_losses(tmp_path, capsys):
     for r in rows:
         assert torch.tensor(r["losses"]) == pytest.approx(torch.tensor(plain), abs=1e-5), r["implementation"]
     out = capsys.readouterr().out
-    assert "The losses agree" in out and "| W1 | trl-precomputed |" in out
+    assert "The losses agree" in out and "| trial | trl-precomputed |" in out
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.startswith("# Page\n<!-- bench -->\n") and page.endswith("<!-- /bench -->\nend\n") and "old" not in page
-    assert "| W1 | hf-plain | float32 |" in page
+    assert "| trial | hf-plain | float32 |" in page
 
 
 def test_bfloat16_is_autocast_over_the_same_weights(tmp_path, capsys):
     there("safetensors")
-    flags = ["--quick", "--shapes", "W1", "--dtypes", "float32,bfloat16", "--threads", 1, "--cache", tmp_path / "cache"]
+    flags = [
+        "--shapes",
+        "trial",
+        "--rounds",
+        1,
+        "--dtypes",
+        "float32,bfloat16",
+        "--threads",
+        1,
+        "--cache",
+        tmp_path / "cache",
+    ]
     call(bench.main, *flags, "--implementations", "minidpo-plain", "--json", tmp_path / "b.json")
     full, half = (r["losses"] for r in json.loads((tmp_path / "b.json").read_text(encoding="utf-8")))
     assert full != half and full == pytest.approx(half, abs=2e-2)
-    assert "| W1 | minidpo-plain | bfloat16 |" in capsys.readouterr().out
+    assert "| trial | minidpo-plain | bfloat16 |" in capsys.readouterr().out
 
 
 def test_median_least_and_most_are_over_the_timed_steps_of_all_rounds():
@@ -281,7 +292,8 @@ def test_the_ablation_has_a_line_per_idea_and_goes_on(tmp_path, capsys, monkeypa
     monkeypatch.setattr(measure, "child", child)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- ablation -->\n<!-- /ablation -->\nafter\n", encoding="utf-8")
-    flags = ("--quick", "--shapes", "W1,W2", "--dtypes", "float32", "--cache", tmp_path, "--markdown", page)
+    monkeypatch.setattr(bench, "SHAPES", {"W1": TINY, "W2": TINY})
+    flags = ("--rounds", 1, "--shapes", "W1,W2", "--dtypes", "float32", "--cache", tmp_path, "--markdown", page)
     argv = ("--ablation", *flags)
     call(bench.main, *argv)
     lines = page.read_text(encoding="utf-8").splitlines()

@@ -13,7 +13,7 @@ import itertools
 
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.measure import Settings, as_row, measure_all, table, tell
-from experiments.bench.shapes import DEFAULTS, DTYPES, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
+from experiments.bench.shapes import DEFAULTS, DTYPES, IMPLEMENTATIONS, OURS, SHAPES, work_of
 from experiments.common import figure, names_in, save_figure
 from minidpo.device import pick_device
 from minidpo.settings import knob, parse_settings, run_main
@@ -45,7 +45,6 @@ class BenchSettings(Settings):
     ablation: bool = knob(False, "measure minidpo without each idea of its fast path (on a CPU)")
     precision: str = knob("", "only compare bf16 with fp32: a run folder, trained on --data")
     data: str = knob("toy", "dataset of --precision, or a JSONL file with prompt, chosen, rejected")
-    quick: bool = knob(False, "try the command: a model of 7,000 weights, one round; the figures mean nothing")
 
 
 def disagreements(rows):
@@ -144,8 +143,6 @@ def main():
 
         text = precision.report(settings.precision, settings.data)
         return tell(settings, "precision", text, text, lambda *_: None, {})
-    if settings.quick:
-        settings.rounds = 1
     sizes, names, dtypes = DEFAULTS[settings.device]
     names = names_in("--implementations", settings.implementations, IMPLEMENTATIONS, names)
     cells = itertools.product(
@@ -155,8 +152,7 @@ def main():
     )
     works = {}
     for shape, dtype, name in cells:
-        sizes = TRIAL if settings.quick else SHAPES[shape]
-        works[shape, dtype, name] = work_of(sizes, name, dtype, settings.device, settings.threads)
+        works[shape, dtype, name] = work_of(SHAPES[shape], name, dtype, settings.device, settings.threads)
     measured = measure_all(works, settings)
     rows = [as_row(*cell, works[cell], processes) for cell, processes in measured.items() if processes]
     mark, text = ("ablation", ablation_report(rows)) if settings.ablation else ("bench", report(rows))

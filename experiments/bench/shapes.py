@@ -31,7 +31,7 @@ SHAPES = CPU_SHAPES | GPU_SHAPES
 SHAPES["gpt2-large-short"] = dict(  # for the memory of gpt2-large on a CPU: rows of 64 tokens
     LARGE, model=PRESETS["gpt2-large"], pairs=2, micro_batch=1, prompt=(31, 31), response=(32, 32)
 )
-TRIAL = dict(  # --quick: every shape becomes this one
+TRIAL = SHAPES["trial"] = dict(  # a model of 7,000 weights, to try the command
     model=dict(vocab_size=90, block_size=64, n_layer=2, n_head=2, n_embd=16), pairs=3, batches=2, prompt=(2, 9),
     response=(1, 7), steps=4, warmup=1, lr=1e-2, optimizer="adamw",
 )  # fmt: skip

@@ -34,7 +34,6 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 @dataclasses.dataclass(kw_only=True)
 class Settings(SweepSettings):
     csv: str = knob("", "the points as a table; empty: frontier.csv in --out. The figure goes beside it, as a .png")
-    limit: str = knob("", "CSV of experiments.frontier.limit to draw in; empty: NAME_limit.csv beside --csv, if there")
     methods: str = knob("", f"sweep these only, with commas between: {', '.join(METHODS)}; empty: all")
     seeds: int = knob(3, "how many seeds, 0 the first", least=1)
     kl_end: float = knob(20.0, "the figure ends at this KL, in nats; points beyond are named in it", least=1)
@@ -47,7 +46,7 @@ class Settings(SweepSettings):
 
     @property
     def limit_path(self):
-        return Path(self.limit or self.csv_path.with_name(self.csv_path.stem + "_limit.csv"))
+        return self.csv_path.with_name(self.csv_path.stem + "_limit.csv")  # drawn in, if it is there
 
 
 # ---- 1. The units and the processes ----
@@ -114,10 +113,8 @@ def write_csv(settings):
         points += json.loads(path.read_text(encoding="utf-8"))["points"]
     place = lambda p: (METHODS.index(p["method"]), number(p["setting"]), str(p["setting"]), p["seed"], p["step"])  # noqa: E731
     points.sort(key=place)
-    for path, row in (
-        (settings.csv_path, figure.Point),
-        (figure.covariance_path(settings.csv_path), figure.Covariance),
-    ):
+    paths = {figure.Point: settings.csv_path, figure.Covariance: figure.covariance_path(settings.csv_path)}
+    for row, path in paths.items():
         if points:
             rows = [row(*(point.get(name, math.nan) for name in row._fields)) for point in points]
             common.write_csv(path, rows, digits=5)
@@ -134,9 +131,7 @@ def main():
     print(figure.summary(points, curve, figure.read_covariances(settings.csv_path)))
     print(f"{settings.csv_path}, {picture}")
     if not curve:
-        print(
-            f"no limit is drawn: {settings.limit_path} is missing. Make it: python -m experiments.frontier.limit --help"
-        )
+        print(f"no limit is drawn: {settings.limit_path} not found. Make it with experiments.frontier.limit.")
 
 
 if __name__ == "__main__":

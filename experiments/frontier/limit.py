@@ -147,9 +147,7 @@ def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator,
     """
     rewards, logps = [], []
     for (model, temperature), count in zip(sources, counts, strict=True):
-        drawn = common.sample(
-            model, tokenizer, prompts, max_new_tokens, generator, count, ids, temperature, batch_size=ROWS
-        )
+        drawn = common.sample(model, tokenizer, prompts, max_new_tokens, generator, count, ids, temperature, ROWS)
         rewards.append(torch.tensor(reward(drawn.prompts, drawn.texts), dtype=torch.float64).view(-1, count))
         logps.append(torch.stack([sequence_logps(s, drawn.prompt_ids, drawn.ids).view(-1, count) for s in sources]))
     return torch.cat(rewards, dim=-1), torch.cat(logps, dim=-1)

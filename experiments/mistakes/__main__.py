@@ -10,9 +10,7 @@ from minidpo.settings import knob, parse_settings, run_main, unknown
 @dataclasses.dataclass
 class Settings:
     only: str = knob("", "the name of one mistake; empty: all")
-    curves: str = knob(
-        "", "instead of running tests, train with each mistake into this folder; writes docs/mistakes.md"
-    )
+    curves: str = knob("", "train with each mistake into this folder instead, and write docs/mistakes.md")
     init: str = knob("runs/toy/sft", "with --curves: the SFT run of the toy to start from")
 
 
