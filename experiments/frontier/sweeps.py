@@ -117,7 +117,8 @@ def training(unit, settings):
         steps = {"steps": settings.ppo_steps} if settings.ppo_steps else {}
         return ppo.Settings(**{**values, **own, **steps})
     cls = unlikelihood.Settings if unit.method == "unlikelihood" else train_dpo.Settings
-    varied = {name: number(unit.setting) for name in {"unlikelihood": ["alpha"], "dpo": ["beta"]}.get(unit.method, [])}
+    knob = {"unlikelihood": "alpha", "dpo": "beta"}.get(unit.method)
+    varied = {knob: number(unit.setting)} if knob else {}
     # fast: policy and reference alike, because in bf16 the two paths differ
     values = {**train_dpo.SETS[sweep.base], "seed": unit.seed, "fast": True, **varied, **own}
     return cls(data=settings.data, init=settings.sft, out="", device=settings.device, **values)
