@@ -136,43 +136,27 @@ class Run:
         return checkpoint.load(self.path if self.settings.resume else self.settings.init)
 
     def plan(self, rows, saved, *data):
-        """Counts the steps to come. `data`: what a resumed run must find unchanged.
+        """Sets where the loop begins and ends. `data`: what a resumed run must find unchanged.
 
-        Raises UserError if a resumed run was started with other data, or if its last step is made and reported.
+        Raises UserError if a resumed run was started with other data, or if nothing is left to do.
         """
         self.rows, self.data = rows, checkpoint.fingerprint(*data)
         if self.settings.resume and saved.get("data") != self.data:
             raise UserError(f"{self.path} was started with other data. Restore it, or start a new run.")
-        self.count(saved.get("step", 0) if self.settings.resume else 0, *count_steps(rows, self.settings))
-        total, warmup = self.total_steps, self.settings.warmup_steps
-        if total <= warmup:
-            print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size.")
+        self.first_step = first = saved.get("step", 0) if self.settings.resume else 0
+        self.total_steps, self.last_step = total, last = count_steps(rows, self.settings)
+        if first > last or last == 0 or first == last and (self.path / "report.md").exists():
+            raise UserError(f"{self.path} has made {first} of {last} steps. Raise --epochs or --max-steps.")
+        if total <= self.settings.warmup_steps:
+            warmup = f"--warmup-steps {self.settings.warmup_steps}"
+            print(f"warning: all {total} steps are warm-up. Lower {warmup}, or --batch-size.")
 
-    def count(self, first_step, total_steps, last_step):
-        """Sets where the loop begins and ends. Raises UserError if nothing is left to do."""
-        self.first_step, self.total_steps, self.last_step = first_step, total_steps, last_step
-        reported = first_step == last_step > 0 and (self.path / "report.md").exists()
-        if first_step > last_step or last_step == 0 or reported:
-            raise UserError(f"{self.path} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
-
+    @contextlib.contextmanager
     def training(self, model, tokenizer, optimizer, **keep):
         """`with run.training(...) as steps:` opens the folder and gives the (step, indices) of the loop.
 
         A checkpoint holds the model, the optimiser's state and `keep`: tensors and plain values that a resumed run
-        needs again.
-        """
-
-        def save(done):
-            state = dict(step=done, optimizer=optimizer.state_dict(), data=self.data, **keep)
-            self.save(model, tokenizer, state)
-
-        return self.loop(steps(self.rows, self.settings, self.first_step), tokenizer, save)
-
-    @contextlib.contextmanager
-    def loop(self, items, tokenizer, save):
-        """Opens the folder and gives `items` one per step, with a progress bar and checkpoints.
-
-        After Ctrl-C the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
+        needs again. After Ctrl-C the loop finishes its step, saves and stops.
         """
         parallel.all_sum(0)  # wait until every process has checked the folder
         self._open(tokenizer)
@@ -180,12 +164,13 @@ class Run:
         with CatchInterrupt() as interrupt, bar as self.bar:
 
             def stepping():
-                for done, item in enumerate(items, self.first_step + 1):
+                for step, indices in steps(self.rows, self.settings, self.first_step):
                     self.started = time.perf_counter()
-                    yield item
-                    stop = parallel.anywhere(interrupt.requested)
+                    yield step, indices
+                    done, stop = step + 1, parallel.anywhere(interrupt.requested)
                     if done == self.last_step or done % self.settings.save_every == 0 or stop:
-                        save(done)
+                        state = dict(step=done, optimizer=optimizer.state_dict(), data=self.data, **keep)
+                        self.save(model, tokenizer, state)
                     if stop and done < self.last_step:
                         how = "Continue with the same command and --resume."
                         raise UserError(f"stopped after step {done} and saved. {how}")
