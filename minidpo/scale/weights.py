@@ -5,8 +5,6 @@ python -m minidpo.scale.weights --run runs/toy/dpo --out my_policy      exports 
 
 import dataclasses
 import json
-import os
-import re
 from pathlib import Path
 
 import torch
@@ -22,14 +20,9 @@ NAMES += ["distilgpt2", "distilbert/distilgpt2"]
 FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
 SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields of config.json and of GPTConfig
 # the values that minidpo/model.py computes with; a field that is not listed does not change the forward pass
-ONLY = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (LAYER_NORM_EPS,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
+ONLY = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(LAYER_NORM_EPS,))
+ONLY |= dict(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))
+ONLY |= dict(tie_word_embeddings=(True,))
 
 
 def load_with_tokenizer(name_or_folder):
@@ -41,9 +34,7 @@ def load_with_tokenizer(name_or_folder):
         raise UserError(f"{folder / 'config.json'}: eos_token_id is {eos}, but <|endoftext|> has id {tokenizer.eot}.")
     model, known = load_pretrained(folder), tokenizer.vocab_size
     if known < rows:  # the softmax runs over the tokens that can be sampled
-        print(
-            f"{folder}: the tokenizer has {known} tokens, the model {rows} rows. The last {rows - known} are not used."
-        )
+        print(f"{folder}: the tokenizer has {known} tokens, the model {rows}. Those from id {known} on are never used.")
         model.config.vocab_size, model.config.extra_rows = known, rows - known
     return model, tokenizer
 
@@ -63,26 +54,23 @@ def load_pretrained(name_or_folder):
     paths = [path] if path.exists() else sorted(folder.glob("model-*.safetensors"))  # a large model has several
     if not paths:
         how = f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        how = f'Convert it: python -c "from transformers import GPT2LMHeadModel as M; {how}"'
-        how = how if any(folder.glob("pytorch_model*.bin")) else "A GPT-2 folder holds its weights in that file."
-        raise UserError(f"{path} not found. {how}")
+        how = f'To make it from pytorch_model.bin: python -c "from transformers import GPT2LMHeadModel as M; {how}"'
+        raise UserError(f"{path} not found: a GPT-2 folder holds its weights in that file. {how}")
     safetensors, stored = _import("safetensors.torch", path), []
     try:
         for path in paths:
-            with safetensors.safe_open(path, framework="pt") as file:
-                stored += [(key == "lm_head.weight", key, path) for key in file.keys()]
+            stored += [(key == "lm_head.weight", key, path) for key in safetensors.safe_open(path, "pt").keys()]
         for is_head, key, path in tqdm(sorted(stored), desc="weights", unit="tensor", delay=1):  # the head comes last
             name = "wte.weight" if is_head and "wte.weight" in missing else key.removeprefix("transformer.")
             # opened for each tensor: what was read from a file stays in memory until the file is closed
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(key)
+            tensor = safetensors.safe_open(path, "pt").get_tensor(key)
             if name in missing:
                 target = _stored(name, missing.pop(name))
                 if (found := tuple(tensor.shape)) != (wanted := tuple(target.shape)):
                     raise UserError(f"{path}: {key} is {found}, config.json asks for {wanted}.")
                 target.copy_(tensor)
             elif not _redundant(name, tensor, model):
-                raise UserError(f"{path}: holds {key!r}, which GPT-2 does not have, or not with other values.")
+                raise UserError(f"{path}: holds {key!r}, which GPT-2 does not have. Its head is the embedding.")
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}). Download it again.") from error
     if missing:
@@ -92,30 +80,21 @@ def load_pretrained(name_or_folder):
 
 @torch.no_grad()
 def save_pretrained(model, folder, tokenizer=None):
-    """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given.
-
-    Raises UserError without the extra `hf`, and OSError if a file cannot be written.
-    """
-    folder, config, weights = Path(folder), model.config, dict(model.named_parameters())
-    path = folder / "model.safetensors"
-    safetensors = _import("safetensors.torch", path)
-    try:
-        # safetensors writes a tensor as it lies in memory. Changing that in place needs memory for one tensor at a time
+    """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given."""
+    folder, config, weights = Path(folder), model.config, dict(sorted(model.named_parameters()))
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # safetensors: the header's length, the header, the weights
+    for name, weight in weights.items():
+        begin, end = end, end + weight.nbytes
+        dtype = ("BF" if weight.dtype == torch.bfloat16 else "F") + str(8 * weight.element_size())
+        header["transformer." + name] = dict(dtype=dtype, shape=_stored(name, weight).shape, data_offsets=[begin, end])
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic(folder / "model.safetensors") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
         for name, weight in weights.items():
-            weight.data = _stored(name, _stored(name, weight.data).contiguous())  # shape and values stay
-        stored = ((f"transformer.{name}", _stored(name, weight.data).cpu()) for name, weight in weights.items())
-        with atomic(path) as file:
-            safetensors.torch.save_file(dict(stored), file.name, metadata={"format": "pt"})
-            with open(file.name, "rb") as written:  # not `file`: save_file has put a new one in its place
-                os.fsync(written.fileno())
-    except safetensors.SafetensorError as error:  # the disk is full, for example
-        raise OSError(f"{path}: {error}") from error
-    finally:
-        for weight in weights.values():
-            weight.data = weight.data.contiguous()
+            file.write(_stored(name, weight).contiguous().cpu().view(torch.uint8).numpy())
     values = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=config.block_size)
-    values |= {name: getattr(config, name) for name in SHAPE}
-    values["vocab_size"] += config.extra_rows
+    values |= {name: getattr(config, name) for name in SHAPE} | {"vocab_size": len(model.wte.weight)}
     values |= dict(activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS)
     values |= {name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
     if tokenizer is not None:
@@ -139,29 +118,26 @@ def _import(package, purpose):
 
 def _redundant(name, tensor, model):
     """Whether the model has these values without the tensor: the head is the embedding, old files hold the mask."""
-    if re.fullmatch(r"h\.\d+\.attn\.bias", name):
-        return tensor.dim() == 4 and torch.equal(tensor, torch.ones_like(tensor).tril())
-    if re.fullmatch(r"h\.\d+\.attn\.masked_bias", name):  # the logit of a masked position
-        return bool((tensor < -1000).all())
-    return name == "lm_head.weight" and torch.equal(tensor.float(), model.wte.weight)
+    masked = name.endswith(".attn.masked_bias") and (tensor < -1000).all()  # the logit of a masked position
+    mask = name.endswith(".attn.bias") and tensor.dim() == 4 and torch.equal(tensor, torch.ones_like(tensor).tril())
+    head = name == "lm_head.weight" and torch.equal(tensor.float(), model.wte.weight)
+    return masked or mask or head
 
 
 def _find_folder(name):
     """The folder `name` itself, or the one that the hub's files are downloaded to."""
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).is_file():
-        raise UserError(f"{name} is a file. Give the folder that holds it, {Path(name).parent}.")
     if name not in NAMES:
-        raise UserError(f"{name} is neither a folder nor one of {', '.join(NAMES)}.")
+        raise UserError(f"{name} is neither a folder nor one of {', '.join(NAMES)}. Give the folder, not a file in it.")
     hub = _import("huggingface_hub", f"--init {name}")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(FILES)))  # shows a progress bar
     except (OSError, hub.errors.HTTPError) as error:
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{name} could not be downloaded from huggingface.co ({reason}) and is not in the local cache. Without a "
-            f"network, run `hf download {name} {' '.join(FILES)} --local-dir FOLDER` elsewhere and give that FOLDER."
+            f"{name} could not be downloaded from huggingface.co and is not in the local cache. Without a network, run "
+            f"`hf download {name} {' '.join(FILES)} --local-dir FOLDER` elsewhere and give that FOLDER. "
+            f"({str(error).partition(chr(10))[0]})"
         ) from error
 
 
