@@ -61,6 +61,8 @@ def load(folder):
         tokenizer, state = Tokenizer.load(folder / "bpe.json"), saved["state"]
     elif folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds neither {FILE} nor config.json, so there is no model to load. {_TRAIN_FIRST}")
+    elif folder.is_file():
+        raise UserError(f"{folder} is a file. Give its folder, {folder.parent}.")
     elif not folder.exists() and "gpt2" not in folder.name:
         raise UserError(f"{folder} not found: there is no run there yet. {_TRAIN_FIRST}")
     else:

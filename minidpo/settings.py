@@ -82,6 +82,9 @@ def parse_settings(cls, description, argv=None, sets=None):
             flag_of(field), default=argparse.SUPPRESS, help=text.replace("%", "%%"), required=required, **kind
         )
     given = vars(parser.parse_args(argv))
+    for one, other in (("init", "preset"), ("init", "tokenizer"), ("init", "vocab-size"), ("tokenizer", "vocab-size")):
+        if given.get(one) and given.get(other.replace("-", "_")):
+            raise UserError(f"--{other} has no effect: --{one} {given[one]} brings its own. Leave out one of the two.")
 
     base = {}
     if given.get("resume"):

@@ -129,7 +129,7 @@ def _find_folder(name):
     if Path(name).is_dir():
         return Path(name)
     if name not in NAMES:
-        raise UserError(f"{name} is neither a folder nor one of {', '.join(NAMES)}. Give the folder, not a file in it.")
+        raise UserError(f"{name} is neither a folder nor one of {', '.join(NAMES)}.")
     hub = _import("huggingface_hub", f"--init {name}")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(FILES)))  # shows a progress bar
