@@ -317,8 +317,7 @@ def tables(result):
 
 def draw(path, result):
     """One column per start: the margins, the log-probabilities, and where the probability is."""
-    figure = common.figure(path, (12, 7))
-    if figure is None:
+    if not (figure := common.figure(path, (12, 7))):
         return
     axes = figure.subplots(3, len(STARTS), sharex=True, sharey="row")
     for column, start in zip(axes.T, STARTS, strict=True):

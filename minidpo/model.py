@@ -35,7 +35,7 @@ class GPTConfig:
     n_head: int
     n_embd: int
     dropout: float = 0.0  # probability, in train mode only
-    extra_rows: int = dataclasses.field(default=0, repr=False)  # of the embedding, after those of the tokens: not used
+    extra_rows: int = dataclasses.field(default=0, repr=False)  # rows of the embedding that no token has
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -141,8 +141,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     @property
-    def head(self):
-        """The embedding's rows of tokens (V, C). A slice of all rows would cost a copy in the backward pass."""
+    def head(self):  # (V, C). A slice of all rows would cost a copy in the backward pass
         return self.wte.weight[: self.config.vocab_size] if self.config.extra_rows else self.wte.weight
 
     def logits(self, hidden):

@@ -41,10 +41,9 @@ def load_vocabulary(folder, vocab_size):
                 added = json.loads(file.read_text(encoding="utf-8"))
         unused = sorted(added.keys() - {EOT})
         vocab = {token: i for token, i in {**vocab, **added}.items() if token not in unused}
-        eot = vocab[EOT]
         written = sorted(vocab.keys() - {EOT}, key=vocab.get)
         tokens = [bytes(CHAR_TO_BYTE[c] for c in token) for token in written]
-        written.insert(eot, EOT)
+        written.insert(vocab[EOT], EOT)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not GPT-2's kind of vocabulary, or is damaged: {error!r}") from error
     if vocab != {token: i for i, token in enumerate(written)}:
@@ -53,7 +52,7 @@ def load_vocabulary(folder, vocab_size):
         raise UserError(f"{path}: its merges are not, in this order, those that make the tokens.")
     if unused:
         print(f"{path}: the added tokens {', '.join(unused)} are never used.")
-    return Tokenizer(tokens, eot)
+    return Tokenizer(tokens, vocab[EOT])
 
 
 def _byte_level(saved, path):

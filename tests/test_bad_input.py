@@ -435,7 +435,7 @@ def test_a_device_that_is_not_there(home, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for main, flags in ((train_dpo.main, dpo_flags(home)), (train_sft.main, sft_flags(home))):
         message = refused(capsys, home, main, *flags, "--device", "cuda")
-        assert "no cuda device on this machine. Leave out --device" in message
+        assert "no cuda device on this machine. Add --device auto" in message
 
 
 # ---- sampling and what stands on it ----

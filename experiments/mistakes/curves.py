@@ -95,8 +95,7 @@ def judge(run, reference, tokenizer):
 def draw(path, mistakes, folder):
     """One cell per mistake, the healthy run in grey: the margins, and below them the metric in which it shows."""
     columns, rows = 4, -(-len(mistakes) // 4)
-    figure = common.figure(path, (3.3 * columns, 2.9 * rows))
-    if figure is None:
+    if not (figure := common.figure(path, (3.3 * columns, 2.9 * rows))):
         return
     cells = figure.subfigures(rows, columns, squeeze=False, hspace=0.02).ravel()
     for cell, mistake in zip(cells, mistakes, strict=False):

@@ -94,8 +94,7 @@ def completions(journal, name, model, tokenizer, prompts, ids, temperature, sett
 def draw(path, rows, other_side):
     """The picture: one panel per judge, one line per run, with its intervals."""
     judges, runs = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("judge", "run"))
-    picture = figure(path, figsize=(4.8 * len(judges), 3.6))
-    if picture is None:
+    if not (picture := figure(path, (4.8 * len(judges), 3.6))):
         return
     panels = picture.subplots(1, len(judges), sharey=True, squeeze=False)[0]
     for axes, judge in zip(panels, judges, strict=True):
