@@ -419,6 +419,21 @@ def test_a_file_in_the_place_of_its_folder(home, capsys, file):
     assert f"{home / 'sft' / file} is a file. Give its folder, {home / 'sft'}" in message
 
 
+SAMPLING = (minidpo.sampling.main, ("--run", "sft", "--prompt", "a"))
+EVALUATE = (experiments.evaluate.main, ("--policy", "sft", "--reference", "sft", "--data", "toy", "--reward", "toy"))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [(SAMPLING, ("--samples", -1)), (SAMPLING, ("--max-new-tokens", -1)), (SAMPLING, ("--temperature", -0.1)),
+     (SAMPLING, ("--temperature", "nan")), (SAMPLING, ("--top-k", -1)), (SAMPLING, ("--top-p", "inf")),
+     (EVALUATE, ("--samples-per-prompt", 0)), (EVALUATE, ("--max-new-tokens", 0)), (EVALUATE, ("--limit", -1))],
+)  # fmt: skip
+def test_numbers_of_other_commands_out_of_range(home, capsys, command, flags):
+    message = refused(capsys, home, command[0], *command[1], *flags)
+    assert flags[0] in message and "must be a finite number" in message
+
+
 def test_dropout_and_smoothing_that_dpo_does_not_have(home, capsys):
     message = refused(capsys, home, train_dpo.main, *dpo_flags(home), "--dropout", 0.1)
     assert "--dropout must be 0 here" in message and "differ on the same row" in message
