@@ -13,10 +13,9 @@ import torch
 from minidpo.files import atomic
 from minidpo.model import GPT, GPTConfig
 from minidpo.scale import parallel
-from minidpo.scale.weights import load_pretrained
+from minidpo.scale.weights import load_with_tokenizer
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
-from minidpo.vocabulary import load_vocabulary
 
 FILE = "checkpoint.pt"
 
@@ -59,11 +58,12 @@ def load(folder):
         tokenizer, state = Tokenizer.load(folder / "bpe.json"), saved["state"]
     elif folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds neither {FILE} nor config.json, so there is no model to load. {_TRAIN_FIRST}")
-    elif not folder.exists() and not str(folder).startswith("gpt2"):
+    elif folder.is_file():
+        raise UserError(f"{folder} is a file. Give its folder, {folder.parent}.")
+    elif not folder.exists() and "gpt2" not in folder.name:
         raise UserError(f"{folder} not found: there is no run there yet. {_TRAIN_FIRST}")
     else:
-        model = load_pretrained(str(folder))
-        tokenizer, state = load_vocabulary(folder, model.config.vocab_size), {}
+        (model, tokenizer), state = load_with_tokenizer(folder.as_posix()), {}
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "

@@ -91,6 +91,9 @@ def parse_settings(cls, description, argv=None, sets=None):
     given = vars(given)
     if others:
         raise unknown("flag", others[0].partition("=")[0], [flag_of(field) for field in fields])
+    for one, other in (("init", "preset"), ("init", "tokenizer"), ("init", "vocab-size"), ("tokenizer", "vocab-size")):
+        if given.get(one) and given.get(other.replace("-", "_")):
+            raise UserError(f"--{other} has no effect: --{one} {given[one]} brings its own. Leave out one of the two.")
 
     base = _resumed(given, fields) if given.get("resume") and given.get("out") else {}
     required = [field for field in fields if field.default is dataclasses.MISSING]

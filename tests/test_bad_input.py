@@ -45,7 +45,8 @@ def home(made, tmp_path, monkeypatch):
 
 
 def sft_flags(home, **changes):
-    flags = {"data": home / "sft.jsonl", "out": home / "new", "preset": "toy"} | changes
+    shape = {} if "init" in changes else {"preset": "toy"}
+    flags = {"data": home / "sft.jsonl", "out": home / "new", **shape, **changes}
     return [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)] + [*SHORT]
 
 
@@ -202,7 +203,7 @@ def test_checkpoint_cut_short(home, capsys, main, flags_of, file, name):
         (home / name / "checkpoint.pt").write_bytes(whole[:kept])
         for flags in (
             dpo_flags(home, init=home / name),
-            [*sft_flags(home), "--init", home / name],
+            sft_flags(home, init=home / name),
             [*flags_of(home, out=home / name), "--resume"],
         ):
             command = train_dpo.main if flags[2] == "--init" else train_sft.main
@@ -396,6 +397,26 @@ def test_unknown_reward_and_prompts_come_with_the_nearest(home, capsys):
 def test_numbers_out_of_range(home, capsys, main, flags_of, file, name, flags):
     message = refused(capsys, home, main, *flags_of(home), *flags)
     assert flags[0] in message and "must be a finite number" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "ignored"),
+    [
+        (("--init", "sft", "--preset", "toy"), "--preset"),
+        (("--init", "sft", "--vocab-size", 300), "--vocab-size"),
+        (("--init", "sft", "--tokenizer", "sft/bpe.json"), "--tokenizer"),
+        (("--tokenizer", "sft/bpe.json", "--vocab-size", 300), "--vocab-size"),
+    ],
+)
+def test_flags_that_another_flag_makes_useless(home, capsys, flags, ignored):
+    message = refused(capsys, home, train_sft.main, "--data", home / "sft.jsonl", "--out", home / "new", *SHORT, *flags)
+    assert f"{ignored} has no effect: {flags[0]} {flags[1]} brings its own" in message
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "bpe.json"])
+def test_a_file_in_the_place_of_its_folder(home, capsys, file):
+    message = refused(capsys, home, train_dpo.main, *dpo_flags(home, init=home / "sft" / file))
+    assert f"{home / 'sft' / file} is a file. Give its folder, {home / 'sft'}" in message
 
 
 SAMPLING = (minidpo.sampling.main, ("--run", "sft", "--prompt", "a"))
