@@ -4,6 +4,15 @@ import contextlib
 import os
 from pathlib import Path
 
+from minidpo.settings import UserError
+
+
+def new_file(path, overwrite):
+    """Path of a file that a command will write. UserError if it exists, so that no work is lost later."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} is there already. Add --overwrite to replace it, or give another name.")
+    return Path(path)
+
 
 @contextlib.contextmanager
 def atomic(path, keep=None):

@@ -13,7 +13,7 @@ from tiny import write_jsonl
 import data
 from data.toy_sentiment import generate as toy
 from minidpo import checkpoint, dataset
-from minidpo.dataset import Rows, encode, encode_pairs, preference_batch, read_jsonl, sft_batch
+from minidpo.dataset import PAIR, Rows, encode, preference_batch, read_jsonl, sft_batch
 from minidpo.dataset import cut_to_context as cut
 from minidpo.model import GPT, GPTConfig
 from minidpo.settings import UserError
@@ -171,7 +171,7 @@ def test_no_row_is_longer_than_the_context_and_none_is_cut_without_need():
     for _ in range(500):
         n, a, b, max_length = (draw.randint(*ends) for ends in ((0, 30), (1, 20), (1, 20), (11, 40)))
         record = pair("p" * n, "c" * a, "r" * b)
-        rows, counts = encode_pairs([record], BYTES, max_length)
+        rows, counts = encode([record], PAIR, BYTES, max_length)
         ((prompt, chosen, rejected),) = rows
         batch = preference_batch(rows)
         assert max(side.ids.shape[1] for side in batch) <= max_length
@@ -191,7 +191,7 @@ def test_unusable_pairs_are_dropped_and_counted():
         pair("p" * 12, "good", "a good deal longer than that"),
         pair("p" * 16, "good", "bad"),
     ]
-    rows, counts = encode_pairs(records, BYTES, max_length=20)
+    rows, counts = encode(records, PAIR, BYTES, max_length=20)
     assert rows == [
         ([EOT, *ids("p")], [*ids("good"), EOT], [*ids("bad"), EOT]),
         ([EOT, *ids("p" * 8)], [*ids("good"), EOT], ids("a good deal")),
@@ -204,13 +204,13 @@ def test_unusable_pairs_are_dropped_and_counted():
         "prompt cut": 2,
         "response cut": 1,
     }
-    rows, counts = encode_pairs([pair("p" * 8, "good", "bad")], BYTES, max_length=9)
+    rows, counts = encode([pair("p" * 8, "good", "bad")], PAIR, BYTES, max_length=9)
     assert (rows, counts) == ([], {"pairs": 1, "dropped: no room for a response": 1})
 
 
 def test_a_response_its_sampler_cut_gets_no_eot():
     records = [pair("p", "good", "bad", chosen_ended=False), pair("p", "good", "bad", rejected_ended=False)]
-    rows, _ = encode_pairs(records, BYTES, 100)
+    rows, _ = encode(records, PAIR, BYTES, 100)
     assert rows == [
         ([EOT, *ids("p")], ids("good"), [*ids("bad"), EOT]),
         ([EOT, *ids("p")], [*ids("good"), EOT], ids("bad")),
@@ -229,15 +229,15 @@ def test_sft_rows_follow_the_same_rules():
 def test_preferred_ft_trains_on_the_chosen_which_may_not_have_ended(tmp_path):
     """A file of preferences as SFT rows: the chosen is the completion, with no eot where its sampler cut it."""
     records = [pair("p", "good", "bad"), {**pair("p", "go", "bad"), "chosen_ended": False}]
-    rows, _ = encode(dataset.read_sft(write_jsonl(tmp_path / "pairs.jsonl", records)), dataset.SFT, BYTES, 100)
+    rows, _ = encode(read_jsonl(write_jsonl(tmp_path / "pairs.jsonl", records), dataset.SFT), dataset.SFT, BYTES, 100)
     eot, spell = BYTES.eot, BYTES.encode
     assert rows == [([eot, *spell("p")], [*spell("good"), eot]), ([eot, *spell("p")], spell("go"))]
-    (row,) = dataset.read_sft(write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "p", "completion": "c"}]))
+    (row,) = read_jsonl(write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "p", "completion": "c"}]), dataset.SFT)
     assert row == {"prompt": "p", "completion": "c"}
 
 
 def test_load_rows_states_the_counts_and_refuses_a_file_with_nothing_usable(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [pair("p", "good", "bad"), pair("p", "same", "same")])
+    path = write_jsonl(tmp_path / "pairs.jsonl", [pair("p", " good", " bad"), pair("p", " same", " same")])
     assert len(dataset.load_rows(path, dataset.PAIR, BYTES, 100)) == 1
     assert capsys.readouterr().out == f"{path}: 1 usable of 2 pairs, 1 dropped: equal responses\n"
     write_jsonl(path, [pair("p", "same", "same")])
@@ -255,7 +255,7 @@ def test_trap02_no_merge_crosses_the_border():
         ("", " a film", "film"),
         ("a\n", "\n\na", " a"),
     ]:
-        rows, _ = encode_pairs([pair(prompt, chosen, rejected)], tokenizer, 100)
+        rows, _ = encode([pair(prompt, chosen, rejected)], PAIR, tokenizer, 100)
         for kept, response, text in ((rows[0][0], rows[0][1], chosen), (rows[0][0], rows[0][2], rejected)):
             assert kept == [tokenizer.eot, *tokenizer.encode(prompt)]
             assert tokenizer.decode(kept) == prompt and tokenizer.decode(response) == text

@@ -208,7 +208,7 @@ def main():
     gpt.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or gpt.config.block_size, gpt.config.block_size)
     split = data.find_split("pairs", settings.data, settings.eval_data)
-    pairs, held_out = (dataset.load_rows(path, dataset.PAIR, tokenizer, max_length) for path in split)
+    pairs, held_out = dataset.load_split(split, dataset.PAIR, tokenizer, max_length)
     run.plan(pairs, saved, pairs, held_out)
     prompts = dataset.first_prompts(held_out or pairs, settings.samples)
     if settings.resume:
