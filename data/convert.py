@@ -7,6 +7,7 @@ The columns keep their names; docs/data.md lists those that training reads. The 
 
 import argparse
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -23,9 +24,12 @@ def read(path):
             import datasets
         except ImportError as error:
             raise UserError(f"{path} is Parquet. To read it: pip install datasets") from error
-        return datasets.Dataset.from_parquet(str(path)).to_list()
+        try:
+            return datasets.Dataset.from_parquet(str(path)).to_list()
+        except Exception as error:  # of a dozen classes
+            raise UserError(f"{path}: damaged Parquet ({error}).") from error
     try:
-        text = Path(path).read_text(encoding="utf-8-sig", newline="")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}). Save the file as UTF-8.") from error
     if text.lstrip().startswith("["):
@@ -37,7 +41,7 @@ def read(path):
         raise UserError(f"{path}: begins with a JSON object. Write each object of the file on one line: that is JSONL.")
     else:
         csv.field_size_limit(1 << 30)  # the default limit, 128 kB, is too short for some texts
-        lines = csv.DictReader(text.splitlines(keepends=True), strict=True, delimiter="\t" if _is_tsv(path) else ",")
+        lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if _is_tsv(path) else ",")
         try:
             rows = list(lines)
         except csv.Error as error:
@@ -61,7 +65,7 @@ def main():
     args = parser.parse_args()
     out = new_file(args.out or f"{args.file}.jsonl", args.overwrite)
     rows = read(args.file)
-    atomic_write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write(out, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     print(f"{out}: {len(rows):,} rows with {', '.join(rows[0])}")
 
 
