@@ -293,6 +293,7 @@ def test_the_command_that_the_error_names_makes_a_file_that_is_read(tmp_path, mo
         ('{"a": 1}', "on one line"),
         ("a,b\n1,2,3\n", "not CSV"),
         ("", "no rows"),
+        ("PAR1 and no more", "damaged Parquet"),
     ],
 )
 def test_what_cannot_be_converted_says_so(tmp_path, monkeypatch, content, fault):
