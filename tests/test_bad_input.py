@@ -188,7 +188,7 @@ def test_any_text_trains(home, capsys):
 
 def test_both_stages_take_rows_in_the_forms_that_people_have(home, capsys):
     """Chats, whole dialogues without a prompt, gzip, a pipe and a file without a suffix: the same weights each time."""
-    asked, good, bad = ([{"role": role, "content": text}] for role, text in zip(("user", *["assistant"] * 2), "abc"))
+    asked, good, bad = ([{"role": r, "content": t}] for r, t in (("user", "a"), ("assistant", "b"), ("assistant", "c")))
     prompt = "\n\nHuman: a\n\nAssistant:"
     plain = write_jsonl(home / "plain.jsonl", [{"prompt": prompt, "chosen": " b", "rejected": " c"}] * 8)
     chats = write_jsonl(home / "chats", [{"prompt": asked, "chosen": good, "rejected": bad}] * 8)
