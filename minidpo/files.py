@@ -83,3 +83,11 @@ def claim(path):
 def _release(lock):
     lock.unlink(missing_ok=True)
     _claimed.pop(lock).close()
+
+
+def new_file(path, overwrite):
+    """Path of a file that a command will write, claimed. UserError if it exists, so that no work is lost later."""
+    claim(path)
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} is there already. Add --overwrite to replace it, or give another name.")
+    return Path(path)

@@ -170,20 +170,14 @@ def _utf8(text):
 
 
 def main():
-    from minidpo.dataset import json_lines, text_lines
+    from minidpo.reading.jsonl import texts
 
-    parser = argparse.ArgumentParser(description="Learns a byte-level BPE from a text file or a .jsonl file.")
-    parser.add_argument("--text", required=True, help="UTF-8 text, or .jsonl with prompt, completion, chosen, rejected")
+    parser = argparse.ArgumentParser(description="Learns a byte-level BPE from a file of text or of rows.")
+    parser.add_argument("--text", required=True, help="UTF-8 text, or JSONL of rows as for training")
     parser.add_argument("--vocab-size", type=int, default=4096, help="256 bytes + merges + eot (default 4096)")
     parser.add_argument("--out", default="bpe.json", help="where to save it (default bpe.json)")
     args = parser.parse_args()
-    if args.text.endswith(".jsonl"):
-        fields = ("prompt", "completion", "chosen", "rejected")
-        values = (record.get(field) for _, record in json_lines(args.text, ()) for field in fields)
-        texts = (value for value in values if isinstance(value, str))
-    else:
-        texts = (line for _, line in text_lines(args.text))
-    tokenizer = Tokenizer.train(texts, args.vocab_size)
+    tokenizer = Tokenizer.train(texts(args.text), args.vocab_size)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size} tokens, the last one learned is {tokenizer.tokens[-1]}")
 

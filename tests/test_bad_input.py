@@ -1,9 +1,12 @@
 """Bad input: one message (what, where, what to do), an exit code that is not 0, and everything as it was before."""
 
+import gzip
 import json
 import math
+import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ import train_dpo
 import train_sft
 from minidpo import checkpoint
 from minidpo.model import GPT, GPTConfig
+from minidpo.reading import jsonl
 from minidpo.report import read_metrics
 from minidpo.tokenizer import Tokenizer
 
@@ -181,6 +185,42 @@ def test_any_text_trains(home, capsys):
         assert all(math.isfinite(m["loss"]) for m in read_metrics(folder))
         table = (folder / "samples.md").read_bytes().decode().splitlines()[4:]
         assert len(table) == 12 and all(line[:2] == "| " and line[-2:] == " |" for line in table)
+
+
+def test_both_stages_take_rows_in_the_forms_that_people_have(home, capsys):
+    """Chats, whole dialogues without a prompt, gzip, a pipe and a file without a suffix: the same weights each time."""
+    asked, good, bad = ([{"role": r, "content": t}] for r, t in (("user", "a"), ("assistant", "b"), ("assistant", "c")))
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    plain = write_jsonl(home / "plain.jsonl", [{"prompt": prompt, "chosen": " b", "rejected": " c"}] * 8)
+    chats = write_jsonl(home / "chats", [{"prompt": asked, "chosen": good, "rejected": bad}] * 8)
+    whole = write_jsonl(home / "whole.JSONL", [{"chosen": asked + good, "rejected": asked + bad}] * 8)
+    texts = write_jsonl(home / "texts.jsonl", [{"chosen": prompt + " b", "rejected": prompt + " c"}] * 8)
+    os.mkfifo(home / "pipe")
+    for main, flags_of in ((train_sft.main, sft_flags), (train_dpo.main, dpo_flags)):
+        weights = set()
+        for data_file in (plain, chats, whole, texts, home / "pipe"):
+            if data_file.is_fifo():  # SFT from scratch reads it for the tokenizer, and then for the rows
+                jsonl.pipe_bytes.cache_clear()
+                content = gzip.compress(plain.read_bytes())
+                threading.Thread(target=data_file.write_bytes, args=[content], daemon=True).start()
+            call(main, *flags_of(home, data=data_file), "--overwrite")
+            model, tokenizer, _ = checkpoint.load(home / "new")
+            weights.add((checkpoint.fingerprint(model), tokenizer.fingerprint))
+            assert f"{data_file}: 8 usable of 8" in capsys.readouterr().out
+        assert len(weights) == 1
+
+
+def test_a_chat_that_needs_a_guess_and_a_json_array(home, capsys):
+    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}]
+    answer = [{"role": "assistant", "content": "b"}]
+    chats = write_jsonl(home / "chats.jsonl", [{"prompt": system, "chosen": answer, "rejected": answer}])
+    message = refused(capsys, home, train_dpo.main, *dpo_flags(home, data=chats))
+    assert f"{chats}, line 1: message 1 must hold the role 'user'" in message and "take it out" in message
+    array = home / "array.json"
+    array.write_text('[{"prompt": "a", "chosen": " b", "rejected": " c"}]', encoding="utf-8")
+    message = refused(capsys, home, train_dpo.main, *dpo_flags(home, data=array))
+    assert f"{array}, line 1: a list. Each line must be an object with prompt, chosen, rejected." in message
+    assert f"python -m data.convert {array}" in message
 
 
 # ---- runs and checkpoints ----

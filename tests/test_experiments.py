@@ -179,7 +179,7 @@ def test_a_completion_that_was_cut_gets_no_eot_in_training(make, home, tmp_path)
     _, tokenizer, _ = checkpoint.load(home / "sft")
     cut = 0
     for pair in pairs:  # hardly one ends within two tokens
-        for _, chosen, rejected in dataset.encode_pairs([pair], tokenizer, 40)[0]:
+        for _, chosen, rejected in dataset.encode([pair], dataset.PAIR, tokenizer, 40)[0]:
             assert (chosen[-1] == tokenizer.eot) == pair.get("chosen_ended", True)
             assert (rejected[-1] == tokenizer.eot) == pair.get("rejected_ended", True)
             cut += (chosen[-1] != tokenizer.eot) + (rejected[-1] != tokenizer.eot)

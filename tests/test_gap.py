@@ -65,7 +65,7 @@ def test_loss_without_label_noise_is_the_mean_over_the_labels(model):
     """At p it is p (loss as labelled) + (1 - p) (loss of the reversed pair), at 1 train_dpo.py's own loss."""
     policy, tokenizer, _ = checkpoint.load(model)
     policy.double()
-    rows, _ = dataset.encode_pairs(gap.grammar_pairs(6, 0), tokenizer, 40)
+    rows, _ = dataset.encode(gap.grammar_pairs(6, 0), dataset.PAIR, tokenizer, 40)
     reference = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 60
     batch = dataset.preference_batch([rows[i] for i in (4, 1)])
     logps = response_logps(policy, batch)

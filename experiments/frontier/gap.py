@@ -139,7 +139,7 @@ def training(settings, **knobs):
 def prepared(model, tokenizer, pairs, seed):
     """Returns records, token rows, and the reference's log-probabilities of both sides (N, 2)."""
     records = grammar_pairs(pairs, seed)
-    rows, _ = dataset.encode_pairs(records, tokenizer, model.config.block_size)
+    rows, _ = dataset.encode(records, dataset.PAIR, tokenizer, model.config.block_size)
     return records, rows, train_dpo.reference_logps(model, rows, training(Settings()))
 
 

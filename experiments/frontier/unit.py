@@ -85,7 +85,7 @@ class Setup:
 
     @functools.cached_property
     def pairs(self):
-        return dataset.encode_pairs(self.records, self.tokenizer, self.sft.config.block_size)[0]
+        return dataset.encode(self.records, dataset.PAIR, self.tokenizer, self.sft.config.block_size)[0]
 
     @functools.cached_property
     def contents(self):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minidpo.files import atomic, atomic_write
+from minidpo.files import atomic, atomic_write, new_file
 from minidpo.model import GPT, LAYER_NORM_EPS, PRESETS, GPTConfig
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from minidpo.vocabulary import load_vocabulary, save_vocabulary
@@ -165,11 +165,11 @@ class Settings:
 
 def main():
     settings = parse_settings(Settings, "Exports a run for Hugging Face's libraries.")
-    from minidpo import checkpoint, dataset  # not above: checkpoint imports this module
+    from minidpo import checkpoint  # not above: checkpoint imports this module
 
     if checkpoint.exists(settings.out):
         raise UserError(f"--out {settings.out} is a run. Give another folder.")
-    out = dataset.new_file(settings.out, settings.overwrite)
+    out = new_file(settings.out, settings.overwrite)
     model, tokenizer, _ = checkpoint.load(settings.run)
     save_pretrained(model, out, tokenizer)
     print(f"wrote {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) opens it")
