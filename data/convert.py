@@ -11,7 +11,7 @@ import io
 import json
 from pathlib import Path
 
-from minidpo.files import atomic_write, new_file
+from minidpo.files.writing import atomic_write, new_file
 from minidpo.settings import UserError, run_main
 
 

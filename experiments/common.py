@@ -11,7 +11,7 @@ from tqdm import tqdm
 import data
 from minidpo import checkpoint, dataset
 from minidpo.dataset import read_jsonl
-from minidpo.files import atomic, atomic_write
+from minidpo.files.writing import atomic, atomic_write
 from minidpo.sampling import generate
 from minidpo.settings import UserError, unknown
 

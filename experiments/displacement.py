@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from experiments import common
 from minidpo import dataset
-from minidpo.files import atomic_write, new_file
+from minidpo.files.writing import atomic_write, new_file
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.settings import knob, parse_settings, run_main

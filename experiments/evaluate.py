@@ -25,7 +25,7 @@ from data.toy_sentiment.grammar import grammatical
 from experiments.common import by_length, load_models, prompt_ids, prompt_mean_se, read_prompts, sample
 from experiments.rewards import load_reward
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.report import samples_table
 from minidpo.settings import knob, parse_settings, run_main
 

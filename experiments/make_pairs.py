@@ -23,7 +23,7 @@ import torch
 from experiments.common import load_models, read_prompts, sample
 from experiments.rewards import load_reward
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write, new_file
+from minidpo.files.writing import atomic_write, new_file
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 

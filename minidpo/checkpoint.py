@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minidpo.files import atomic
+from minidpo.files.writing import atomic
 from minidpo.model import GPT, GPTConfig
 from minidpo.scale import parallel
 from minidpo.scale.weights import load_with_tokenizer

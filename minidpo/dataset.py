@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from minidpo.reading.forms import PAIR, SFT
-from minidpo.reading.jsonl import read_jsonl, texts
-from minidpo.reading.traps import traps
+from minidpo.files.forms import PAIR, SFT
+from minidpo.files.jsonl import read_jsonl, texts
+from minidpo.files.traps import traps
 from minidpo.settings import UserError, run_main
 
 # ---- 1. Rows of token ids ----

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from minidpo.files import atomic, atomic_write
+from minidpo.files.writing import atomic, atomic_write
 
 PANELS = (  # metrics that share one picture
     ("loss",),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from minidpo import checkpoint, dataset
 from minidpo.checkpoint import FILE
 from minidpo.device import DEVICES, DTYPES, pick_device, pick_dtype
-from minidpo.files import atomic_write, claim
+from minidpo.files.writing import atomic_write, claim
 from minidpo.report import draw_curves, read_metrics, write_report
 from minidpo.scale import parallel
 from minidpo.settings import UserError, at_end, knob

@@ -20,8 +20,8 @@ import minidpo.sampling
 import train_dpo
 import train_sft
 from minidpo import checkpoint
+from minidpo.files import jsonl
 from minidpo.model import GPT, GPTConfig
-from minidpo.reading import jsonl
 from minidpo.report import read_metrics
 from minidpo.tokenizer import Tokenizer
 

@@ -20,8 +20,8 @@ from data.toy_sentiment import generate as toy
 from minidpo import checkpoint, dataset
 from minidpo.dataset import PAIR, Rows, encode, preference_batch, read_jsonl, sft_batch
 from minidpo.dataset import cut_to_context as cut
+from minidpo.files.jsonl import texts
 from minidpo.model import GPT, GPTConfig
-from minidpo.reading.jsonl import texts
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 

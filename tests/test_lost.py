@@ -19,13 +19,13 @@ from children import start, start_stage
 from tiny import call, contents, fails, write_data
 
 import minidpo.dataset
-import minidpo.files
+import minidpo.files.writing
 import minidpo.run
 import minidpo.sampling
 import train_dpo
 import train_sft
 from minidpo import checkpoint
-from minidpo.files import atomic, atomic_write, claim
+from minidpo.files.writing import atomic, atomic_write, claim
 from minidpo.report import read_metrics
 from minidpo.settings import UserError, at_end
 
@@ -152,7 +152,7 @@ def hold(path, seconds):
 
 def test_a_lock_that_its_owner_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
     """Between our open and our lock, the owner ended and another process may have made a new lock file."""
-    path, flock = tmp_path / "file", minidpo.files.fcntl.flock
+    path, flock = tmp_path / "file", minidpo.files.writing.fcntl.flock
     (tmp_path / "file.lock").write_text("1")
 
     def late(file, how):
@@ -160,7 +160,7 @@ def test_a_lock_that_its_owner_removed_meanwhile_is_taken_anew(tmp_path, monkeyp
             (tmp_path / "file.lock").unlink()
         flock(file, how)
 
-    monkeypatch.setattr(minidpo.files.fcntl, "flock", late)
+    monkeypatch.setattr(minidpo.files.writing.fcntl, "flock", late)
     claim(path)
     other = start(hold, path, 0, log=tmp_path / "log")
     assert other.join() == 1 and f"in use by process {os.getpid()}" in (tmp_path / "log").read_text()
@@ -173,9 +173,9 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(minidpo.files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(minidpo.files.writing.fcntl, "flock", no_locks)
     claim(tmp_path / "file")
-    monkeypatch.setattr(minidpo.files, "fcntl", None)  # Windows
+    monkeypatch.setattr(minidpo.files.writing, "fcntl", None)  # Windows
     claim(tmp_path / "other")
 
 

@@ -20,7 +20,7 @@ import torch
 from tiny import call, contents, fails, write_data
 
 import minidpo.checkpoint
-import minidpo.files
+import minidpo.files.writing
 import train_dpo
 import train_sft
 from minidpo import checkpoint, dataset
@@ -920,8 +920,8 @@ def test_full_disk_is_one_message_and_leaves_the_last_checkpoint(home, tmp_path,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(minidpo.files, "open", full_open, raising=False)
-    monkeypatch.setattr(minidpo.files.os, "replace", full_replace)
+    monkeypatch.setattr(minidpo.files.writing, "open", full_open, raising=False)
+    monkeypatch.setattr(minidpo.files.writing.os, "replace", full_replace)
     with pytest.raises(SystemExit) as stop:
         stage(home, tmp_path / "run", "--save-every", 1)
     message = capsys.readouterr().err
@@ -956,7 +956,7 @@ def test_unwritable_folder_is_one_message(home, tmp_path, stage, monkeypatch, ca
     def denied(path, mode, **how):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(minidpo.files, "open", denied, raising=False)  # root may write anywhere
+    monkeypatch.setattr(minidpo.files.writing, "open", denied, raising=False)  # root may write anywhere
     with pytest.raises(SystemExit) as stop:
         stage(home, tmp_path / "run")
     message = capsys.readouterr().err
@@ -967,8 +967,8 @@ def test_unwritable_folder_is_one_message(home, tmp_path, stage, monkeypatch, ca
 
 def test_a_write_that_fails_for_another_reason_says_which_and_leaves_the_file(tmp_path):
     """`atomic` names the file in an OSError; any other error passes as it is."""
-    minidpo.files.atomic_write(tmp_path / "file", "before")
-    with pytest.raises(RuntimeError, match="^mine$"), minidpo.files.atomic(tmp_path / "file") as file:
+    minidpo.files.writing.atomic_write(tmp_path / "file", "before")
+    with pytest.raises(RuntimeError, match="^mine$"), minidpo.files.writing.atomic(tmp_path / "file") as file:
         file.write(b"half")
         raise RuntimeError("mine")
     assert contents(tmp_path) == {"file": b"before"}

@@ -14,9 +14,9 @@ import regex
 import tiktoken
 from conftest import need
 
+from minidpo.files.vocabulary import EOT, load_vocabulary, merges_of, save_vocabulary
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer, train_bpe
-from minidpo.vocabulary import EOT, load_vocabulary, merges_of, save_vocabulary
 
 # GPT-2's pattern as its authors wrote it
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -29,8 +29,8 @@ from pathlib import Path
 
 from data.download import download
 from data.preparing import LeftOut, hash_number, shuffled, usable, write_rows
-from minidpo.reading.forms import ASSISTANT, HUMAN, PAIR, cut_prompt
-from minidpo.reading.jsonl import check_text, json_lines
+from minidpo.files.forms import ASSISTANT, HUMAN, PAIR, cut_prompt
+from minidpo.files.jsonl import check_text, json_lines
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
 FOLDER = Path(__file__).parent

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.bench.shapes import count, mfu_flops, random_pairs
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.run import CatchInterrupt
 from minidpo.settings import UserError, knob
 

@@ -24,7 +24,7 @@ from experiments.frontier.baselines import reward_model
 from experiments.rewards import load_reward
 from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 

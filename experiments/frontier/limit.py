@@ -33,7 +33,7 @@ from experiments import common
 from experiments.rewards import load_reward
 from minidpo import checkpoint
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic
+from minidpo.files.writing import atomic
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from train_dpo import token_logps
 

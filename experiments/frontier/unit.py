@@ -29,7 +29,7 @@ from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic, atomic_write
+from minidpo.files.writing import atomic, atomic_write
 from minidpo.run import count_steps, place
 from minidpo.settings import UserError, knob, parse_settings, run_main
 

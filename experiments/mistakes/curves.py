@@ -21,7 +21,7 @@ from experiments import common, evaluate
 from experiments.mistakes import PAGE, Mistake, copy, read_page, read_section
 from experiments.rewards import load_reward
 from minidpo import checkpoint
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.report import read_metrics, running_mean
 from train_dpo import SETS
 

@@ -27,7 +27,7 @@ from experiments.winrate.scores import agreement, compare, count
 from minidpo import checkpoint
 from minidpo.dataset import SFT, read_jsonl
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.report import samples_table
 from minidpo.settings import UserError, knob, parse_settings, run_main
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minidpo.files import atomic, atomic_write, new_file
+from minidpo.files.vocabulary import load_vocabulary, save_vocabulary
+from minidpo.files.writing import atomic, atomic_write, new_file
 from minidpo.model import GPT, LAYER_NORM_EPS, PRESETS, GPTConfig
 from minidpo.settings import UserError, knob, parse_settings, run_main
-from minidpo.vocabulary import load_vocabulary, save_vocabulary
 
 NAMES = [prefix + name for prefix in ("", "openai-community/") for name in PRESETS if name.startswith("gpt2")]
 NAMES += ["distilgpt2", "distilbert/distilgpt2"]

@@ -3,7 +3,7 @@
 import json
 from itertools import pairwise
 
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ import json
 import zlib
 from pathlib import Path
 
-from minidpo.reading.forms import PAIR, plain
+from minidpo.files.forms import PAIR, plain
 from minidpo.settings import UserError
 
 CONVERT = "Each line must be one JSON object; to convert a JSON array, CSV or Parquet: python -m data.convert"
