@@ -35,7 +35,7 @@ if importlib.util.find_spec("tiktoken") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-e", f"{root}[plot]"], check=True)
 os.chdir(root)
 sys.path.insert(0, str(root))
-os.environ["TQDM_MININTERVAL"] = "10"  # seconds between two updates of a progress bar: an exported notebook keeps each
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars: an exported notebook would keep every state of them
 
 # %%
 import shutil
@@ -114,7 +114,7 @@ for text in complete(sft, tokenizer, [prompt] * 4, max_new_tokens=96, seed=0):
 # last `∎` green?
 
 # %%
-pairs, counts = dataset.encode_pairs(records, tokenizer, sft.config.block_size)
+pairs, counts = dataset.encode(records, dataset.PAIR, tokenizer, sft.config.block_size)
 batch = dataset.preference_batch(pairs[:2])
 show.tokens(batch.chosen, tokenizer)
 

@@ -182,7 +182,9 @@ def test_tokens_in_colour_are_those_of_the_mask():
 
 def test_jupyter_runs_it(tmp_path):
     """The stored notebook with smaller runs, in a real kernel beside a downloaded project, exported to HTML."""
-    need(importlib.util.find_spec("nbconvert") and importlib.util.find_spec("ipykernel"), "it needs nbconvert, ipykernel")
+    need(
+        importlib.util.find_spec("nbconvert") and importlib.util.find_spec("ipykernel"), "it needs nbconvert, ipykernel"
+    )
     text = notebook.NOTEBOOK.read_text(encoding="utf-8")
     smaller = {
         "SFT_EPOCHS = 1.0": "SFT_EPOCHS = 0.02",

@@ -21,7 +21,7 @@ from experiments import common, evaluate
 from experiments.mistakes import PAGE, Mistake, copy, read_page, read_section
 from experiments.rewards import load_reward
 from minidpo import checkpoint
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.report import read_metrics, running_mean
 from train_dpo import SETS
 
@@ -95,8 +95,7 @@ def judge(run, reference, tokenizer):
 def draw(path, mistakes, folder):
     """One cell per mistake, the healthy run in grey: the margins, and below them the metric in which it shows."""
     columns, rows = 4, -(-len(mistakes) // 4)
-    figure = common.figure(path, (3.3 * columns, 2.9 * rows))
-    if figure is None:
+    if not (figure := common.figure(path, (3.3 * columns, 2.9 * rows))):
         return
     cells = figure.subfigures(rows, columns, squeeze=False, hspace=0.02).ravel()
     for cell, mistake in zip(cells, mistakes, strict=False):
@@ -110,6 +109,7 @@ def draw(path, mistakes, folder):
             axes.set_title(metric, fontsize=8, loc="right", pad=2)
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.25)
+            axes.set_xlabel("optimiser steps" if axes.get_subplotspec().is_last_row() else "", fontsize=7)
             if "stopped" in read(folder, mistake):
                 axes.text(0.5, 0.1, "the run stopped", transform=axes.transAxes, ha="center", color="C3", fontsize=8)
     common.save_figure(path, figure, dpi=90)
