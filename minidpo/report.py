@@ -6,14 +6,14 @@ from pathlib import Path
 
 from minidpo.files.writing import atomic, atomic_write
 
-PANELS = (  # metrics that share one picture
-    ("loss",),
-    ("rewards/chosen", "rewards/rejected", "rewards/margins"),
-    ("rewards/accuracies",),
-    ("logps/chosen", "logps/rejected"),
-    ("grad_norm",),
-    ("lr",),
-)
+PANELS = {  # metrics that share one picture, and their unit
+    ("loss",): "nats",
+    ("rewards/chosen", "rewards/rejected", "rewards/margins"): "beta x nats per response",
+    ("rewards/accuracies",): "share of the pairs",
+    ("logps/chosen", "logps/rejected"): "nats per response",
+    ("grad_norm",): "L2 norm",
+    ("lr",): "",
+}
 
 
 def read_metrics(folder):
