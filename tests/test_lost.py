@@ -4,6 +4,7 @@ The chaos test starts, resumes, overwrites, reads and kills runs in one folder a
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -362,6 +364,23 @@ def test_a_console_that_is_not_utf8(home, tmp_path, monkeypatch, encoding):
         shown = b"".join((stream.flush(), stream.buffer.getvalue())[1] for stream in streams)
         monkeypatch.undo()
         assert b"?" in shown and b"Traceback" not in shown
+
+
+def test_every_help_on_a_console_that_is_not_utf8(monkeypatch):
+    """Every command is tried: a module with a line that calls run_main."""
+    root, tried = Path(train_dpo.__file__).parent, 0
+    for path in sorted(p for name in ("minidpo", "data", "experiments", "course") for p in (root / name).rglob("*.py")):
+        if "\n    run_main(main)" not in path.read_text(encoding="utf-8"):
+            continue
+        module = importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+        stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "stdout", stream)
+            call(module.main, "--help")
+        stream.flush()
+        assert not stop.value.code and b"usage:" in stream.buffer.getvalue(), path
+        tried += 1
+    assert tried > 20
 
 
 # ---- chaos ----
