@@ -1,0 +1,447 @@
+"""course/playground.html in a real browser: its numbers against dpo_loss, autograd and an enumeration; its pages at four widths."""
+
+import importlib.util
+import math
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import need
+
+import train_dpo
+
+PAGE = Path(__file__).parent.parent / "course" / "playground.html"
+BETAS = [math.inf, *(40 * 0.95**i for i in range(160))]  # of the page's limit
+VARIANTS = {
+    "smoothing": dict(label_smoothing=0.1),
+    "ipo": dict(loss_type="ipo"),
+    "free": dict(reference_free=True),
+}
+LOSSES = ("sigmoid", *VARIANTS, "mean", "forgotten", "swapped")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    need(importlib.util.find_spec("selenium"), "the page is tested with selenium: pip install selenium")
+    need(chromium and driver, "the page is tested in Chromium: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+@pytest.fixture
+def page(browser):
+    """Opens the page at an address: page("#scene=beta"). At the end, the console must be empty."""
+
+    def open_page(address="", width=1280, height=800, scheme="light"):
+        show(browser, PAGE.as_uri() + address, width, height, scheme)
+        return browser
+
+    browser.get_log("browser")
+    yield open_page
+    assert browser.get_log("browser") == []
+
+
+def show(browser, address, width, height, scheme="light"):
+    size = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [dict(name="prefers-color-scheme", value=scheme)]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=features))
+    browser.get("about:blank")  # else only the part behind # would change
+    browser.get(address)
+
+
+# ---- 1. The numbers ----
+
+
+def an_address(rng, **fixed):
+    """Random settings, as the part of an address behind #."""
+    reference = [rng.uniform(0.2, 30) for _ in range(10)]
+    settings = dict(
+        beta=rng.choice([0.05, 0.1, 0.5, 1, 2.5]),
+        loss=rng.choice(LOSSES),
+        labels=rng.choice(["bt", "hard"]),
+        pairs=rng.choice(["all", "20", "500"]),
+        words=rng.choice(["shared", "own"]),
+        seed=rng.randrange(1000),
+        paired="".join(rng.choice("11110") for _ in range(8)) + "11",
+        reference=",".join(map(str, reference)),
+        rewards=",".join(str(rng.uniform(-4, 4)) for _ in range(10)),
+    )
+    return "&".join(f"{name}={value}" for name, value in (settings | fixed).items())
+
+
+def fields(address):
+    return dict(part.split("=") for part in address.split("&"))
+
+
+def expected(address, weights, pairs, texts):
+    """The same from `dpo_loss`, autograd and a sum over all responses, in float64."""
+    given = fields(address)
+    beta, loss = float(given["beta"]), given["loss"]
+    reference = torch.tensor([float(p) for p in given["reference"].split(",")], dtype=torch.float64)
+    reference = (reference / reference.sum()).log()
+    rewards = torch.tensor([float(r) for r in given["rewards"].split(",")], dtype=torch.float64)
+    words = [re.findall("[a-z]+", text.lower()) for text in texts]
+    vocabulary = list(dict.fromkeys(word for text in words for word in text))
+    shared = torch.tensor([[text.count(word) for word in vocabulary] for text in words], dtype=torch.float64)
+    counts = shared if given["words"] == "shared" else torch.eye(10, dtype=torch.float64)
+    weights = torch.tensor(weights, dtype=torch.float64, requires_grad=True)
+    logps = (reference + counts @ weights).log_softmax(0)
+
+    chosen, rejected = (torch.tensor([pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
+    share = torch.tensor([pair["share"] for pair in pairs], dtype=torch.float64)
+    if loss == "swapped":
+        chosen, rejected = rejected, chosen
+    lengths = torch.tensor([len(text) if loss == "mean" else 1 for text in words], dtype=torch.float64)
+    sides = [(values / lengths)[side] for values in (logps, reference) for side in (chosen, rejected)]
+    if loss == "forgotten":
+        sides[3] = torch.zeros_like(sides[3])
+    losses, *each = train_dpo.dpo_loss(*sides, beta=beta, **VARIANTS.get(loss, {}))
+    (losses * share).sum().backward()
+
+    def place(logps):
+        p = logps.exp()
+        return [(p * (logps - reference)).sum().item(), (p * rewards).sum().item()]
+
+    kl, reward = place(logps.detach())
+    return {
+        "loss": (losses * share).sum().item(),
+        "chosen_reward": (each[0] * share).sum().item(),
+        "rejected_reward": (each[1] * share).sum().item(),
+        "each": [list(row) for row in zip(losses.tolist(), each[0].tolist(), each[1].tolist(), strict=True)],
+        "gradient": weights.grad.tolist(),
+        "kl": kl,
+        "reward": reward,
+        "limit": [place((reference + rewards / b).log_softmax(0)) for b in BETAS],
+        "optimum": place((reference + rewards / beta).log_softmax(0)),
+    }
+
+
+MEASURE = """
+const place = (logps, run) => { const {reference_logps: q, rewards} = run.language;
+  return logps && [logps.reduce((s, l, y) => s + Math.exp(l) * (l - q[y]), 0), logps.reduce((s, l, y) => s + Math.exp(l) * rewards[y], 0)]; };
+return arguments[0].map(([address, weights]) => {
+  const run = playground.start(playground.parse(address));
+  run.weights = run.weights.map((_, k) => weights[k]);
+  const now = playground.measure(run), landing = playground.landing(run.language, run.settings);
+  return {...now, each: now.each.map(e => [e.loss, e.chosen_reward, e.rejected_reward]), weights: run.weights, pairs: run.pairs,
+    limit: playground.limit(run.language), optimum: place(playground.optimum(run.language, run.settings.beta), run),
+    landing, same: playground.address(playground.parse(playground.address(run.settings))) === playground.address(run.settings)};
+});
+"""
+
+
+def close(a, b):
+    if isinstance(b, list):
+        return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def test_fifty_random_settings_agree_with_dpo_loss_autograd_and_enumeration(page):
+    rng = random.Random(0)
+    asked = [(an_address(rng, loss=LOSSES[i % 7]), [rng.gauss(0, 0.7) for _ in range(60)]) for i in range(50)]
+    driver = page()
+    texts = driver.execute_script("return playground.TEXTS")
+    for (address, _), found in zip(asked, driver.execute_script(MEASURE, asked), strict=True):
+        for name, value in expected(address, found["weights"], found["pairs"], texts).items():
+            assert close(found[name], value), (name, address)
+        assert found["same"], address
+
+
+def test_pairs_follow_bradley_terry_or_the_higher_reward(page):
+    rng = random.Random(1)
+    asked = [
+        (an_address(rng, pairs=pairs, labels=labels), [0] * 60)
+        for pairs in ("all", "20", "100000")
+        for labels in ("bt", "hard")
+    ]
+    for (address, _), found in zip(asked, page().execute_script(MEASURE, asked), strict=True):
+        given = fields(address)
+        rewards = [float(r) for r in given["rewards"].split(",")]
+        inside = {y for y, is_in in enumerate(given["paired"]) if is_in == "1"}
+        shares = {(pair["chosen"], pair["rejected"]): pair["share"] for pair in found["pairs"]}
+        assert len(shares) == len(found["pairs"]) and math.isclose(sum(shares.values()), 1)
+        assert all(a != b and {a, b} <= inside for a, b in shares)
+        for a in inside:
+            for b in inside - {a}:
+                d, share, each = rewards[a] - rewards[b], shares.get((a, b), 0.0), 2 / len(inside) / (len(inside) - 1)
+                p = each * (float(d > 0) if given["labels"] == "hard" else 1 / (1 + math.exp(-d)))
+                n = math.inf if given["pairs"] == "all" else int(given["pairs"])
+                assert abs(share - p) <= 1e-12 + (5 * math.sqrt(p / n) + 1 / n if p else 0)
+
+
+def test_at_the_point_of_theory_the_gradient_is_zero(page):
+    """On infinitely many Bradley-Terry labels of all pairs, with one weight per response."""
+    rng, driver = random.Random(2), page()
+    for loss in ("sigmoid", "free", "swapped", "mean"):
+        address = an_address(rng, loss=loss, labels="bt", pairs="all", words="own", paired="1" * 10, beta=1)
+        (start,) = driver.execute_script(MEASURE, [(address, [0] * 60)])
+        texts = driver.execute_script("return playground.TEXTS")
+        reference = torch.tensor([float(p) for p in fields(address)["reference"].split(",")], dtype=torch.float64)
+        landing = torch.tensor(start["landing"], dtype=torch.float64)
+        assert abs(landing.exp().sum() - 1) < 1e-9
+        weights = (landing - (reference / reference.sum()).log()).tolist()
+        there = expected(address, weights, start["pairs"], texts)
+        assert max(map(abs, there["gradient"])) < 1e-9, loss
+        assert max(map(abs, expected(address, [0] * 10, start["pairs"], texts)["gradient"])) > 0.01
+        if loss == "sigmoid":
+            assert close([there["kl"], there["reward"]], there["optimum"])
+
+
+def test_after_training_the_policy_is_the_optimum_within_the_bound_of_strong_convexity(page):
+    """With one weight per response and exact Bradley-Terry labels.
+
+    The loss is convex in the weights. On the way from weights a to the best weights b, each margin stays between its two
+    ends, so the Hessian is at least the graph Laplacian H of the smaller curvatures there. Its smallest eigenvalue mu,
+    but for the direction in which all weights grow alike, gives |a - b| <= |gradient| / mu.
+    """
+    train = """
+    const run = playground.start(playground.parse(arguments[0]));
+    for (let i = 0; i < 6000; i++) playground.train_step(run);
+    return [run.weights, playground.measure(run).gradient, playground.measure(run).logps];
+    """
+    rng, driver = random.Random(3), page()
+    for beta in (0.5, 1.0, 2.0):
+        rewards = [rng.uniform(-1.5, 1.5) for _ in range(10)]
+        fixed = dict(loss="sigmoid", labels="bt", pairs="all", words="own", paired="1" * 10, lr=20 / beta**2)
+        address = an_address(rng, **fixed, beta=beta, rewards=",".join(map(str, rewards)))
+        weights, gradient, logps = (torch.tensor(x, dtype=torch.float64) for x in driver.execute_script(train, address))
+        reference = torch.tensor([float(p) for p in fields(address)["reference"].split(",")], dtype=torch.float64)
+        r = torch.tensor(rewards, dtype=torch.float64)
+        optimum = (reference.log() + r / beta).log_softmax(0)
+
+        def curvature(margins):
+            return margins.sigmoid() * (-margins).sigmoid()
+
+        margins = beta * (weights[:, None] - weights), r[:, None] - r
+        least = beta**2 / 45 * torch.minimum(*map(curvature, margins)).fill_diagonal_(0)
+        mu = torch.linalg.eigvalsh(least.sum(1).diag() - least)[1]  # the first is 0
+        bound = 2 * gradient.norm() / mu  # of log pi: the weights and log Z move by at most |a - b| each
+        assert bound < 1e-6
+        assert (logps - optimum).abs().max() <= bound + 1e-12
+
+
+# ---- 2. The page ----
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1280, 1920])
+def test_nothing_is_cut_off(page, width, scheme):
+    driver = page(width=width, scheme=scheme)
+    scenes = ["", *driver.execute_script("return Object.keys(playground.SCENES)")]
+    wider = """
+    return arguments[0].filter(scene => {
+      playground.apply(playground.parse(`scene=${scene}`));
+      playground.advance(30);
+      const shown = [...document.querySelectorAll("main *, form *, header *")].filter(e => e.getClientRects().length);
+      return document.documentElement.scrollWidth > innerWidth || shown.some(e => e.getBoundingClientRect().right > innerWidth + 0.5)
+        || [...document.querySelectorAll("section, fieldset, figure, figcaption, td, p")].some(e => e.scrollWidth > e.clientWidth + 1);
+    });
+    """
+    assert driver.execute_script(wider, scenes) == []
+    dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
+    assert dark == (scheme == "dark")
+
+
+def test_all_views_are_on_a_laptop_screen_at_once(page):
+    driver = page(width=1280, height=800)
+    bottoms = """
+    return Object.keys(playground.SCENES).map(scene => {
+      playground.apply(playground.parse(`scene=${scene}`));
+      return document.documentElement.scrollHeight;
+    });
+    """
+    assert max(driver.execute_script(bottoms)) <= 800
+
+
+def test_a_thousand_random_clicks_break_nothing(page):
+    clicks = """
+    let state = 7;
+    const random = n => { state = (Math.imul(state, 1103515245) + 12345) & 0x7fffffff; return (state >> 8) % n; };
+    const bad = [];
+    for (let i = 0; i < 1000; i++) {
+      const all = [...document.querySelectorAll("input, select, button, a, #pair-chart")].filter(e => !e.disabled);
+      const e = all[random(all.length)], box = e.getBoundingClientRect();
+      if (e.type === "range") { e.value = random(Number(e.max) + 1); e.dispatchEvent(new Event("input")); }
+      else if (e.type === "number") { e.value = ["", "-1", "0", "1e9", "3", "0.5", "-4", "50", "-1e300"][random(9)]; e.dispatchEvent(new Event("change")); }
+      else if (e.tagName === "SELECT") { e.selectedIndex = random(e.length); e.dispatchEvent(new Event("change")); }
+      else if (e.tagName === "svg") {
+        for (const kind of ["pointermove", "click"])
+          e.dispatchEvent(new MouseEvent(kind, {clientX: box.x + random(box.width), clientY: box.y + random(box.height)}));
+      } else e.click();
+      if (random(3) === 0) playground.advance(1 + random(8));
+      if (/NaN|Infinity|undefined|null/.test(document.querySelector("form").innerHTML)) bad.push([i, e.id, playground.address(playground.run.settings)]);
+    }
+    playground.go(false);
+    return [bad, playground.run.weights.every(Number.isFinite), playground.run.steps];
+    """
+    driver = page()
+    driver.set_script_timeout(20)
+    bad, finite, _ = driver.execute_script(clicks)
+    assert bad == [] and finite
+    assert driver.execute_script("return document.querySelectorAll('#rows tr').length") == 10
+
+
+def test_the_keyboard_reaches_everything_and_everything_has_a_name(page):
+    from selenium.webdriver.common.keys import Keys
+
+    driver = page("#scene=beta")
+    count = "return document.querySelectorAll('a, button, select, input:not([disabled])').length"
+    controls = driver.execute_script(count)
+    reached = set()
+    for _ in range(controls):
+        driver.switch_to.active_element.send_keys(Keys.TAB)
+        reached.add(driver.switch_to.active_element.id)
+    assert len(reached) == controls
+    for element in driver.find_elements("css selector", "a, button, select, input, svg"):
+        assert element.accessible_name, element.get_attribute("outerHTML")
+    beta = driver.find_element("id", "beta")
+    beta.send_keys(Keys.ARROW_RIGHT)
+    assert driver.find_element("id", "show-beta").text == "1.5"
+    driver.find_elements("css selector", "nav a")[2].send_keys(Keys.ENTER)
+    assert driver.execute_script("return playground.run.settings.labels") == "hard"
+    driver.find_element("id", "step").send_keys(Keys.SPACE)
+    assert driver.execute_script("return playground.run.steps") == 1
+
+
+def test_it_runs_pauses_and_resets_and_a_frame_takes_less_than_a_sixtieth_of_a_second(page):
+    driver = page()
+    run = driver.find_element("id", "run")
+    run.click()
+    time.sleep(0.5)
+    run.click()
+    steps = driver.execute_script("return playground.run.steps")
+    assert steps > 5 and run.text == "Run"
+    time.sleep(0.1)
+    assert driver.execute_script("return playground.run.steps") == steps
+    driver.find_element("id", "reset").click()
+    assert driver.execute_script("return [playground.run.steps, playground.measure(playground.run).loss]") == [
+        0,
+        pytest.approx(math.log(2), abs=1e-12),
+    ]
+    frames = """
+    return Array.from({length: 120}, () => {
+      const start = performance.now();
+      playground.advance(1);
+      document.body.offsetHeight;  // the layout belongs to the frame
+      return performance.now() - start;
+    });
+    """
+    assert sorted(driver.execute_script(frames))[60] < 1000 / 60
+
+
+def test_a_scene_is_a_link_and_the_address_keeps_what_was_changed(page):
+    driver = page("#scene=mean&beta=0.7")
+    get = "const s = playground.run.settings; return [s.scene, s.loss, s.beta]"
+    assert driver.execute_script(get) == ["mean", "mean", 0.7]
+    driver.execute_script("document.getElementById('seed').value = 9; document.getElementById('seed').onchange()")
+    time.sleep(0.4)
+    assert driver.current_url.endswith("#scene=mean&beta=0.7&seed=9")
+    driver.execute_script("location.hash = '#scene=nothing&beta=-3&reference=1,2&paired=1000000000&loss=toString'")
+    time.sleep(0.1)
+    assert driver.execute_script(get) == ["", "sigmoid", 1]  # what makes no sense is left out
+
+
+@pytest.mark.parametrize("scene", ["ln2", "beta", "hard", "falls", "free", "mean"])
+def test_each_scene_shows_what_its_sentences_say(page, scene):
+    driver = page(f"#scene={scene}")
+    run = """
+    const go = (steps, some) => { playground.apply({...playground.run.settings, ...some}); for (let i = 0; i < steps; i++) playground.train_step(playground.run);
+      const now = playground.measure(playground.run); return {...now, p: now.logps.map(Math.exp), start: playground.measure({...playground.run, weights: playground.run.weights.map(() => 0)}),
+        best: playground.optimum(playground.run.language, playground.run.settings.beta).map(Math.exp)}; };
+    return [go(...arguments[0]), go(...(arguments[1] ?? arguments[0]))];
+    """
+
+    def after(*asked):
+        return driver.execute_script(run, *asked)
+
+    A, E, F, H = 0, 4, 5, 7
+    if scene == "ln2":
+        one, _ = after([1, {}])
+        assert {e["margin"] for e in one["start"]["each"]} == {0} and {e["weight"] for e in one["start"]["each"]} == {
+            0.5
+        }
+        assert one["start"]["loss"] == pytest.approx(math.log(2)) > one["loss"]
+    elif scene == "beta":
+        small, large = after([4000, {"lr": 3}], [4000, {"beta": 3, "lr": 1}])
+        assert small["p"] == pytest.approx(small["best"], abs=1e-3) and large["p"] == pytest.approx(
+            large["best"], abs=1e-3
+        )
+        assert small["kl"] > large["kl"] and small["reward"] > large["reward"]
+    elif scene == "hard":
+        early, late = after([300, {}], [3000, {}])
+        assert (
+            early["loss"] > late["loss"]
+            and early["kl"] < late["kl"]
+            and late["p"][H] > early["p"][H] > early["best"][H]
+        )
+    elif scene == "falls":
+        shared, own = after([1, {}], [300, {"words": "own"}])
+        assert shared["rejected_reward"] < shared["chosen_reward"] < 0 < own["chosen_reward"]
+        later, _ = after([300, {"words": "shared"}])
+        assert later["chosen_reward"] < shared["chosen_reward"] and later["p"][E] > 0.5 and later["p"][F] < 0.1
+    elif scene == "free":
+        forgets, keeps = after([3000, {}], [3000, {"loss": "sigmoid"}])
+        assert forgets["p"][E] == pytest.approx(forgets["p"][A], abs=0.01) and keeps["p"][E] < 0.01
+    else:
+        mean, total = after([3000, {}], [3000, {"loss": "sigmoid"}])
+        assert mean["p"][H] > 1.5 * mean["p"][A] and total["p"][H] < total["p"][A]
+
+
+def test_it_asks_no_server(page):
+    driver = page()
+    assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+    addresses = re.findall(r"https?://[^\s\"'`)]+", PAGE.read_text(encoding="utf-8"))
+    assert set(addresses) <= {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=\"(?!data:)", PAGE.read_text(encoding="utf-8"))
+
+
+def test_every_scene_that_the_instructors_page_links_to_exists(page):
+    text = (PAGE.parent / "instructor" / "README.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"playground\.html#scene=(\w+)", text))
+    assert linked == set(page().execute_script("return Object.keys(playground.SCENES)"))
+
+
+# ---- 3. Colours: three kinds of colour blindness, simulated by Machado, Oliveira and Fernandes (2009), severity 1 ----
+
+BLIND = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(rgb):
+    """Linear RGB (3,) -> CIE L*a*b*."""
+    matrix = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    xyz = torch.tensor(matrix) @ rgb / torch.tensor([0.95047, 1.0, 1.08883])
+    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("blind", BLIND)
+def test_colours_that_stand_side_by_side_differ_for_colour_blind_people(blind):
+    styles = re.findall(r"--page: .*?\}", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(styles) == 2
+    for style in styles:
+        colours = dict(re.findall(r"--(\w+): (#\w{6});", style))
+        for a, b in [("reference", "optimum"), ("optimum", "policy"), ("policy", "reference"), ("chosen", "rejected")]:
+            seen = []
+            for name in (a, b):
+                rgb = torch.tensor([int(colours[name][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+                linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+                seen.append(lab((torch.tensor(BLIND[blind]) @ linear).clamp(0, 1)))
+            assert (seen[0] - seen[1]).norm() > 15, (a, b)
