@@ -206,8 +206,8 @@ def test_after_training_the_policy_is_the_optimum_within_the_bound_of_strong_con
 
     The loss is convex in the weights. On the way from the weights a to the best weights b, each margin stays between
     its values at both ends. So the Hessian is at least the graph Laplacian of the smaller curvatures at the ends. With
-    its smallest eigenvalue mu, |a - b| <= |gradient| / mu. (An eigenvalue 0 does not count: it is the direction in which
-    all weights grow alike, and the gradient has no part of it.)
+    its smallest eigenvalue mu, |a - b| <= |gradient| / mu. The eigenvalue 0 does not count: in its direction all
+    weights grow alike, and the gradient has no part of it.
     """
     train = """
     const run = playground.start(playground.parse(arguments[0]));
@@ -414,7 +414,37 @@ def test_every_scene_that_the_instructors_page_links_to_exists(page):
     assert linked == set(page().execute_script("return Object.keys(playground.SCENES)"))
 
 
-# ---- 3. Colours: three kinds of colour blindness, simulated by Machado, Oliveira and Fernandes (2009), severity 1 ----
+# ---- 3. The notebook as a page ----
+
+
+def test_the_notebook_as_html_is_read_without_a_network_and_on_a_phone(browser, tmp_path):
+    """Jupyter's page fetches MathJax from a server, so the notebook writes its formulas without TeX."""
+    need(
+        importlib.util.find_spec("nbconvert"), "the notebook is turned into HTML with nbconvert: pip install nbconvert"
+    )
+    import nbconvert
+
+    html, _ = nbconvert.HTMLExporter().from_filename(str(PAGE.with_name("walkthrough.ipynb")))
+    (tmp_path / "walkthrough.html").write_text(html, encoding="utf-8")
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.setBlockedURLs", dict(urls=["http://*", "https://*"]))
+    cut_off = """
+    const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+    const outside = e => e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e);
+    const cut = [...document.querySelectorAll("body *")].filter(outside).map(e => e.outerHTML);
+    return [document.documentElement.scrollWidth > innerWidth, cut];
+    """
+    for width in (360, 1000):
+        show(browser, (tmp_path / "walkthrough.html").as_uri(), width, 800)
+        assert browser.execute_script(cut_off) == [False, []]
+    texts = "return [...document.querySelectorAll('.jp-RenderedMarkdown')].map(e => e.innerText)"
+    texts = browser.execute_script(texts)
+    assert any("sum_t log pi(y_t | x, y_<t)" in text for text in texts)
+    assert not any(re.search(r"\$|\\[a-z]", text) for text in texts)
+    browser.execute_cdp_cmd("Network.setBlockedURLs", dict(urls=[]))
+
+
+# ---- 4. Colours: three kinds of colour blindness, simulated by Machado, Oliveira and Fernandes (2009), severity 1 ----
 
 BLIND = {
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
