@@ -325,7 +325,7 @@ def main(settings_class=Settings, loss=dpo_loss):
     policy.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or policy.config.block_size, policy.config.block_size)
     split = data.find_split("pairs", settings.data, settings.eval_data)
-    pairs, held_out = (dataset.load_rows(path, dataset.PAIR, tokenizer, max_length) for path in split)
+    pairs, held_out = dataset.load_split(split, dataset.PAIR, tokenizer, max_length)
     run.plan(pairs, saved, pairs, held_out)
     memory.check(policy, pairs, settings)
     if settings.fast:

@@ -70,7 +70,7 @@ def new_model(settings):
     elif settings.tokenizer:
         tokenizer = Tokenizer.load(settings.tokenizer)
     else:
-        records = dataset.read_sft(data.find(settings.data, "sft_train"))
+        records = dataset.read_jsonl(data.find(settings.data, "sft_train"), dataset.SFT)
         size = settings.vocab_size or PRESETS[settings.preset]["vocab_size"]
         tokenizer = Tokenizer.train((r["prompt"] + r["completion"] for r in records), size)
     config = GPTConfig.preset(settings.preset, vocab_size=tokenizer.vocab_size)
@@ -127,7 +127,7 @@ def main():
     model.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or model.config.block_size, model.config.block_size)
     split = data.find_split("sft", settings.data, settings.eval_data)
-    rows, held_out = (dataset.load_rows(path, dataset.SFT, tokenizer, max_length) for path in split)
+    rows, held_out = dataset.load_split(split, dataset.SFT, tokenizer, max_length)
     run.plan(rows, saved, rows)
     optimizer = make_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay)
     if settings.resume:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError, run_main
 
 # Importing torch takes seconds. Where the system can fork, each process is forked from one that has imported it.

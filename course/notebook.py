@@ -22,7 +22,7 @@ import os
 import re
 from pathlib import Path
 
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.settings import run_main
 
 ROOT = Path(__file__).resolve().parent.parent

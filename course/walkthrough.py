@@ -109,7 +109,7 @@ for text in complete(sft, tokenizer, [prompt] * 4, max_new_tokens=96, seed=0):
 # last `∎` green?
 
 # %%
-pairs, counts = dataset.encode_pairs(records, tokenizer, sft.config.block_size)
+pairs, counts = dataset.encode(records, dataset.PAIR, tokenizer, sft.config.block_size)
 batch = dataset.preference_batch(pairs[:2])
 show.tokens(batch.chosen, tokenizer)
 

@@ -15,17 +15,19 @@ HERE = Path(__file__).parent
 def find(name, file):
     """Returns the path of one file of a dataset, for example find("toy", "pairs_train").
 
-    A `name` that is itself the path of a JSONL file is returned as a path. The toy is generated on first use.
+    A `name` that is the path of a file or a pipe is returned as a path. The toy is generated on first use.
 
     Raises:
         UserError: the name is unknown, or the file is missing. The message says how to make it.
     """
     if name not in FOLDERS:
-        if not name.endswith((".jsonl", ".json")) and "/" not in name:
-            raise unknown("data", name, [*FOLDERS, "FILE.jsonl"])
-        if not Path(name).exists():
+        if Path(name).is_dir():
+            raise UserError(f"{name} is a folder. Give the path of a file, or one of the names {', '.join(FOLDERS)}.")
+        if Path(name).exists():
+            return Path(name)
+        if Path(name).suffix or "/" in name:
             raise UserError(f"{name} not found.")
-        return Path(name)
+        raise unknown("data", name, [*FOLDERS, "FILE.jsonl"])
     folder = HERE / FOLDERS[name]
     if name == "toy":
         from data.toy_sentiment.generate import ensure

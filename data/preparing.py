@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 
 
 class LeftOut(Exception):
@@ -18,7 +18,7 @@ def usable(records, convert, path):
     """Converts the rows of one file, and prints how many were left out and why.
 
     Args:
-        records: pairs (where, record), as `minidpo.dataset.json_lines` yields them.
+        records: pairs (where, record), as `minidpo.files.jsonl.json_lines` yields them.
         convert: convert(record, where) returns a row, or raises LeftOut. Any other error is passed on.
         path: the file's name, for the printed line.
 

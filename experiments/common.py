@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import data
-from minidpo import checkpoint
+from minidpo import checkpoint, dataset
 from minidpo.dataset import read_jsonl
-from minidpo.files import atomic, atomic_write
+from minidpo.files.writing import atomic, atomic_write
 from minidpo.sampling import generate
-from minidpo.settings import UserError
+from minidpo.settings import UserError, unknown
 
-# ---- 1. Models, prompts, samples ----
+# ---- 1. Flags, models, prompts, samples ----
+
+
+def names_in(flag, text, valid, default):
+    """Returns the names in "a,b", or `default` for "". Raises UserError for a name that is not one of `valid`."""
+    names = [name.strip() for name in text.split(",")] if text else list(default)
+    for name in names:
+        if name not in valid:
+            raise unknown(flag, name, list(valid))
+    return names
 
 
 def load_models(*names, device="cpu"):
@@ -79,6 +89,15 @@ def sample(
     ids = generate(model, encoded, max_new_tokens, tokenizer.eot, **knobs)
     ended = [response[-1:] == [tokenizer.eot] for response in ids]
     return Samples(prompts, encoded, ids, [tokenizer.decode(response) for response in ids], ended)
+
+
+def by_length(prompts, responses, device, batch_size=128, progress=None):
+    """Yields the N rows (lists of ids) in batches of similar lengths, which need little padding -> (indices, Rows)."""
+    rows = list(zip(prompts, responses, strict=True))
+    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+    for i in tqdm(range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None):
+        indices = order[i : i + batch_size]
+        yield indices, dataset.sft_batch([rows[j] for j in indices], device)
 
 
 # ---- 2. Means, tables, pictures ----

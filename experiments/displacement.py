@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from experiments import common
 from minidpo import dataset
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write, new_file
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.settings import knob, parse_settings, run_main
@@ -317,8 +317,7 @@ def tables(result):
 
 def draw(path, result):
     """One column per start: the margins, the log-probabilities, and where the probability is."""
-    figure = common.figure(path, (12, 7))
-    if figure is None:
+    if not (figure := common.figure(path, (12, 7))):
         return
     axes = figure.subplots(3, len(STARTS), sharex=True, sharey="row")
     for column, start in zip(axes.T, STARTS, strict=True):
@@ -346,7 +345,7 @@ def main():
     settings = parse_settings(Settings, __doc__)
     torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and it would round differently
     out = Path(settings.out)
-    path = dataset.new_file(out / "displacement.json", settings.overwrite)
+    path = new_file(out / "displacement.json", settings.overwrite)
     work = [(displaced, start, seed) for start in STARTS for seed in range(settings.seeds)]
     work += [(question, seed) for question in (at_optimum, by_length) for seed in range(settings.seeds)]
     result = {"settings": dataclasses.asdict(settings), "displaced": [], "at_optimum": [], "by_length": []}

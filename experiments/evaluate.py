@@ -20,14 +20,12 @@ import json
 from collections import Counter
 
 import torch
-from tqdm import tqdm
 
 from data.toy_sentiment.grammar import grammatical
-from experiments.common import load_models, prompt_ids, prompt_mean_se, read_prompts, sample
+from experiments.common import by_length, load_models, prompt_ids, prompt_mean_se, read_prompts, sample
 from experiments.rewards import load_reward
-from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.report import samples_table
 from minidpo.settings import knob, parse_settings, run_main
 
@@ -55,12 +53,8 @@ def sequence_kl(policy, reference, prompts, samples, batch_size=128, progress=No
     prompts and samples are N lists of ids, as `generate` takes and returns them.
     """
     policy.eval(), reference.eval()
-    rows = list(zip(prompts, samples, strict=True))
-    plain, exact = torch.empty(2, len(rows), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(samples[i]))  # similar lengths: little padding
-    for i in tqdm(range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None):
-        indices = order[i : i + batch_size]
-        batch = dataset.sft_batch([rows[j] for j in indices], policy.wte.weight.device)
+    plain, exact = torch.empty(2, len(prompts), dtype=torch.float64)
+    for indices, batch in by_length(prompts, samples, policy.wte.weight.device, batch_size, progress):
         log_pi = policy(batch.ids).log_softmax(-1)  # (B, T, V)
         log_ratio = log_pi - reference(batch.ids).log_softmax(-1)
         at_sample = log_ratio.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)  # (B, T)

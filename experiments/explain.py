@@ -91,7 +91,7 @@ def read_pair(settings, train, tokenizer, max_length):
     records = dataset.read_jsonl(path, dataset.PAIR)
     if settings.row >= len(records):
         raise UserError(f"--row {settings.row}: {path} holds {len(records):,} pairs, rows 0 to {len(records) - 1}.")
-    pairs, counts = dataset.encode_pairs([records[settings.row]], tokenizer, max_length)
+    pairs, counts = dataset.encode([records[settings.row]], dataset.PAIR, tokenizer, max_length)
     notes = [name for name, n in counts.items() if n and name != "pairs"]
     if not pairs:
         raise UserError(f"--row {settings.row} of {path} is no usable pair: {', '.join(notes)}. Take another row.")

@@ -22,9 +22,8 @@ import torch
 
 from experiments.common import load_models, read_prompts, sample
 from experiments.rewards import load_reward
-from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write, new_file
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
@@ -74,7 +73,7 @@ def pairs_of(prompt, completions, labels, generator, counts):
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
-    out = dataset.new_file(settings.out, settings.overwrite)
+    out = new_file(settings.out, settings.overwrite)
     device = pick_device(settings.device)
     reward = load_reward(settings.reward)
     (model,), tokenizer = load_models(settings.policy, device=device)

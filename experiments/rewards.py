@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.toy_sentiment import grammar
 from minidpo import checkpoint
 from minidpo.dataset import read_jsonl
-from minidpo.files import atomic
+from minidpo.files.writing import atomic
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
 NAMES = ("labelling", "reporting")  # trained on rows 0, 2, 4, ... and on rows 1, 3, 5, ...

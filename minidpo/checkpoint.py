@@ -1,7 +1,6 @@
 """Models on disk: a checkpoint is saved whole or not at all, and loading one executes nothing.
 
 A run folder holds `checkpoint.pt` (shape, weights and training state; tensors and plain values only) and `bpe.json`.
-Until the run is finished it also holds `checkpoint.prev.pt`, the checkpoint before, in case the newest is damaged.
 """
 
 import dataclasses
@@ -11,22 +10,20 @@ from pathlib import Path
 
 import torch
 
-from minidpo.files import atomic
+from minidpo.files.writing import atomic
 from minidpo.model import GPT, GPTConfig
 from minidpo.scale import parallel
-from minidpo.scale.weights import load_pretrained
+from minidpo.scale.weights import load_with_tokenizer
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
-from minidpo.vocabulary import load_vocabulary
 
-FILE, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
+FILE = "checkpoint.pt"
 
 
 def save(folder, model, tokenizer, state=None):
     """Writes folder/checkpoint.pt, and folder/bpe.json if it is missing.
 
-    The checkpoint that was there becomes checkpoint.prev.pt. `state` is a dict of tensors and plain values. `load`
-    returns it, so that the training can continue.
+    `state` is a dict of tensors and plain values. `load` returns it, so that the training can continue.
     """
     # torch.compile(model) and wrappers for several GPUs put a prefix before every name (trap 19)
     weights = {
@@ -36,7 +33,7 @@ def save(folder, model, tokenizer, state=None):
     config = dataclasses.asdict(model.config if hasattr(model, "config") else model.module.config)
     if not (Path(folder) / "bpe.json").exists():
         tokenizer.save(Path(folder) / "bpe.json")
-    with atomic(Path(folder) / FILE, keep=Path(folder) / PREVIOUS) as file:
+    with atomic(Path(folder) / FILE) as file:
         torch.save({"config": config, "model": weights, "state": state or {}}, file)
 
 
@@ -44,15 +41,14 @@ def load(folder):
     """A run folder, a Hugging Face GPT-2 folder or a name such as "gpt2" -> (model, tokenizer, state).
 
     The model is on the CPU, in train mode, in the precision it was saved in. `state` is what `save` was given, or {}
-    for a Hugging Face folder. If the newest checkpoint is damaged, the one before is loaded and a warning is printed.
-    Memory holds the file once: its tensors become the model's weights.
+    for a Hugging Face folder. Memory holds the file once: its tensors become the model's weights.
 
     Raises:
-        UserError: the folder is missing, every checkpoint in it is damaged, or tokenizer and model do not match.
+        UserError: the folder is missing, its checkpoint is damaged, or tokenizer and model do not match.
     """
     folder = Path(folder)
     if exists(folder):
-        saved = _newest_whole(folder)
+        saved = read(folder / FILE, keys=("config", "model", "state"))
         try:
             with torch.device("meta"):  # shapes without memory: the tensors of the file become the weights
                 model = GPT(GPTConfig(**saved["config"]))
@@ -62,11 +58,12 @@ def load(folder):
         tokenizer, state = Tokenizer.load(folder / "bpe.json"), saved["state"]
     elif folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds neither {FILE} nor config.json, so there is no model to load. {_TRAIN_FIRST}")
-    elif not folder.exists() and not str(folder).startswith("gpt2"):
+    elif folder.is_file():
+        raise UserError(f"{folder} is a file. Give its folder, {folder.parent}.")
+    elif not folder.exists() and "gpt2" not in folder.name:
         raise UserError(f"{folder} not found: there is no run there yet. {_TRAIN_FIRST}")
     else:
-        model = load_pretrained(str(folder))
-        tokenizer, state = load_vocabulary(folder, model.config.vocab_size), {}
+        (model, tokenizer), state = load_with_tokenizer(folder.as_posix()), {}
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}. "
@@ -80,19 +77,7 @@ _TRAIN_FIRST = "Train one first: python train_sft.py --data toy --out runs/toy/s
 
 def exists(folder):
     """Whether a run in `folder` has saved a checkpoint."""
-    return any((Path(folder) / name).exists() for name in (FILE, PREVIOUS))
-
-
-def _newest_whole(folder):
-    keys = ("config", "model", "state")
-    try:
-        return read(folder / FILE, keys)
-    except UserError as error:  # damaged, or the machine stopped between the two renames of `save`
-        if not (folder / PREVIOUS).exists():
-            raise
-        saved = read(folder / PREVIOUS, keys)
-        print(f"warning: {error} Taking the checkpoint before it, {folder / PREVIOUS}.")
-        return saved
+    return (Path(folder) / FILE).exists()
 
 
 def read(path, keys):
@@ -115,7 +100,7 @@ def read(path, keys):
 
 
 def cached(path, compute):
-    """Returns the tensor kept at `path`. If there is none, computes it and keeps it.
+    """Returns the tensor kept at `path`. If there is none, computes it and keeps it, or warns that it cannot.
 
     The path must name everything that the tensor depends on.
     """
@@ -124,8 +109,11 @@ def cached(path, compute):
         return read(path, keys=("tensor",))["tensor"]
     tensor = compute()
     if parallel.rank() == 0:
-        with atomic(path) as file:
-            torch.save({"tensor": tensor}, file)
+        try:
+            with atomic(path) as file:
+                torch.save({"tensor": tensor}, file)
+        except OSError as error:
+            print(f"warning: {path} cannot be written ({error.strerror}). The next run computes it again.")
     return tensor
 
 

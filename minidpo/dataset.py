@@ -1,4 +1,4 @@
-"""From JSONL files to batches: records -> rows of token ids -> input ids, targets and response mask.
+"""From records to batches: texts -> rows of token ids -> input ids, targets and response mask.
 
 Look at a file before training on it:  python -m minidpo.dataset data/toy_sentiment/pairs_train.jsonl
 
@@ -8,107 +8,18 @@ scored. The last one ends the response and is always scored.
 """
 
 import argparse
-import gzip
-import json
-import zlib
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 import torch
 
+from minidpo.files.forms import PAIR, SFT
+from minidpo.files.jsonl import read_jsonl, texts
+from minidpo.files.traps import traps
 from minidpo.settings import UserError, run_main
 
-PAIR = ("prompt", "chosen", "rejected")
-SFT = ("prompt", "completion")
-
-
-# ---- 1. Files ----
-
-
-def new_file(path, overwrite):
-    """Path of a file that a command will write. UserError if it exists, so that no work is lost later."""
-    if Path(path).exists() and not overwrite:
-        raise UserError(f"{path} is there already. Add --overwrite to replace it, or give another name.")
-    return Path(path)
-
-
-def text_lines(path):
-    """Yields (where, line) for each line of a UTF-8 file, plain or gzip. `where` is for error messages.
-
-    Raises UserError, with file and line number, for a line that is not UTF-8 and for damaged gzip data.
-    """
-    where = path
-    try:
-        with open(path, "rb") as file:  # as bytes: a line ends at "\n" and at no other character
-            is_gzip = str(path).endswith(".gz") or file.peek(2)[:2] == b"\x1f\x8b"
-            for number, line in enumerate(gzip.open(file) if is_gzip else file, 1):
-                where = f"{path}, line {number}"
-                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{where}: damaged gzip data here or later ({error}). Fetch the file again.") from error
-
-
-def json_lines(path, fields):
-    """Yields (where, object) for each line of a JSONL file that is not blank.
-
-    Raises UserError as `text_lines` does, and for a line that is not a JSON object or lacks one of `fields`.
-    """
-    for where, line in text_lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: a JSONDecodeError, a number of 5,000 digits
-            raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
-        if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise UserError(f"{where}: a {kind}. Each line must be an object with {', '.join(fields)}.")
-        for field in fields:
-            if field not in record:
-                raise UserError(f"{where}: no field {field!r}. Each line needs {', '.join(fields)}.")
-        yield where, record
-
-
-def check_text(record, field, where):
-    """Raises UserError unless record[field] is a text that can be written as UTF-8."""
-    if not isinstance(record[field], str):
-        raise UserError(f"{where}: {field!r} is a {type(record[field]).__name__}; it must be a string.")
-    try:
-        record[field].encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {field!r} holds half a character (a lone surrogate): {error}") from error
-
-
-def read_jsonl(path, fields):
-    """A JSONL file -> a list of dicts in which `fields` are texts. Raises UserError as `json_lines` does."""
-    records = []
-    for where, record in json_lines(path, fields):
-        for field in fields:
-            check_text(record, field, where)
-            if not isinstance(record.get(f"{field}_ended", True), bool):
-                raise UserError(f"{where}: '{field}_ended' is {record[f'{field}_ended']!r}; it must be true or false.")
-        records.append(record)
-    if not records:
-        raise UserError(f"{path} is empty. It needs one JSON object per line with {', '.join(fields)}.")
-    return records
-
-
-def read_sft(path):
-    """SFT records of a file. In a file of preferences, the chosen response is the completion (Preferred-FT)."""
-    _, first = next(json_lines(path, ("prompt",)), (None, {}))
-    if "chosen" not in first or "completion" in first:
-        return read_jsonl(path, SFT)
-    return [
-        {**record, "completion": record["chosen"], "completion_ended": record.get("chosen_ended", True)}
-        for record in read_jsonl(path, PAIR)
-    ]
-
-
-# ---- 2. Rows of token ids ----
+# ---- 1. Rows of token ids ----
 
 
 def cut_to_context(prompt, responses, ended, eot, max_length, min_prompt_tokens=8):
@@ -155,24 +66,29 @@ def encode(records, fields, tokenizer, max_length):
     return rows, counts
 
 
-def encode_pairs(records, tokenizer, max_length):
-    """Preference records -> (pairs, counts) by `encode`. A pair is (prompt_ids, chosen_ids, rejected_ids)."""
-    return encode(records, PAIR, tokenizer, max_length)
-
-
 def load_rows(path, fields, tokenizer, max_length):
-    """A file -> its rows (see `encode`), or [] for None. Prints what was cut and dropped.
+    """A file -> its rows (see `encode`). Prints what was cut and dropped, and the `traps`.
 
     Raises UserError if no usable row is left.
     """
-    if path is None:
-        return []
-    records = read_sft(path) if fields == SFT else read_jsonl(path, fields)
+    records = read_jsonl(path, fields)
     rows, counts = encode(records, fields, tokenizer, max_length)
     print(f"{path}: {len(rows):,} usable of {', '.join(f'{v:,} {k}' for k, v in counts.items() if v)}")
+    for sentence, n in traps(records, fields).items():
+        if n:
+            print(f"{path}: {n:,} {sentence}.")
     if not rows:
         raise UserError(f"{path}: no usable record; the counts above say why.")
     return rows
+
+
+def load_split(split, fields, tokenizer, max_length):
+    """(training file, held-out file or None) -> (rows, held-out rows), by `load_rows`. Counts prompts in both."""
+    rows, held_out = (load_rows(path, fields, tokenizer, max_length) if path else [] for path in split)
+    prompts = {tuple(prompt) for prompt, *_ in rows}
+    if shared := sum(tuple(prompt) in prompts for prompt, *_ in held_out):
+        print(f"{split[1]}: {shared:,} of {len(held_out):,} held-out rows have a prompt that also occurs in training.")
+    return rows, held_out
 
 
 def first_prompts(rows, n):
@@ -185,7 +101,7 @@ def count_tokens(rows, indices):
     return sum(len(rows[i][0]) + len(response) - 1 for i in indices for response in rows[i][1:])
 
 
-# ---- 3. Batches ----
+# ---- 2. Batches ----
 
 
 class Rows(NamedTuple):
@@ -280,26 +196,7 @@ def micro_batches(batches, rows, size, tokens):
     return cut
 
 
-# ---- 4. The command ----
-
-
-def show(path, tokenizer, n, max_length):
-    """Prints n decoded rows with the scored tokens marked, and a histogram of the row lengths."""
-    fields = PAIR if "chosen" in read_jsonl(path, ("prompt",))[0] else SFT
-    rows = load_rows(path, fields, tokenizer, max_length)
-    print("\nScored tokens stand in [brackets], · ends a token that is not scored, ∎ is the end-of-text token.\n")
-    for prompt, *responses in rows[:n]:
-        for name, response in zip(fields[1:], responses, strict=True):
-            batch = sft_batch([(prompt, response)])
-            tokens = ["∎" if i == tokenizer.eot else tokenizer.decode([i]) for i in batch.targets[0].tolist()]
-            shown = "".join(f"[{t}]" if m else f"{t}·" for t, m in zip(tokens, batch.mask[0].tolist(), strict=True))
-            print(f"{name:>10}  ∎·{shown}")
-        print()
-    lengths = [len(prompt) + len(response) - 1 for prompt, *responses in rows for response in responses]
-    counts, edges = numpy.histogram(lengths, bins=16, range=(0, max(lengths) + 1))
-    print(f"row length in tokens: mean {numpy.mean(lengths):.1f}, longest {max(lengths)}, of at most {max_length}")
-    for count, low in zip(counts, edges[:-1], strict=True):
-        print(f"from {low:4.0f} {count:7,d} {'█' * round(50 * count / counts.max())}")
+# ---- 3. The command ----
 
 
 def main():
@@ -312,14 +209,25 @@ def main():
     from minidpo.checkpoint import load
     from minidpo.tokenizer import Tokenizer
 
-    path, max_length = Path(args.file), args.max_length
+    fields = PAIR if "chosen" in read_jsonl(args.file, ("prompt",))[0] else SFT
     if args.run:
         model, tokenizer, _ = load(args.run)
-        max_length = model.config.block_size
+        args.max_length = model.config.block_size
     else:
-        texts = [v for r in read_jsonl(path, ("prompt",)) for v in r.values() if isinstance(v, str)]
-        tokenizer = Tokenizer.train(texts, 1024)
-    show(path, tokenizer, args.rows, max_length)
+        tokenizer = Tokenizer.train(texts(args.file), 1024)
+    rows = load_rows(args.file, fields, tokenizer, args.max_length)
+    print("\nScored tokens stand in [brackets], · ends a token that is not scored, ∎ is the end-of-text token.\n")
+    for prompt, *responses in rows[: args.rows]:
+        for name, response in zip(fields[1:], responses, strict=True):
+            batch = sft_batch([(prompt, response)])
+            tokens = ["∎" if i == tokenizer.eot else tokenizer.decode([i]) for i in batch.targets[0].tolist()]
+            shown = "".join(f"[{t}]" if m else f"{t}·" for t, m in zip(tokens, batch.mask[0].tolist(), strict=True))
+            print(f"{name:>10}  ∎·{shown}\n")
+    lengths = [len(prompt) + len(response) - 1 for prompt, *responses in rows for response in responses]
+    print(f"row length in tokens: mean {numpy.mean(lengths):.1f}, longest {max(lengths)}, of at most {args.max_length}")
+    counts, edges = numpy.histogram(lengths, bins=16, range=(0, max(lengths) + 1))
+    for count, low in zip(counts, edges[:-1], strict=True):
+        print(f"from {low:4.0f} {count:7,d} {'█' * round(50 * count / counts.max())}")
 
 
 if __name__ == "__main__":

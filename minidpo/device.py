@@ -22,7 +22,7 @@ def pick_device(name="auto"):
     if picked not in there:
         raise unknown("device", name, list(DEVICES))
     if not there[picked]:
-        raise UserError(f"no {name} device on this machine. Leave out --device to use the best one there is.")
+        raise UserError(f"no {name} device on this machine. Add --device auto to use the best one there is.")
     return picked
 
 

@@ -35,6 +35,7 @@ class GPTConfig:
     n_head: int
     n_embd: int
     dropout: float = 0.0  # probability, in train mode only
+    extra_rows: int = dataclasses.field(default=0, repr=False)  # rows of the embedding that no token has
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -114,7 +115,7 @@ class GPT(nn.Module):
     def __init__(self, config, generator=None):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # token embedding, and at the same time the head
+        self.wte = nn.Embedding(config.vocab_size + config.extra_rows, config.n_embd)  # token embedding, and head
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -139,13 +140,17 @@ class GPT(nn.Module):
             x = block(x) if cache is None else block.forward(x, cache)  # .forward is not compiled
         return self.ln_f(x)
 
+    @property
+    def head(self):  # (V, C). A slice of all rows would cost a copy in the backward pass
+        return self.wte.weight[: self.config.vocab_size] if self.config.extra_rows else self.wte.weight
+
     def logits(self, hidden):
         """(..., C) -> (..., V), in at least fp32, even under autocast.
 
         GPT-2's logits are -30 to -100. There, bf16 has steps of 0.25 to 0.5, an error of up to 1 nat per response.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
+            return F.linear(hidden.to(self.wte.weight.dtype), self.head)
 
     def forward(self, ids):
         return self.logits(self.hidden(ids))

@@ -4,15 +4,12 @@ import json
 import math
 from pathlib import Path
 
-from minidpo.files import atomic, atomic_write
+from minidpo.files.writing import atomic, atomic_write
 
 PANELS = (  # metrics that share one picture
     ("loss",),
     ("rewards/chosen", "rewards/rejected", "rewards/margins"),
     ("rewards/accuracies",),
-    ("reward",),
-    ("kl",),
-    ("kl_coef",),
     ("logps/chosen", "logps/rejected"),
     ("grad_norm",),
     ("lr",),

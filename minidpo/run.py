@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,15 +17,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minidpo import checkpoint, dataset
-from minidpo.checkpoint import FILE, PREVIOUS
+from minidpo.checkpoint import FILE
 from minidpo.device import DEVICES, DTYPES, pick_device, pick_dtype
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write, claim
 from minidpo.report import draw_curves, read_metrics, write_report
 from minidpo.scale import parallel
-from minidpo.settings import UserError, knob
+from minidpo.settings import UserError, at_end, knob
 
-# what a run writes: --overwrite removes these files and nothing else
-WRITTEN = ("settings.json", "bpe.json", FILE, PREVIOUS, "metrics.jsonl", "samples.md", "curves.png", "report.md")
+# What a run writes: --overwrite replaces these files and nothing else. The first four are there after the first save.
+WRITTEN = ("settings.json", "bpe.json", "metrics.jsonl", FILE, "samples.md", "curves.png", "report.md")
+NEW = "new"  # folder in the run folder: files of a run that will replace the one there when it has saved
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,19 +83,22 @@ def steps(rows, settings, first_step=0):
 
 
 class Run:
-    """The folder of one run. Nothing in it changes before `training`, so a failed start leaves an existing run intact.
+    """The folder of one run. With --overwrite, the run that is there stays until the new one has saved.
 
     `stage` is the name on the progress bar. Of several processes only process 0 writes.
     """
 
     def __init__(self, settings, stage):
         self.settings, self.stage = settings, stage
-        self.path = Path(settings.out)
+        self.path = self.folder = Path(settings.out)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file. Give a folder.")
+        with parallel.first_before_others():
+            self._claim()
         held = [name for name in WRITTEN if (self.path / name).exists()]
-        if settings.overwrite and settings.init and Path(settings.init).resolve() == self.path.resolve():
-            raise UserError(f"--out is the model to start from, --init {settings.init}. Give another folder as --out.")
+        init = Path(settings.init)
+        if settings.init and init.exists() and self.path.exists() and init.samefile(self.path) and not settings.resume:
+            raise UserError(f"--out is the model to start from, --init {init}. Give another folder as --out.")
         if settings.resume and settings.overwrite:
             raise UserError("--resume continues a run and --overwrite removes it: give one of them.")
         if settings.resume and not checkpoint.exists(self.path):
@@ -102,48 +107,56 @@ class Run:
             how = "Add --resume to continue, or --overwrite to replace it."
             raise UserError(f"{self.path} already holds a run ({held[0]}). {how}")
 
+    @parallel.by_process_0
+    def _claim(self):
+        """Keeps other processes out of the folder, and clears what a killed process has left there."""
+        claim(self.path)
+        for part in self.path.glob("*.part"):
+            part.unlink()
+        self._replace()
+        at_end.callback(self._replace)
+
+    def _replace(self):
+        """Replaces the run that is there by the one in NEW if that has saved, else removes NEW.
+
+        A process that is killed here leaves the rest to the next one. Without checkpoint.pt there is no run, so nobody
+        loads files of two runs.
+        """
+        if (self.path / NEW / FILE).exists():
+            for name in WRITTEN[3:]:
+                (self.path / name).unlink(missing_ok=True)
+            for name in WRITTEN[:4]:
+                if (self.path / NEW / name).exists():
+                    os.replace(self.path / NEW / name, self.path / name)
+        shutil.rmtree(self.path / NEW, ignore_errors=True)
+        self.folder = self.path
+
     def load(self):
         """Returns (model, tokenizer, saved state) of this run with --resume, else of --init. The state may be {}."""
         return checkpoint.load(self.path if self.settings.resume else self.settings.init)
 
     def plan(self, rows, saved, *data):
-        """Counts the steps to come. `data`: what a resumed run must find unchanged.
+        """Sets where the loop begins and ends. `data`: what a resumed run must find unchanged.
 
-        Raises UserError if a resumed run was started with other data, or if its last step is made and reported.
+        Raises UserError if a resumed run was started with other data, or if nothing is left to do.
         """
         self.rows, self.data = rows, checkpoint.fingerprint(*data)
         if self.settings.resume and saved.get("data") != self.data:
             raise UserError(f"{self.path} was started with other data. Restore it, or start a new run.")
-        self.count(saved.get("step", 0) if self.settings.resume else 0, *count_steps(rows, self.settings))
-        total, warmup = self.total_steps, self.settings.warmup_steps
-        if total <= warmup:
-            print(f"warning: all {total} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size.")
+        self.first_step = first = saved.get("step", 0) if self.settings.resume else 0
+        self.total_steps, self.last_step = total, last = count_steps(rows, self.settings)
+        if first > last or last == 0 or first == last and (self.path / "report.md").exists():
+            raise UserError(f"{self.path} has made {first} of {last} steps. Raise --epochs or --max-steps.")
+        if total <= self.settings.warmup_steps:
+            warmup = f"--warmup-steps {self.settings.warmup_steps}"
+            print(f"warning: all {total} steps are warm-up. Lower {warmup}, or --batch-size.")
 
-    def count(self, first_step, total_steps, last_step):
-        """Sets where the loop begins and ends. Raises UserError if nothing is left to do."""
-        self.first_step, self.total_steps, self.last_step = first_step, total_steps, last_step
-        reported = first_step == last_step > 0 and (self.path / "report.md").exists()
-        if first_step > last_step or last_step == 0 or reported:
-            raise UserError(f"{self.path} has made {first_step} of {last_step} steps. Raise --epochs or --max-steps.")
-
+    @contextlib.contextmanager
     def training(self, model, tokenizer, optimizer, **keep):
         """`with run.training(...) as steps:` opens the folder and gives the (step, indices) of the loop.
 
         A checkpoint holds the model, the optimiser's state and `keep`: tensors and plain values that a resumed run
-        needs again.
-        """
-
-        def save(done):
-            state = dict(step=done, optimizer=optimizer.state_dict(), data=self.data, **keep)
-            self.save(model, tokenizer, state)
-
-        return self.loop(steps(self.rows, self.settings, self.first_step), tokenizer, save)
-
-    @contextlib.contextmanager
-    def loop(self, items, tokenizer, save):
-        """Opens the folder and gives `items` one per step, with a progress bar and checkpoints.
-
-        After Ctrl-C the loop finishes its step, saves and stops. save(n) writes the checkpoint of step n.
+        needs again. After Ctrl-C the loop finishes its step, saves and stops.
         """
         parallel.all_sum(0)  # wait until every process has checked the folder
         self._open(tokenizer)
@@ -151,12 +164,13 @@ class Run:
         with CatchInterrupt() as interrupt, bar as self.bar:
 
             def stepping():
-                for done, item in enumerate(items, self.first_step + 1):
+                for step, indices in steps(self.rows, self.settings, self.first_step):
                     self.started = time.perf_counter()
-                    yield item
-                    stop = parallel.anywhere(interrupt.requested)
+                    yield step, indices
+                    done, stop = step + 1, parallel.anywhere(interrupt.requested)
                     if done == self.last_step or done % self.settings.save_every == 0 or stop:
-                        save(done)
+                        state = dict(step=done, optimizer=optimizer.state_dict(), data=self.data, **keep)
+                        self.save(model, tokenizer, state)
                     if stop and done < self.last_step:
                         how = "Continue with the same command and --resume."
                         raise UserError(f"stopped after step {done} and saved. {how}")
@@ -165,21 +179,20 @@ class Run:
 
     @parallel.by_process_0
     def _open(self, tokenizer):
-        path = self.path / "metrics.jsonl"
         lines = []
         if self.first_step:  # a killed run may have logged steps that its checkpoint does not hold
             lines = [m for m in read_metrics(self.path) if m["step"] <= self.first_step]
             (self.path / "report.md").unlink(missing_ok=True)  # written last: a run that has one is finished
+        elif checkpoint.exists(self.path):
+            self.folder = self.path / NEW
         else:
             for name in WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
-            tokenizer.save(self.path / "bpe.json")
         values = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in ("resume", "overwrite")}
         defaults = {field.name: field.default for field in dataclasses.fields(self.settings)}
         changed = [f"{name} {value!r}" for name, value in values.items() if value != defaults[name]]
-        atomic_write(self.path / "settings.json", json.dumps(values, indent=2) + "\n")
-        atomic_write(path, "".join(json.dumps(m) + "\n" for m in lines))
-        self._metrics = open(path, "ab", buffering=0)  # each line reaches the file at once
+        atomic_write(self.folder / "settings.json", json.dumps(values, indent=2) + "\n")
+        atomic_write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in lines))
         print(f"settings {values.get('settings')}: {', '.join(changed)}. The others have their defaults.")
 
     def speed(self, **counts):
@@ -195,10 +208,12 @@ class Run:
     @parallel.by_process_0
     def log(self, step, metrics):
         """Appends one line to metrics.jsonl. The file counts steps from 1."""
+        path = self.folder / "metrics.jsonl"
         try:
-            self._metrics.write((json.dumps({"step": step + 1, **metrics}) + "\n").encode())
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step + 1, **metrics}) + "\n")
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self._metrics.name) from error
+            raise OSError(error.errno, error.strerror, str(path)) from error
         shown = {"loss": "loss", "rewards/accuracies": "accuracy"}
         self.bar.update()
         self.bar.set_postfix_str(", ".join(f"{shown[k]} {metrics[k]:.3f}" for k in shown if k in metrics))
@@ -206,14 +221,15 @@ class Run:
     @parallel.by_process_0
     def save(self, model, tokenizer, state):
         """Writes checkpoint.pt."""
-        os.fsync(self._metrics.fileno())  # after a power cut the log may hold extra steps, and never lacks one
-        checkpoint.save(self.path, model, tokenizer, state)
+        with open(self.folder / "metrics.jsonl", "ab") as file:
+            os.fsync(file.fileno())  # after a power cut the log may hold extra steps, and never lacks one
+        checkpoint.save(self.folder, model, tokenizer, state)
+        if self.folder != self.path:
+            self._replace()
 
     @parallel.by_process_0
     def finish(self, samples, notes):
         """Writes samples.md, curves.png and report.md. samples: {"prompt": [...], column name: [...], ...} of texts."""
-        self._metrics.close()
-        (self.path / PREVIOUS).unlink(missing_ok=True)  # the run is finished: the newest checkpoint is enough
         write_report(self.path, samples, notes, curves=draw_curves(self.path))
         print(f"report: {self.path / 'report.md'}")
 

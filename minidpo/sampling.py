@@ -122,7 +122,7 @@ def _generate_batch(model, prompts, max_new_tokens, eot, temperature, top_k, top
     live = [limits[i] > 0 for i in rows]
     while any(live):
         logits = model.logits(model.hidden(ids, cache)[:, -1]).float()  # (rows, V)
-        if temperature == 0:
+        if temperature < 1e-6:  # logits / temperature would overflow
             new = logits.argmax(-1)
         else:
             p = truncate(logits / temperature, top_k, top_p).softmax(-1)

@@ -1,12 +1,16 @@
 """Settings as a dataclass that is also a command line, and errors that say what to do."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import sys
+import time
 from pathlib import Path
+
+at_end = contextlib.ExitStack()  # at_end.callback(f, ...): what a command must do at its end, even after an error
 
 
 class UserError(ValueError):
@@ -22,8 +26,12 @@ def unknown(kind, name, valid):
 
 def run_main(main):
     """Runs `main()`. A UserError or OSError becomes one message and exit code 2, Ctrl-C becomes exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that is not UTF-8 shows "?" for what it lacks
     try:
-        main()
+        with at_end:
+            main()
     except UserError as error:
         message, code = f"error: {error}", 2
     except BrokenPipeError:  # `... | head` has closed the pipe: no message
@@ -37,6 +45,8 @@ def run_main(main):
         message, code = "interrupted", 130
     else:
         return
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # process 0 of torchrun prints the same error, and then torchrun ends this process
     print(message, file=sys.stderr)
     sys.exit(code)
 
@@ -61,32 +71,35 @@ def parse_settings(cls, description, argv=None, sets=None):
     A field without a default is a required flag. Flags of the class itself come first in --help, inherited ones last.
 
     `sets` maps a name to {field: value}: a named set of settings. --settings picks one, else `fitting_set` does. Flags
-    override the set. With --resume, the run's own settings.json takes the place of the set. Only the fields in
-    `MAY_CHANGE` can differ.
+    override the set. With --resume, the run's own settings.json takes the place of the set, and --out is enough.
 
     Raises:
-        UserError: a value is not allowed, or differs from the setting of the run that is resumed.
+        UserError: a flag is unknown or missing, or a value is not allowed. With --resume, a value differs from the
+            run's, unless `MAY_CHANGE` or `ROUNDING` has the field.
     """
     sets = sets or {}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__)
     for field in fields:
-        required = field.default is dataclasses.MISSING
-        text = field.metadata["help"]
-        if not required:
-            per_set = [f"{name}: {values[field.name]}" for name, values in sets.items() if field.name in values]
-            text += f" (default {field.default!r}{'; ' if per_set else ''}{', '.join(per_set)})"
+        per_set = [f"{name}: {values[field.name]}" for name, values in sets.items() if field.name in values]
+        default = "required" if field.default is dataclasses.MISSING else f"default {field.default!r}"
+        text = f"{field.metadata['help']} ({'; '.join(filter(None, [default, ', '.join(per_set)]))})"
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         kind = {"action": "append"} if field.type is list else kind  # given several times: a list of texts
-        parser.add_argument(
-            flag_of(field), default=argparse.SUPPRESS, help=text.replace("%", "%%"), required=required, **kind
-        )
-    given = vars(parser.parse_args(argv))
+        parser.add_argument(flag_of(field), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+    given, others = parser.parse_known_args(argv)
+    given = vars(given)
+    if others:
+        raise unknown("flag", others[0].partition("=")[0], [flag_of(field) for field in fields])
+    for one, other in (("init", "preset"), ("init", "tokenizer"), ("init", "vocab-size"), ("tokenizer", "vocab-size")):
+        if given.get(one) and given.get(other.replace("-", "_")):
+            raise UserError(f"--{other} has no effect: --{one} {given[one]} brings its own. Leave out one of the two.")
 
-    base = {}
-    if given.get("resume"):
-        base = _resumed(given, fields)
-    elif sets:
+    base = _resumed(given, fields) if given.get("resume") and given.get("out") else {}
+    required = [field for field in fields if field.default is dataclasses.MISSING]
+    if missing := [flag_of(field) for field in required if not {**base, **given}.get(field.name)]:
+        raise UserError(f"{' and '.join(missing)} must be given. --help says what each flag does.")
+    if sets and not base:
         name = given.get("settings") or fitting_set(given, sets)
         if name not in sets:
             raise unknown("settings", name, list(sets))
@@ -120,7 +133,9 @@ def fitting_set(given, sets):
 
 def _settings_of(folder):
     """The settings of a run, {field: value}, or {} if the folder has none. Raises UserError for a damaged file."""
-    path = Path(folder) / "settings.json"
+    path, new = Path(folder) / "settings.json", Path(folder) / "new"
+    if (new / "checkpoint.pt").exists() and (new / "settings.json").exists():
+        path = new / "settings.json"  # killed while it replaced an older run: the next process will go on
     try:
         saved = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
@@ -131,19 +146,29 @@ def _settings_of(folder):
 
 
 MAY_CHANGE = {"out", "resume", "max_steps", "save_every", "eval_every", "epochs"}
+ROUNDING = {"device", "compile", "fast", "recompute", "micro_batch_size", "micro_tokens"}  # may change results by that
 
 
 def _resumed(given, fields):
-    """The settings of the run in --out. Raises UserError if a flag of `given` differs from them and must not."""
+    """The settings of the run in --out. Raises UserError if a flag of `given` differs from them and must not.
+
+    Of a path only the last name is compared, since the folder may have moved. The checkpoint knows its data.
+    """
     saved = _settings_of(given["out"])
     path = Path(given["out"]) / "settings.json"
     if not saved:
         raise UserError(f"{path} not found: there is no run to resume. Leave out --resume to start one.")
     for field in fields:
-        name, value = field.name, given.get(field.name)
-        if name in given and name in saved and value not in (saved[name], "auto") and name not in MAY_CHANGE:
-            raise UserError(
-                f"{flag_of(field)} {value} differs from the {saved[name]!r} in {path}. "
-                "A resumed run keeps its settings. To change them, start a new run with another --out."
-            )
+        name = field.name
+        if name not in given or name not in saved or given[name] == saved[name]:
+            continue
+        change = f"{flag_of(field)} {given[name]} differs from the {saved[name]!r} in {path}."
+        same_name = field.type is str and Path(given[name]).resolve().name == Path(saved[name]).resolve().name
+        if name == "epochs":
+            print(f"{change} The learning rate now follows the new number of steps.")
+        elif name in ROUNDING:
+            print(f"{change} From here on, results differ by rounding from those of a run that was not stopped.")
+        elif name not in MAY_CHANGE and not same_name and given[name] != "auto":
+            advice = "A resumed run keeps its settings. To change them, start a new run with another --out."
+            raise UserError(f"{change} {advice}")
     return {field.name: saved[field.name] for field in fields if field.name in saved}

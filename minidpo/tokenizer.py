@@ -7,7 +7,7 @@ word, join the two neighbours whose join comes first in the list, until no join 
 Train on a file:  python -m minidpo.tokenizer --text FILE --vocab-size N
 """
 
-import argparse
+import dataclasses
 import hashlib
 import heapq
 import json
@@ -19,8 +19,9 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from minidpo.files import atomic_write
-from minidpo.settings import UserError, run_main
+from minidpo.files.jsonl import texts
+from minidpo.files.writing import atomic_write
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 # GPT-2's words: contractions; letters, digits or other signs with one space before them; blanks. No merge crosses them.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -169,23 +170,18 @@ def _utf8(text):
         raise UserError(f"a text holds half a character (a lone surrogate): {error}. Take it out.") from error
 
 
-def main():
-    from minidpo.dataset import json_lines, text_lines
+@dataclasses.dataclass
+class Settings:
+    text: str = knob(dataclasses.MISSING, "UTF-8 text, or JSONL of rows as for training")
+    vocab_size: int = knob(4096, "256 bytes + merges + eot", least=257)
+    out: str = knob("bpe.json", "where to save it")
 
-    parser = argparse.ArgumentParser(description="Learns a byte-level BPE from a text file or a .jsonl file.")
-    parser.add_argument("--text", required=True, help="UTF-8 text, or .jsonl with prompt, completion, chosen, rejected")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="256 bytes + merges + eot (default 4096)")
-    parser.add_argument("--out", default="bpe.json", help="where to save it (default bpe.json)")
-    args = parser.parse_args()
-    if args.text.endswith(".jsonl"):
-        fields = ("prompt", "completion", "chosen", "rejected")
-        values = (record.get(field) for _, record in json_lines(args.text, ()) for field in fields)
-        texts = (value for value in values if isinstance(value, str))
-    else:
-        texts = (line for _, line in text_lines(args.text))
-    tokenizer = Tokenizer.train(texts, args.vocab_size)
-    tokenizer.save(args.out)
-    print(f"{args.out}: {tokenizer.vocab_size} tokens, the last one learned is {tokenizer.tokens[-1]}")
+
+def main():
+    settings = parse_settings(Settings, "Learns a byte-level BPE from a file of text or of rows.")
+    tokenizer = Tokenizer.train(texts(settings.text), settings.vocab_size)
+    tokenizer.save(settings.out)
+    print(f"{settings.out}: {tokenizer.vocab_size} tokens, the last one learned is {tokenizer.tokens[-1]}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 import torch._dynamo  # noqa: F401  what the first optimiser of a process imports, in seconds
 from tiny import call
 
-import minidpo.files
+import minidpo.files.writing
 import minidpo.run
 import train_dpo
 import train_sft
@@ -64,7 +64,7 @@ PLACES = {
     "step": lambda stage: (STAGES[stage], "train_step"),
     "log": lambda stage: (minidpo.run.Run, "log"),
     "save": lambda stage: (checkpoint, "save"),
-    "move": lambda stage: (minidpo.files.os, "replace"),  # of a checkpoint: from its place or to it
+    "move": lambda stage: (minidpo.files.writing.os, "replace"),  # of a checkpoint: from its place or to it
     "finish": lambda stage: (minidpo.run.Run, "finish"),
 }
 

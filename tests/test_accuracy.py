@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_baselines import train_reward_model
 from tiny import call, fails, write_data, write_jsonl
 
 import train_dpo
@@ -54,7 +55,7 @@ def home(tmp_path_factory):
     call(train_sft.main, "--data", folder / "sft.jsonl", "--out", folder / "sft", "--preset", "toy", *TRAIN)
     files = ("--data", folder / "pairs.jsonl", "--init", folder / "sft", "--epochs", 4)
     call(train_dpo.main, *files, "--out", folder / "dpo", *TRAIN)
-    call(reward_model.main, *files, "--out", folder / "reward", *TRAIN)
+    train_reward_model(folder)
     SentimentClassifier({"dull": -1.0, "lovely": 2.0, "joy": 1.0, "fun": 1.0}, 0.0).save(folder / "true.pt")
     return folder
 

@@ -1,9 +1,12 @@
 """Bad input: one message (what, where, what to do), an exit code that is not 0, and everything as it was before."""
 
+import gzip
 import json
 import math
+import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ import minidpo.sampling
 import train_dpo
 import train_sft
 from minidpo import checkpoint
+from minidpo.files import jsonl
 from minidpo.model import GPT, GPTConfig
 from minidpo.report import read_metrics
 from minidpo.tokenizer import Tokenizer
@@ -45,7 +49,8 @@ def home(made, tmp_path, monkeypatch):
 
 
 def sft_flags(home, **changes):
-    flags = {"data": home / "sft.jsonl", "out": home / "new", "preset": "toy"} | changes
+    shape = {} if "init" in changes else {"preset": "toy"}
+    flags = {"data": home / "sft.jsonl", "out": home / "new", **shape, **changes}
     return [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)] + [*SHORT]
 
 
@@ -182,6 +187,42 @@ def test_any_text_trains(home, capsys):
         assert len(table) == 12 and all(line[:2] == "| " and line[-2:] == " |" for line in table)
 
 
+def test_both_stages_take_rows_in_the_forms_that_people_have(home, capsys):
+    """Chats, whole dialogues without a prompt, gzip, a pipe and a file without a suffix: the same weights each time."""
+    asked, good, bad = ([{"role": r, "content": t}] for r, t in (("user", "a"), ("assistant", "b"), ("assistant", "c")))
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    plain = write_jsonl(home / "plain.jsonl", [{"prompt": prompt, "chosen": " b", "rejected": " c"}] * 8)
+    chats = write_jsonl(home / "chats", [{"prompt": asked, "chosen": good, "rejected": bad}] * 8)
+    whole = write_jsonl(home / "whole.JSONL", [{"chosen": asked + good, "rejected": asked + bad}] * 8)
+    texts = write_jsonl(home / "texts.jsonl", [{"chosen": prompt + " b", "rejected": prompt + " c"}] * 8)
+    os.mkfifo(home / "pipe")
+    for main, flags_of in ((train_sft.main, sft_flags), (train_dpo.main, dpo_flags)):
+        weights = set()
+        for data_file in (plain, chats, whole, texts, home / "pipe"):
+            if data_file.is_fifo():  # SFT from scratch reads it for the tokenizer, and then for the rows
+                jsonl.pipe_bytes.cache_clear()
+                content = gzip.compress(plain.read_bytes())
+                threading.Thread(target=data_file.write_bytes, args=[content], daemon=True).start()
+            call(main, *flags_of(home, data=data_file), "--overwrite")
+            model, tokenizer, _ = checkpoint.load(home / "new")
+            weights.add((checkpoint.fingerprint(model), tokenizer.fingerprint))
+            assert f"{data_file}: 8 usable of 8" in capsys.readouterr().out
+        assert len(weights) == 1
+
+
+def test_a_chat_that_needs_a_guess_and_a_json_array(home, capsys):
+    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}]
+    answer = [{"role": "assistant", "content": "b"}]
+    chats = write_jsonl(home / "chats.jsonl", [{"prompt": system, "chosen": answer, "rejected": answer}])
+    message = refused(capsys, home, train_dpo.main, *dpo_flags(home, data=chats))
+    assert f"{chats}, line 1: message 1 must hold the role 'user'" in message and "take it out" in message
+    array = home / "array.json"
+    array.write_text('[{"prompt": "a", "chosen": " b", "rejected": " c"}]', encoding="utf-8")
+    message = refused(capsys, home, train_dpo.main, *dpo_flags(home, data=array))
+    assert f"{array}, line 1: a list. Each line must be an object with prompt, chosen, rejected." in message
+    assert f"python -m data.convert {array}" in message
+
+
 # ---- runs and checkpoints ----
 
 
@@ -202,7 +243,7 @@ def test_checkpoint_cut_short(home, capsys, main, flags_of, file, name):
         (home / name / "checkpoint.pt").write_bytes(whole[:kept])
         for flags in (
             dpo_flags(home, init=home / name),
-            [*sft_flags(home), "--init", home / name],
+            sft_flags(home, init=home / name),
             [*flags_of(home, out=home / name), "--resume"],
         ):
             command = train_dpo.main if flags[2] == "--init" else train_sft.main
@@ -398,6 +439,41 @@ def test_numbers_out_of_range(home, capsys, main, flags_of, file, name, flags):
     assert flags[0] in message and "must be a finite number" in message
 
 
+@pytest.mark.parametrize(
+    ("flags", "ignored"),
+    [
+        (("--init", "sft", "--preset", "toy"), "--preset"),
+        (("--init", "sft", "--vocab-size", 300), "--vocab-size"),
+        (("--init", "sft", "--tokenizer", "sft/bpe.json"), "--tokenizer"),
+        (("--tokenizer", "sft/bpe.json", "--vocab-size", 300), "--vocab-size"),
+    ],
+)
+def test_flags_that_another_flag_makes_useless(home, capsys, flags, ignored):
+    message = refused(capsys, home, train_sft.main, "--data", home / "sft.jsonl", "--out", home / "new", *SHORT, *flags)
+    assert f"{ignored} has no effect: {flags[0]} {flags[1]} brings its own" in message
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "bpe.json"])
+def test_a_file_in_the_place_of_its_folder(home, capsys, file):
+    message = refused(capsys, home, train_dpo.main, *dpo_flags(home, init=home / "sft" / file))
+    assert f"{home / 'sft' / file} is a file. Give its folder, {home / 'sft'}" in message
+
+
+SAMPLING = (minidpo.sampling.main, ("--run", "sft", "--prompt", "a"))
+EVALUATE = (experiments.evaluate.main, ("--policy", "sft", "--reference", "sft", "--data", "toy", "--reward", "toy"))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [(SAMPLING, ("--samples", -1)), (SAMPLING, ("--max-new-tokens", -1)), (SAMPLING, ("--temperature", -0.1)),
+     (SAMPLING, ("--temperature", "nan")), (SAMPLING, ("--top-k", -1)), (SAMPLING, ("--top-p", "inf")),
+     (EVALUATE, ("--samples-per-prompt", 0)), (EVALUATE, ("--max-new-tokens", 0)), (EVALUATE, ("--limit", -1))],
+)  # fmt: skip
+def test_numbers_of_other_commands_out_of_range(home, capsys, command, flags):
+    message = refused(capsys, home, command[0], *command[1], *flags)
+    assert flags[0] in message and "must be a finite number" in message
+
+
 def test_dropout_and_smoothing_that_dpo_does_not_have(home, capsys):
     message = refused(capsys, home, train_dpo.main, *dpo_flags(home), "--dropout", 0.1)
     assert "--dropout must be 0 here" in message and "differ on the same row" in message
@@ -414,7 +490,7 @@ def test_a_device_that_is_not_there(home, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for main, flags in ((train_dpo.main, dpo_flags(home)), (train_sft.main, sft_flags(home))):
         message = refused(capsys, home, main, *flags, "--device", "cuda")
-        assert "no cuda device on this machine. Leave out --device" in message
+        assert "no cuda device on this machine. Add --device auto" in message
 
 
 # ---- sampling and what stands on it ----

@@ -4,14 +4,12 @@ The language that can be enumerated is that of tests/test_theory.py: 3 prompts, 
 """
 
 import math
-import os
-import signal
 from functools import partial
 
 import pytest
 import torch
 from test_theory import EOT, PROMPTS, RESPONSES, SYMBOLS, X, Y, every_logp
-from tiny import call, contents, fails, write_data, write_jsonl
+from tiny import call, contents, fails, write_data
 
 import train_dpo
 import train_sft
@@ -105,8 +103,7 @@ def train(method, model, knobs, on_step=None):
 
 
 def knobs_of(method, **knobs):
-    classes = {"reward-model": reward_model.Settings, "unlikelihood": unlikelihood.Settings}
-    return settings(classes.get(method, train_dpo.Settings), **knobs)
+    return settings(unlikelihood.Settings if method == "unlikelihood" else train_dpo.Settings, **knobs)
 
 
 METHODS = ("preferred-ft", "unlikelihood", "reward-model")
@@ -146,15 +143,24 @@ def test_preferred_ft_is_the_mean_over_the_tokens_of_the_chosen():
 
 
 def test_bradley_terry_against_a_loop():
-    model = rewarder()
-    values = reward_model.measure(model, ROWS, [4, 2, 0, 1, 3], settings(reward_model.Settings))
-    for i, *got in zip([4, 2, 0, 1, 3], *(values[k].tolist() for k in values), strict=True):
+    model, indices = rewarder(), [4, 2, 0, 1, 3]
+    batch = dataset.preference_batch([ROWS[i] for i in indices])
+    losses = []
+    for i, *got in zip(indices, model(batch.chosen).tolist(), model(batch.rejected).tolist(), strict=True):
         prompt, chosen, rejected = ROWS[i]
         a, b = reward_of(model, prompt, chosen), reward_of(model, prompt, rejected)
-        assert got == pytest.approx([softplus(b - a), a, b, a - b, float(a > b)], abs=1e-10)
-    ties = reward_model.measure(RewardModel(gpt()), ROWS, [0, 1], settings(reward_model.Settings))
-    assert ties["rewards/accuracies"].tolist() == [0.5, 0.5]  # it begins at 0 for every response
-    assert ties["loss"].tolist() == pytest.approx([math.log(2)] * 2, abs=1e-12)
+        assert got == pytest.approx([a, b], abs=1e-10)
+        losses.append(softplus(b - a))
+    assert step_of(model, indices)["loss"] == pytest.approx(sum(losses) / 5, abs=1e-10)
+    assert step_of(model, [2])["loss"] == pytest.approx(losses[1], abs=1e-10)
+    untrained = step_of(RewardModel(gpt()), [0, 1])  # it begins at 0 for every response
+    assert untrained["loss"] == pytest.approx(math.log(2), abs=1e-12)
+
+
+def step_of(model, indices, **knobs):
+    """The metrics of the reward model's step on ROWS, without a change of its weights."""
+    knobs = knobs_of("reward-model", **knobs)
+    return reward_model.train_step(model, make_optimizer(model, "sgd", 0.0), ROWS, indices, knobs)
 
 
 def test_bradley_terry_by_hand():
@@ -220,27 +226,16 @@ def test_the_reward_model_cuts_its_forward_passes_as_micro_tokens_says(monkeypat
     monkeypatch.setattr(
         dataset, "preference_batch", lambda pairs, device: sizes.append(len(pairs)) or batch(pairs, device)
     )
-    knobs, model = knobs_of("reward-model", batch_size=5, micro_tokens=16), rewarder()
-    reward_model.evaluate(model, ROWS, knobs)
-    reward_model.train_step(model, make_optimizer(model, "sgd", 0.0), ROWS, [3, 0, 1, 4, 2], knobs)
-    assert sum(sizes) == 2 * 5 and max(sizes) == 2  # rows of at most 4 tokens, two for each pair
-
-
-def test_pair_metrics_are_means_over_pairs_whatever_the_batches():
-    model, knobs = rewarder(), settings(reward_model.Settings, batch_size=2)  # 2 + 2 + 1
-    means = reward_model.evaluate(model, ROWS, knobs)
-    alone = [reward_model.measure(model, ROWS, [i], knobs) for i in range(5)]
-    for name in alone[0]:
-        assert means["eval/" + name] == pytest.approx(sum(one[name].item() for one in alone) / 5, abs=1e-7)
+    step_of(rewarder(), [3, 0, 1, 4, 2], micro_tokens=16)
+    assert sum(sizes) == 5 and max(sizes) == 2  # rows of at most 4 tokens, two for each pair
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch):
-    model, measure = rewarder(), reward_model.measure
-    monkeypatch.setattr(reward_model, "measure", lambda *args: {"loss": math.nan * measure(*args)["loss"]})
+    model = rewarder()
+    monkeypatch.setattr(reward_model, "bradley_terry_loss", lambda chosen, rejected: math.nan * chosen)
     before = weights_of(model)
-    knobs = settings(reward_model.Settings)
     with pytest.raises(UserError, match=r"not a finite number.*\n.*pairs \[0, 2\]"):
-        reward_model.train_step(model, make_optimizer(model, "adamw", 0.1), ROWS, [2, 0], knobs)
+        reward_model.train_step(model, make_optimizer(model, "adamw", 0.1), ROWS, [2, 0], knobs_of("reward-model"))
     assert torch.equal(weights_of(model), before)
 
 
@@ -249,14 +244,22 @@ TRAIN = ("--batch-size", 8, "--lr", 5e-3, "--warmup-steps", 2, "--samples", 2, "
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """The data of `write_data`, an SFT run `sft`, a reward model `reward`, and prompts.jsonl with 3 prompts."""
+    """The data of `write_data`, an SFT run `sft`, and a reward model `reward`."""
     folder = tmp_path_factory.mktemp("baselines")
     write_data(folder)
     call(train_sft.main, "--data", folder / "sft.jsonl", "--out", folder / "sft", "--preset", "toy", *TRAIN)
-    command(reward_model, folder, folder / "reward", "--epochs", 4)
-    prompts = ("The film", "This story", "Her cast")
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    train_reward_model(folder)
     return folder
+
+
+def train_reward_model(folder):
+    """Trains a reward model on pairs.jsonl, from the model in `sft`, and saves it in `reward`."""
+    policy, tokenizer, _ = checkpoint.load(folder / "sft")
+    rows = dataset.load_rows(folder / "pairs.jsonl", dataset.PAIR, tokenizer, policy.config.block_size)
+    model = RewardModel(policy)
+    knobs = knobs_of("reward-model", batch_size=8, lr=5e-3, warmup_steps=2, epochs=4, optimizer="rmsprop")
+    reward_model.train(model, rows, knobs)
+    reward_model.save(folder / "reward", model, tokenizer)
 
 
 def command(method, home, out, *argv):
@@ -305,7 +308,7 @@ def test_the_longest_row_that_training_keeps_fits():
 def test_scores_have_the_mean_0_whatever_the_precision_of_the_training():
     """`mean` and the rewards that it is subtracted from come from one precision."""
     model = rewarder(dtype=torch.float32, n_embd=64)
-    reward_model.centre(model, ROWS, settings(reward_model.Settings, dtype="bfloat16", batch_size=2))
+    reward_model.centre(model, ROWS, settings(train_dpo.Settings, dtype="bfloat16", batch_size=2))
     prompts, chosen, rejected = map(list, zip(*ROWS, strict=True))
     assert abs(model.score(prompts * 2, chosen + rejected).mean()) < 1e-6
 
@@ -338,7 +341,7 @@ def test_it_recovers_a_linear_reward_from_noisy_choices():
         if p != q
     ]
     model = RewardModel(gpt(dtype=torch.float32))
-    knobs = settings(reward_model.Settings, lr=1e-2, warmup_steps=10, decay=True, batch_size=64, epochs=3)
+    knobs = settings(train_dpo.Settings, lr=1e-2, warmup_steps=10, decay=True, batch_size=64, epochs=3)
     reward_model.train(model, rows, knobs)
     for prompt in PROMPTS:
         scores = model.score([prompt] * Y, RESPONSES).double()
@@ -350,7 +353,7 @@ def test_it_recovers_a_linear_reward_from_noisy_choices():
     assert sum(sides) / 2 == pytest.approx(0, abs=1e-4)  # the mean over all training responses
 
 
-def test_a_reward_model_comes_back_from_its_folder(home, tmp_path, capsys):
+def test_a_reward_model_comes_back_from_its_folder(home, tmp_path):
     model, tokenizer = reward_model.load(home / "reward")
     reward_model.save(tmp_path / "again", model, tokenizer)
     again, _ = reward_model.load(tmp_path / "again")
@@ -379,13 +382,12 @@ def test_a_reward_model_is_a_judge(home):
         load_judge(str(home / "sft"))
 
 
-# ---- the commands ----
+# ---- the command ----
 
 
-@pytest.mark.parametrize("method", [unlikelihood, reward_model])
-def test_a_command_writes_a_whole_run_and_leaves_the_start_alone(method, home, tmp_path):
+def test_the_command_writes_a_whole_run_and_leaves_the_start_alone(home, tmp_path):
     before = contents(home / "sft")
-    command(method, home, tmp_path / "run", "--epochs", 4, "--eval-every", 4)
+    command(unlikelihood, home, tmp_path / "run", "--epochs", 4, "--eval-every", 4)
     assert contents(home / "sft") == before
     metrics = read_metrics(tmp_path / "run")
     assert [m["step"] for m in metrics] == list(range(1, 13))  # 22 pairs in batches of 8, four times
@@ -394,55 +396,26 @@ def test_a_command_writes_a_whole_run_and_leaves_the_start_alone(method, home, t
     assert all(math.isfinite(value) for m in metrics for value in m.values())
     names = {"settings.json", "bpe.json", "checkpoint.pt", "metrics.jsonl", "samples.md", "report.md"}
     assert names <= contents(tmp_path / "run").keys()
-    assert "before" in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8") or method is reward_model
+    assert "before" in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
-        command(method, home, tmp_path / "run")  # it holds a run
+        command(unlikelihood, home, tmp_path / "run")  # it holds a run
 
 
-@pytest.mark.parametrize("method", [unlikelihood, reward_model])
-def test_trap17_trap18_evaluating_or_stopping_changes_no_bit(method, home, tmp_path):
-    command(method, home, tmp_path / "whole", "--epochs", 2, "--eval-every", 1)
-    command(method, home, tmp_path / "parts", "--epochs", 2, "--max-steps", 4)
-    command(method, home, tmp_path / "parts", "--epochs", 2, "--max-steps", 6, "--resume")
+def test_trap17_trap18_evaluating_or_stopping_changes_no_bit(home, tmp_path):
+    command(unlikelihood, home, tmp_path / "whole", "--epochs", 2, "--eval-every", 1)
+    command(unlikelihood, home, tmp_path / "parts", "--epochs", 2, "--max-steps", 4)
+    command(unlikelihood, home, tmp_path / "parts", "--epochs", 2, "--max-steps", 6, "--resume")
     (whole, _, a), (parts, _, b) = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
     assert torch.equal(weights_of(whole), weights_of(parts)) and a["step"] == b["step"] == 6
     assert [m["step"] for m in read_metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
-    if method is reward_model:
-        assert all(torch.equal(a["reward_head"][name], b["reward_head"][name]) for name in ("weight", "mean"))
-
-
-def test_a_command_that_is_interrupted_saves_and_goes_on(home, tmp_path, monkeypatch, capsys):
-    train_step = reward_model.train_step
-
-    def interrupting(*args):
-        if interrupting.calls == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        interrupting.calls += 1
-        return train_step(*args)
-
-    interrupting.calls = 0
-    monkeypatch.setattr(reward_model, "train_step", interrupting)
-    with pytest.raises(SystemExit):
-        command(reward_model, home, tmp_path / "run", "--epochs", 2)
-    assert "stopped after step 2 and saved" in capsys.readouterr().err
-    command(reward_model, home, tmp_path / "run", "--epochs", 2, "--resume")
-    command(reward_model, home, tmp_path / "whole", "--epochs", 2)
-    assert torch.equal(*(weights_of(checkpoint.load(tmp_path / name)[0]) for name in ("run", "whole")))
 
 
 def test_bad_input(home, tmp_path, capsys):
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_bytes((home / "pairs.jsonl").read_bytes())
-    files = ("--data", pairs, "--out", tmp_path / "run", *TRAIN)
+    files = ("--data", home / "pairs.jsonl", "--out", tmp_path / "run", *TRAIN)
     needed = (*files, "--init", home / "sft")
     assert "--alpha 1.5: must be from 0 to 1" in fails(capsys, unlikelihood.main, *needed, "--alpha", 1.5)
     assert "/nowhere not found" in fails(capsys, unlikelihood.main, *files, "--init", "/nowhere")
-    assert "there is no run to resume" in fails(capsys, reward_model.main, *needed, "--resume")
     assert not (tmp_path / "run").exists()
-    call(reward_model.main, *needed)
-    assert "has made 3 of 3 steps" in fails(capsys, reward_model.main, *needed, "--resume")
-    pairs.write_bytes((home / "held_out.jsonl").read_bytes())
-    assert "started with other data" in fails(capsys, reward_model.main, *needed, "--resume")
 
 
 # ---- Best-of-N ----

@@ -1,9 +1,13 @@
 """From JSONL to batches: what a file may hold, what truncation keeps, and which position is scored."""
 
+import csv
+import gzip
 import itertools
 import json
+import os
 import random
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,10 +15,12 @@ import torch
 from tiny import write_jsonl
 
 import data
+from data import convert
 from data.toy_sentiment import generate as toy
 from minidpo import checkpoint, dataset
-from minidpo.dataset import Rows, encode, encode_pairs, preference_batch, read_jsonl, sft_batch
+from minidpo.dataset import PAIR, Rows, encode, preference_batch, read_jsonl, sft_batch
 from minidpo.dataset import cut_to_context as cut
+from minidpo.files.jsonl import texts
 from minidpo.model import GPT, GPTConfig
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
@@ -112,6 +118,252 @@ def test_find_says_how_to_get_what_is_missing(tmp_path, monkeypatch):
         data.find("imdb", "pairs_train")
 
 
+# ---- the forms of rows and files that people have (docs/data.md) ----
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ASK, GREEN, SPOON = user("Name a colour."), assistant("Green."), assistant("A spoon.")
+HH = "\n\nHuman: Name a colour.\n\nAssistant:"
+COLOUR = pair(HH, " Green.", " A spoon.")
+LONG_HH = "\n\nHuman: Hi\n\nAssistant: Hello!" + HH
+LONG_CHAT = [user("Hi"), assistant("Hello!"), ASK]
+PAIR_FORMS = {
+    "prompt and responses as messages": (pair([ASK], [GREEN], [SPOON]), COLOUR),
+    "messages, several turns": (pair(LONG_CHAT, [GREEN], [SPOON]), pair(LONG_HH, " Green.", " A spoon.")),
+    "whole chats, no prompt": ({"chosen": [ASK, GREEN], "rejected": [ASK, SPOON]}, COLOUR),
+    "whole chats beside the first message": (pair("Name a colour.", [ASK, GREEN], [ASK, SPOON]), COLOUR),
+    "empty keys, as Parquet fills them": (pair([{**ASK, "tool_calls": None}], [GREEN], [SPOON]), COLOUR),
+    "an empty response": (pair([ASK], [assistant("")], [SPOON]), pair(HH, "", " A spoon.")),
+    "whole dialogues, no prompt": ({"chosen": HH + " Green.", "rejected": HH + " A spoon."}, COLOUR),
+    "dialogues that begin alike": (
+        {"chosen": LONG_HH + " A red one.", "rejected": LONG_HH + " A red hat."},
+        pair(LONG_HH, " A red one.", " A red hat."),
+    ),
+    "texts": (pair("a", " b", "c"), pair("a", " b", "c")),
+    "texts beside a column of messages": (
+        {**pair("a", " b", " c"), "messages": [ASK, GREEN]},
+        {**pair("a", " b", " c"), "messages": [ASK, GREEN]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "expected"), PAIR_FORMS.values(), ids=PAIR_FORMS)
+def test_forms_of_a_pair(tmp_path, record, expected):
+    path = write_jsonl(tmp_path / "rows.jsonl", [record])
+    (row,) = read_jsonl(path, PAIR)
+    assert {name: row[name] for name in PAIR} == {name: expected[name] for name in PAIR}
+    (row,) = read_jsonl(path, dataset.SFT)  # Preferred-FT, on the same file
+    assert (row["prompt"], row["completion"]) == (expected["prompt"], expected["chosen"])
+    (row,) = read_jsonl(path, ("prompt",))  # a file of prompts
+    assert row["prompt"] == expected["prompt"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASK, GREEN]},
+        {"messages": [ASK, GREEN], "prompt": "Name a colour.", "prompt_id": "7"},
+        {"prompt": [ASK], "completion": [GREEN]},
+        {"completion": [ASK, GREEN], "tools": []},
+    ],
+)
+def test_forms_of_an_sft_row(tmp_path, record):
+    path = write_jsonl(tmp_path / "rows.jsonl", [record])
+    (row,) = read_jsonl(path, dataset.SFT)
+    assert (row["prompt"], row["completion"]) == (HH, " Green.")
+
+
+def test_a_prompt_as_messages(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": LONG_CHAT}])
+    assert read_jsonl(path, ("prompt",)) == [{"prompt": LONG_HH}]
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        (pair([{"role": "system", "content": "Hi"}, ASK], [GREEN], [SPOON]), "message 1 must hold the role 'user'"),
+        (pair([ASK, GREEN], [GREEN], [SPOON]), "message 3 must hold the role 'user'"),
+        (pair([ASK], [ASK], [SPOON]), "message 2 must hold the role 'assistant'"),
+        (pair([ASK], [{**GREEN, "tool_calls": [1]}], [SPOON]), "message 2 must hold the role 'assistant'"),
+        (pair([ASK], [assistant(None)], [SPOON]), "message 2 must hold the role 'assistant' and a text"),
+        (pair([ASK], [assistant(["a part"])], [SPOON]), "message 2 must hold"),
+        (pair([ASK], [GREEN], [{"from": "gpt", "value": "A spoon."}]), "message 2 must hold"),
+        (pair([user("\n\nAssistant: Hi")], [GREEN], [SPOON]), "message 1 holds the mark of another turn"),
+        (pair([ASK], [GREEN], " A spoon."), "beside a response that is no list of messages"),
+        (pair([ASK], [GREEN], [SPOON]) | {"tools": [{"name": "f"}]}, "messages beside tools"),
+        (pair("Name a tree.", [ASK, GREEN], [ASK, SPOON]), "'prompt' is a text, but not the first message"),
+        (pair("Name a colour.", [GREEN], [SPOON]), "'prompt' is a text, but not the first message"),
+        ({"chosen": [ASK, GREEN], "rejected": [user("Name a tree."), SPOON]}, "two different prompts"),
+        ({"chosen": [ASK, GREEN], "rejected": [ASK, GREEN, ASK, SPOON]}, "two different prompts"),
+        ({"chosen": [ASK], "rejected": [ASK]}, "no dialogue"),
+        ({"chosen": [ASK, GREEN, ASK], "rejected": [ASK, SPOON]}, "the human has the last word"),
+        ({"chosen": HH + " Green.", "rejected": LONG_HH + " A spoon."}, "two different prompts"),
+        ({"chosen": HH + " Green.", "rejected": HH + " A spoon." + "\n\nHuman: What?"}, "the human has the last word"),
+        ({"chosen": "A green film.", "rejected": "A green spoon."}, "no field 'prompt'"),  # where does the prompt end?
+    ],
+)  # fmt: skip
+def test_a_form_that_needs_a_guess_is_refused_with_its_line(tmp_path, record, fault):
+    path = write_jsonl(tmp_path / "rows.jsonl", [COLOUR, record])
+    with pytest.raises(UserError) as error:
+        read_jsonl(path, PAIR)
+    assert f"{path}, line 2: " in str(error.value) and fault in str(error.value) and "docs/data.md" in str(error.value)
+
+
+def test_files_of_any_name_and_packing(tmp_path, monkeypatch):
+    """The same rows in gzip under any name, with blank lines, in upper case, without an end, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    rows = [COLOUR, pair("a", " b", " c")]
+    raw = "\n\n \n".join(map(json.dumps, rows)).encode()
+    files = dict.fromkeys(("rows.jsonl.gz", "zipped.jsonl"), gzip.compress(raw))
+    files |= dict.fromkeys(("ROWS.JSONL", "rows.txt", "pairs"), raw)
+    files["two_parts.gz"] = gzip.compress(raw[:9]) + gzip.compress(raw[9:])
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+        assert read_jsonl(data.find(name, "pairs_train"), PAIR) == rows
+        assert list(texts(name)) == [text for row in rows for text in row.values()]
+    Path("folder").mkdir()
+    with pytest.raises(UserError, match="folder is a folder. Give the path of a file"):
+        data.find("folder", "pairs_train")
+    with pytest.raises(UserError, match="none.jsonl.gz not found"):
+        data.find("none.jsonl.gz", "pairs_train")
+
+
+def test_a_pipe_can_be_read_again(tmp_path):
+    rows = [COLOUR, pair("a", " b", " c")]
+    for name, pack in (("plain", bytes), ("packed", gzip.compress)):
+        os.mkfifo(tmp_path / name)
+        content = pack("\n".join(map(json.dumps, rows)).encode())
+        writer = threading.Thread(target=(tmp_path / name).write_bytes, args=[content])
+        writer.start()
+        found = data.find(str(tmp_path / name), "pairs_train")
+        assert read_jsonl(found, PAIR) == rows
+        writer.join()
+        found.unlink()  # so that a second open fails
+        assert list(texts(found))[3:] == ["a", " b", " c"]
+
+
+def test_texts_for_a_tokenizer(tmp_path):
+    path = write_jsonl(tmp_path / "rows", [{"messages": [ASK, GREEN]}, {"text": "a text", "n": "no text"}])
+    assert list(texts(path)) == [HH, " Green.", "a text"]
+    path.write_text("Two lines\n{of text}\n", encoding="utf-8")
+    assert list(texts(path)) == ["Two lines\n", "{of text}\n"]
+    with pytest.raises(UserError, match="line 1: no text"):
+        list(texts(write_jsonl(tmp_path / "rows.jsonl", [{"review": "a"}])))
+    (tmp_path / "rows.JSONL").write_text("a review\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        list(texts(tmp_path / "rows.JSONL"))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.tsv", "rows.parquet"])
+def test_the_command_that_the_error_names_makes_a_file_that_is_read(tmp_path, monkeypatch, capsys, name):
+    rows = [pair("a, b", ' "b"\n', " 1"), pair("None", " 007", " Größe")]
+    path = tmp_path / name
+    if name == "rows.json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif name == "rows.parquet":
+        pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, PAIR, delimiter="\t" if name == "rows.tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    with pytest.raises(UserError) as error:
+        read_jsonl(path, PAIR)
+    command = f"python -m data.convert {path}"
+    assert str(error.value).startswith(f"{path}, line 1: not ") and str(error.value).endswith(command)
+    monkeypatch.setattr(sys, "argv", command.split()[2:])
+    convert.main()
+    assert f"{path}.jsonl: 2 rows with prompt, chosen, rejected" in capsys.readouterr().out
+    assert read_jsonl(f"{path}.jsonl", PAIR) == rows
+    with pytest.raises(UserError, match="is there already. Add --overwrite"):
+        convert.main()
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("[1, 2]", "no rows"),
+        ("[{}", "is none"),
+        ('{"a": 1}', "on one line"),
+        ("a,b\n1,2,3\n", "not CSV"),
+        ("", "no rows"),
+        ("PAR1 and no more", "damaged Parquet"),
+    ],
+)
+def test_what_cannot_be_converted_says_so(tmp_path, monkeypatch, content, fault):
+    path = tmp_path / "rows"
+    path.write_text(content, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["convert", str(path)])
+    with pytest.raises(UserError, match=fault):
+        convert.main()
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+# ---- traps that are counted ----
+
+
+def test_traps_are_counted_one_line_each(tmp_path, capsys):
+    rows = [
+        pair("Name a tree.", "An oak.", " A bus."),  # one side runs into the prompt
+        pair("Name a tree.", "A bus.", " Name a tree. An oak."),  # one runs into it, one repeats it
+        pair("A", " b", "\nA"),  # repeats
+        pair("A ", "bit", " Ab"),  # neither: the blank is the prompt's, and "Ab" is another word
+        pair("p", " b", " c"),
+        pair("p", " c", " b"),  # the other label
+        pair("p", " c", " b"),  # twice, but the same two
+        pair("q", " c", " b"),
+        pair("q", " c", " c"),  # equal: not two labels
+        pair("", "b", "c"),
+    ]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    assert len(dataset.load_rows(path, PAIR, BYTES, 100)) == 9
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: 9 usable of 10 pairs, 1 dropped: equal responses",
+        f"{path}: 2 responses run into their prompt, without a blank between them.",
+        f"{path}: 2 responses begin with their whole prompt.",
+        f"{path}: 1 pairs have both labels, A over B and B over A.",
+    ]
+    dataset.load_rows(path, dataset.SFT, BYTES, 100)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"{path}: 2 responses run into their prompt, without a blank between them."
+    ]
+
+
+def test_held_out_prompts_that_occur_in_training_are_counted(tmp_path, capsys):
+    train = write_jsonl(tmp_path / "train.jsonl", [pair(text, " b", " c") for text in ("one", "two", "two")])
+    test = write_jsonl(tmp_path / "test.jsonl", [pair(text, " d", " e") for text in ("two", "three", "two")])
+    rows, held_out = dataset.load_split((train, test), PAIR, BYTES, 100)
+    assert (len(rows), held_out[1][0]) == (3, [EOT, *ids("three")])
+    line = f"{test}: 2 of 3 held-out rows have a prompt that also occurs in training."
+    assert capsys.readouterr().out.splitlines()[2:] == [line]
+    rows, held_out = dataset.load_split((train, None), PAIR, BYTES, 100)
+    assert held_out == [] and len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("pairs", PAIR), ("sft", dataset.SFT)])
+def test_the_toy_has_no_trap(capsys, kind, fields):
+    folder = ROOT / "data/toy_sentiment"
+    dataset.load_split((folder / f"{kind}_train.jsonl", folder / f"{kind}_test.jsonl"), fields, BYTES, 1024)
+    assert len(capsys.readouterr().out.splitlines()) == 2  # the counts of both files, and nothing else
+
+
+def test_only_our_own_ended_fields_are_ours(tmp_path):
+    row = {"prompt": "p", "completion": " good", "completion_ended": False, "prompt_ended": "2024", "trial_ended": 3}
+    records = read_jsonl(write_jsonl(tmp_path / "rows.jsonl", [row]), dataset.SFT)
+    rows, _ = encode(records, dataset.SFT, BYTES, 100)
+    assert rows == [([EOT, *ids("p")], ids(" good"))]
+    for name in ("chosen_ended", "completion_ended"):
+        with pytest.raises(UserError, match=f"line 1: '{name}' is 1; it must be true or false"):
+            read_jsonl(write_jsonl(tmp_path / "rows.jsonl", [{**row, name: 1}]), dataset.SFT)
+
+
 # ---- truncation ----
 
 PROMPT, LONG, SHORT = list(range(1, 21)), [31, 32, 33, 34, 35], [41, 42, 43]  # 20, 5 and 3 tokens; eot is 99
@@ -171,7 +423,7 @@ def test_no_row_is_longer_than_the_context_and_none_is_cut_without_need():
     for _ in range(500):
         n, a, b, max_length = (draw.randint(*ends) for ends in ((0, 30), (1, 20), (1, 20), (11, 40)))
         record = pair("p" * n, "c" * a, "r" * b)
-        rows, counts = encode_pairs([record], BYTES, max_length)
+        rows, counts = encode([record], PAIR, BYTES, max_length)
         ((prompt, chosen, rejected),) = rows
         batch = preference_batch(rows)
         assert max(side.ids.shape[1] for side in batch) <= max_length
@@ -191,7 +443,7 @@ def test_unusable_pairs_are_dropped_and_counted():
         pair("p" * 12, "good", "a good deal longer than that"),
         pair("p" * 16, "good", "bad"),
     ]
-    rows, counts = encode_pairs(records, BYTES, max_length=20)
+    rows, counts = encode(records, PAIR, BYTES, max_length=20)
     assert rows == [
         ([EOT, *ids("p")], [*ids("good"), EOT], [*ids("bad"), EOT]),
         ([EOT, *ids("p" * 8)], [*ids("good"), EOT], ids("a good deal")),
@@ -204,13 +456,13 @@ def test_unusable_pairs_are_dropped_and_counted():
         "prompt cut": 2,
         "response cut": 1,
     }
-    rows, counts = encode_pairs([pair("p" * 8, "good", "bad")], BYTES, max_length=9)
+    rows, counts = encode([pair("p" * 8, "good", "bad")], PAIR, BYTES, max_length=9)
     assert (rows, counts) == ([], {"pairs": 1, "dropped: no room for a response": 1})
 
 
 def test_a_response_its_sampler_cut_gets_no_eot():
     records = [pair("p", "good", "bad", chosen_ended=False), pair("p", "good", "bad", rejected_ended=False)]
-    rows, _ = encode_pairs(records, BYTES, 100)
+    rows, _ = encode(records, PAIR, BYTES, 100)
     assert rows == [
         ([EOT, *ids("p")], ids("good"), [*ids("bad"), EOT]),
         ([EOT, *ids("p")], [*ids("good"), EOT], ids("bad")),
@@ -229,15 +481,15 @@ def test_sft_rows_follow_the_same_rules():
 def test_preferred_ft_trains_on_the_chosen_which_may_not_have_ended(tmp_path):
     """A file of preferences as SFT rows: the chosen is the completion, with no eot where its sampler cut it."""
     records = [pair("p", "good", "bad"), {**pair("p", "go", "bad"), "chosen_ended": False}]
-    rows, _ = encode(dataset.read_sft(write_jsonl(tmp_path / "pairs.jsonl", records)), dataset.SFT, BYTES, 100)
+    rows, _ = encode(read_jsonl(write_jsonl(tmp_path / "pairs.jsonl", records), dataset.SFT), dataset.SFT, BYTES, 100)
     eot, spell = BYTES.eot, BYTES.encode
     assert rows == [([eot, *spell("p")], [*spell("good"), eot]), ([eot, *spell("p")], spell("go"))]
-    (row,) = dataset.read_sft(write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "p", "completion": "c"}]))
+    (row,) = read_jsonl(write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "p", "completion": "c"}]), dataset.SFT)
     assert row == {"prompt": "p", "completion": "c"}
 
 
 def test_load_rows_states_the_counts_and_refuses_a_file_with_nothing_usable(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [pair("p", "good", "bad"), pair("p", "same", "same")])
+    path = write_jsonl(tmp_path / "pairs.jsonl", [pair("p", " good", " bad"), pair("p", " same", " same")])
     assert len(dataset.load_rows(path, dataset.PAIR, BYTES, 100)) == 1
     assert capsys.readouterr().out == f"{path}: 1 usable of 2 pairs, 1 dropped: equal responses\n"
     write_jsonl(path, [pair("p", "same", "same")])
@@ -255,7 +507,7 @@ def test_trap02_no_merge_crosses_the_border():
         ("", " a film", "film"),
         ("a\n", "\n\na", " a"),
     ]:
-        rows, _ = encode_pairs([pair(prompt, chosen, rejected)], tokenizer, 100)
+        rows, _ = encode([pair(prompt, chosen, rejected)], PAIR, tokenizer, 100)
         for kept, response, text in ((rows[0][0], rows[0][1], chosen), (rows[0][0], rows[0][2], rejected)):
             assert kept == [tokenizer.eot, *tokenizer.encode(prompt)]
             assert tokenizer.decode(kept) == prompt and tokenizer.decode(response) == text

@@ -15,7 +15,6 @@ import experiments.make_pairs as make_pairs
 import train_dpo
 import train_sft
 from experiments.frontier import limit
-from experiments.frontier.baselines import ppo
 from minidpo import checkpoint, dataset
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import generate
@@ -83,7 +82,7 @@ def long_prompts(tmp_path):
     return write_jsonl(tmp_path / "long.jsonl", [{"prompt": text} for text in texts]), texts
 
 
-@pytest.mark.parametrize("module", [evaluate, make_pairs, limit, ppo])
+@pytest.mark.parametrize("module", [evaluate, make_pairs, limit])
 def test_every_command_cuts_a_long_prompt_on_the_left(module, home, tmp_path, long_prompts, monkeypatch, capsys):
     """The ids are the last ones of the prompt behind an eot, and leave room for the new tokens; one line says so."""
     file, texts = long_prompts
@@ -91,7 +90,6 @@ def test_every_command_cuts_a_long_prompt_on_the_left(module, home, tmp_path, lo
         evaluate: ("--policy", home / "dpo", "--reference", home / "sft", "--data", file),
         make_pairs: ("--policy", home / "sft", "--prompts", file, "--out", tmp_path / "pairs.jsonl"),
         limit: ("--reference", home / "sft", "--data", file, "--samples", 256, "--out", tmp_path / "limit.csv"),
-        ppo: ("--init", home / "sft", "--data", file, "--steps", 1, "--rollouts", 8, "--out", tmp_path / "ppo"),
     }[module]
     seen = []
     monkeypatch.setattr(
@@ -181,7 +179,7 @@ def test_a_completion_that_was_cut_gets_no_eot_in_training(make, home, tmp_path)
     _, tokenizer, _ = checkpoint.load(home / "sft")
     cut = 0
     for pair in pairs:  # hardly one ends within two tokens
-        for _, chosen, rejected in dataset.encode_pairs([pair], tokenizer, 40)[0]:
+        for _, chosen, rejected in dataset.encode([pair], dataset.PAIR, tokenizer, 40)[0]:
             assert (chosen[-1] == tokenizer.eot) == pair.get("chosen_ended", True)
             assert (rejected[-1] == tokenizer.eot) == pair.get("rejected_ended", True)
             cut += (chosen[-1] != tokenizer.eot) + (rejected[-1] != tokenizer.eot)

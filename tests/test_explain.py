@@ -60,7 +60,7 @@ def models(home):
 
 def the_row(home, record=PLAIN):
     tokenizer = Tokenizer.load(home / "dpo" / "bpe.json")
-    (row,), _ = dataset.encode_pairs([record], tokenizer, 128)
+    (row,), _ = dataset.encode([record], dataset.PAIR, tokenizer, 128)
     return row, tokenizer
 
 

@@ -22,7 +22,7 @@ from minidpo.scale import fast
 
 EOT = 96
 BETA = 0.5
-ODD = {  # rows as dataset.encode_pairs makes them: prompt with the eot before it, responses with the eot behind
+ODD = {  # rows as dataset.encode makes them: prompt with the eot before it, responses with the eot behind
     "empty prompt": ([EOT], [3, 1, EOT], [4, EOT]),
     "one-token responses": ([EOT, 5, 6], [3], [4]),
     "equal lengths": ([EOT, 5], [3, 1, EOT], [4, 2, EOT]),

@@ -228,18 +228,49 @@ def test_the_toy_sweep_is_the_papers_and_more():
     assert len(units) == len(set(units)) == 1 + 3 * (1 + 1 + 1 + 1 + 4 + 4 + 4 + 13)
 
 
+@pytest.mark.parametrize("method", ["ppo", "ppo-gt"])
+def test_ppo_maximises_the_learned_reward_of_the_drawn_ids_or_the_true_one_of_the_texts(swept, method, monkeypatch):
+    made = swept.parent
+    settings = frontier.Settings(
+        sft=str(made / "sft"), reward=str(made / "reward.pt"), out=str(swept), max_new_tokens=LONGEST, device="cpu"
+    )
+    setup, found = unit.Setup(settings), []
+    monkeypatch.setattr(unit.ppo, "train", lambda policy, reference, reward, *_: found.append(reward))
+    monkeypatch.setattr(checkpoint, "save", lambda *_: None)
+    unit.by_ppo(setup, sweeps.Unit(method, 0.5, 0))
+    eot, encode = setup.tokenizer.eot, setup.tokenizer.encode
+    ids = [[eot, *encode("The film")]] * 2, [encode(" is fun."), [*encode(" is fun."), eot]]  # one is cut, one ended
+    scores = found[0](common.Samples(["The film"] * 2, *ids, [" is fun."] * 2, [False, True]))
+    if method == "ppo":
+        assert scores == reward_model.load(swept / "reward_model_0")[0].score(*ids).tolist() and scores[0] != scores[1]
+    else:
+        assert scores == [SentimentClassifier.load(made / "reward.pt").log_odds("The film is fun.")] * 2
+
+
+def test_the_policies_are_kept(swept):
+    names = ["dpo_0.1_0", "dpo_2.0-adamw_0", "dpo_2.0_0", "ppo-gt_0.5_0", "ppo_0.5_0", "preferred-ft_0"]
+    assert sorted(path.name for path in (swept / "policies").iterdir()) == [*names, "unlikelihood_1.0_0"]
+    for name in names:
+        model, *_ = checkpoint.load(swept / "policies" / name)
+        assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), sft(swept).parameters(), strict=True))
+
+
+def sft(swept):
+    return checkpoint.load(swept.parent / "sft")[0]
+
+
 def test_a_learned_reward_is_brought_to_scale(made, tmp_path):
     """A reward a hundred times too small comes out with SD 1.5, on other samples than it was fitted to."""
     settings = frontier.Settings(sft=str(made / "sft"), out=str(tmp_path), max_new_tokens=LONGEST, device="cpu")
     setup = unit.Setup(settings)
     letters = SentimentClassifier.load(made / "reward.pt")
-    small = lambda prompts, responses, *ids: [score / 100 for score in letters(prompts, responses)]  # noqa: E731
+    small = lambda samples: [score / 100 for score in letters(samples.prompts, samples.texts)]  # noqa: E731
     scaled = unit.to_scale(setup, small, seed=0)
     prompts = [row["prompt"] for row in toy.rows("prompts_train", 2000)][-1000:]
     ids = [[setup.tokenizer.eot, *setup.tokenizer.encode(prompt)] for prompt in prompts]
     samples = generate(setup.sft, ids, LONGEST, setup.tokenizer.eot, generator=torch.Generator().manual_seed(7))
-    batch = prompts, [setup.tokenizer.decode(sample) for sample in samples], ids, samples
-    before, after = small(*batch), scaled(*batch)
+    batch = common.Samples(prompts, ids, samples, [setup.tokenizer.decode(sample) for sample in samples], None)
+    before, after = small(batch), scaled(batch)
     assert statistics.stdev(before) < 0.05 and statistics.stdev(after) == pytest.approx(1.5, rel=0.15)
     assert [y / x for x, y in zip(before, after, strict=True)] == pytest.approx([after[0] / before[0]] * len(before))
 

@@ -8,6 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from test_mistakes import load
 from tiny import call, fails
 from tqdm import tqdm
 
@@ -137,7 +138,7 @@ def test_a_mistake_of_the_gallery_loses_points_and_is_named(name):
     mistake = next(mistake for mistake in mistakes.GALLERY if mistake.name == name)
     module = mistake.file.removesuffix(".py").replace("/", "__")
     exercise, message = MESSAGES[name]
-    score, said = points(solution(**{module: mistakes.load(mistake)}), only=exercise)[exercise]
+    score, said = points(solution(**{module: load(mistake)}), only=exercise)[exercise]
     assert score < CASES and message in said
 
 

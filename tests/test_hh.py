@@ -308,7 +308,7 @@ def test_long_dialogues_lose_their_beginning_not_their_response(tmp_path, capsys
     prepared(slice_path(), tmp_path)
     records = dataset.read_jsonl(tmp_path / "pairs_test.jsonl", dataset.PAIR)
     tokenizer = Tokenizer.train([text for r in records for text in r.values()], 400)
-    rows, counts = dataset.encode_pairs(records, tokenizer, 256)
+    rows, counts = dataset.encode(records, dataset.PAIR, tokenizer, 256)
     assert counts["prompt cut"] > 10 and len(rows) == len(records)
     n_cut = 0
     for record, (prompt, *responses) in zip(records, rows, strict=True):

@@ -86,9 +86,10 @@ def lines(*patterns):
 
 def test_what_a_reader_is_asked_to_read():
     """The goals in CONTRIBUTING.md, and where a goal is not reached, today's number: no room may grow."""
-    assert lines("minidpo/*.py", "train_sft.py", "train_dpo.py") <= 2277  # goal: 2100
-    assert lines("experiments/**/*.py") <= 5230  # goal: 4900
+    assert lines("minidpo/*.py", "train_sft.py", "train_dpo.py") <= 2100
+    assert lines("experiments/**/*.py") <= 4900
     assert lines("minidpo/scale/*.py") <= 600
+    assert lines("minidpo/files/*.py") <= 400
     assert lines("train_dpo.py") <= 380
     (main,) = (
         n

@@ -8,13 +8,14 @@ each kind of place is met for certain.
 import json
 import os
 import random
+import re
 import signal
 import time
 
 import pytest
 import torch
 from children import start_stage
-from tiny import call, fails, write_data
+from tiny import call, write_data
 
 import train_dpo
 import train_sft
@@ -94,10 +95,10 @@ PLACES = {
     "step": (3, 1_500),
     "log": (3, 15),
     "save": (2, 8_000),
-    "move": (4, 2),  # two in a save: of the last checkpoint to checkpoint.prev.pt, of the new one to checkpoint.pt
+    "move": (2, 2),
 }
 DRAWN = ["load", "begin", "step", "step", "log", "save", "save", "move", "move", *4 * ["time"]]
-CERTAIN = [("save", 2, 4_000), ("move", 2, 0), ("finish", 1, 250)]  # mid-write, between the moves, in the report
+CERTAIN = [("save", 2, 4_000), ("move", 2, 0), ("finish", 1, 250)]  # mid-write, before the move, in the report
 
 
 @pytest.mark.parametrize("save_every", [1, 3])
@@ -122,51 +123,8 @@ def test_trap18_killed_at_random_and_resumed_is_the_unbroken_run(home, whole, tm
             time.sleep(seconds)
             os.kill(process.pid, signal.SIGKILL)
         assert process.join() == -signal.SIGKILL, (doom, log.read_text(encoding="utf-8"))
-        found.append({path.name for path in out.glob("checkpoint.*")})
+        found.append({re.sub(r"\d+", "N", path.name) for path in out.glob("checkpoint.*")})
     assert found[0] == set()
-    assert found[-3:] == [
-        {"checkpoint.pt", "checkpoint.prev.pt", "checkpoint.pt.part"},
-        {"checkpoint.prev.pt", "checkpoint.pt.part"},
-        {"checkpoint.pt"},
-    ]
+    assert found[-3:] == [{"checkpoint.pt", "checkpoint.pt.N.part"}] * 2 + [{"checkpoint.pt"}]
     assert go_on(stage, home, out, "--save-every", save_every).join() == 0, log.read_text(encoding="utf-8")
     assert differences(out, whole[stage]) == []
-
-
-def damage(path, how):
-    data = bytearray(path.read_bytes())
-    if how == "cut short":
-        path.write_bytes(data[: len(data) // 2])
-    elif how == "a bit flipped":  # among the weights, which are most of the file
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    else:
-        path.unlink()
-
-
-@pytest.mark.parametrize("how", ["cut short", "a bit flipped", "gone"])
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_trap18_from_the_checkpoint_before_where_the_newest_is_damaged(home, whole, tmp_path, stage, how, capsys):
-    out, log = tmp_path / "run", tmp_path / "log"
-    go_on(stage, home, out, "--save-every", 5, doom=("step", 13, 0)).join()
-    assert [line["step"] for line in read_metrics(out)] == list(range(1, 13))
-    damage(out / "checkpoint.pt", how)
-    _, _, state = checkpoint.load(out)
-    assert state["step"] == 5
-    assert f"Taking the checkpoint before it, {out / 'checkpoint.prev.pt'}" in capsys.readouterr().out
-    # killed once more before its next save: it still has what it went on from
-    go_on(stage, home, out, "--save-every", 5, doom=("step", 3, 0)).join()
-    assert [line["step"] for line in read_metrics(out)] == list(range(1, 8))
-    go_on(stage, home, out, "--save-every", 5, doom=("save", 2, 0)).join()
-    assert go_on(stage, home, out).join() == 0, log.read_text(encoding="utf-8")
-    assert differences(out, whole[stage]) == []
-
-
-def test_trap18_both_checkpoints_damaged_is_one_message(home, tmp_path, capsys):
-    out = tmp_path / "run"
-    go_on("dpo", home, out, "--save-every", 1, doom=("step", 4, 0)).join()
-    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-        damage(out / name, "a bit flipped")
-    flags = (*flags_of("dpo", home), "--out", out, "--resume")
-    message = fails(capsys, train_dpo.main, *flags)
-    assert f"{out / 'checkpoint.prev.pt'} is cut short or damaged" in message and "checksum" in message

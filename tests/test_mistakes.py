@@ -2,6 +2,8 @@
 
 import math
 import re
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,6 @@ from experiments.mistakes import (
     caught,
     copy,
     curves,
-    load,
     read_page,
     read_section,
     run_tests,
@@ -29,6 +30,14 @@ from minidpo.report import read_metrics
 BY_NAME = {mistake.name: mistake for mistake in GALLERY}
 EACH = pytest.mark.parametrize("mistake", GALLERY, ids=lambda mistake: mistake.name)
 HARMLESS = Mistake("harmless", "train_dpo.py", "# (7)", "# 7", "tests/test_loss.py::test_loss_starts_at_ln_2")
+
+
+def load(mistake):
+    """The mistake's file as a new module: `load(m).dpo_loss(...)`. The healthy module stays as it is."""
+    module = types.ModuleType(f"broken_{Path(mistake.file).stem}")
+    module.__file__ = str(ROOT / mistake.file)
+    exec(compile(broken(mistake), f"{mistake.file} with {mistake.name}", "exec"), module.__dict__)
+    return module
 
 
 @EACH
@@ -63,7 +72,7 @@ def test_a_missed_mistake_is_reported(monkeypatch, capsys):
     call(command.main, "--only", "no-log-sigmoid")
     assert "1 of 1 mistakes caught" in capsys.readouterr().out
     assert "Did you mean 'no-log-sigmoid'" in fails(capsys, command.main, "--only", "no-logsigmoid")
-    assert "--curves needs --init" in fails(capsys, command.main, "--curves", "x")
+    assert "/nowhere not found" in fails(capsys, command.main, "--curves", "x", "--init", "/nowhere")
 
 
 def test_what_is_no_failed_test_is_an_error(tmp_path):

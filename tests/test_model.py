@@ -13,12 +13,14 @@ from conftest import need
 from tiny import call, contents, fails
 
 from minidpo import checkpoint
+from minidpo.dataset import preference_batch
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import generate
-from minidpo.scale import weights
+from minidpo.scale import fast, weights
 from minidpo.scale.weights import load_pretrained, save_pretrained
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
+from train_dpo import response_logps
 
 try:
     import safetensors.torch
@@ -336,6 +338,154 @@ def test_trap13_the_hubs_style_of_file(hugging, tensors, tmp_path):
     assert torch.equal(loaded.wpe.weight, hub["wpe.weight"].half().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_head_stored_alone_is_the_embedding(hugging, tensors, tmp_path, dtype):
+    alone = {name.replace("transformer.wte", "lm_head"): tensor.to(dtype) for name, tensor in tensors.items()}
+    assert "lm_head.weight" in alone and len(alone) == len(tensors)
+    model = load_pretrained(write_folder(tmp_path, alone))
+    assert torch.equal(model.wte.weight, tensors["transformer.wte.weight"].to(dtype).float())
+    if dtype == torch.float32:
+        same_logits(model, hugging[0])
+    twice = load_pretrained(write_folder(tmp_path, alone | {"transformer.wte.weight": alone["lm_head.weight"].clone()}))
+    assert checkpoint.fingerprint(twice) == checkpoint.fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("lm_head.weight", lambda t: t["transformer.wte.weight"] + 1e-3 * torch.eye(211, 32)),  # untied in training
+        ("lm_head.weight", lambda t: t["transformer.wte.weight"][:210].clone()),
+        ("lm_head.bias", lambda t: torch.zeros(211)),
+        ("h.1.attn.bias", lambda t: torch.ones(1, 1, 24, 24).tril() + torch.eye(24, 24).roll(1, 1)),  # sees the next
+        ("h.1.attn.bias", lambda t: torch.ones(24)),
+        ("transformer.h.1.attn.masked_bias", lambda t: torch.tensor(0.0)),
+        ("wte.weight", lambda t: t["transformer.wte.weight"].clone()),  # there twice
+    ],
+)
+def test_a_tensor_that_the_model_would_not_use_is_refused_by_name(tensors, tmp_path, name, values):
+    with pytest.raises(UserError, match=f"model.safetensors: holds '{name}', which GPT-2 does not have"):
+        load_pretrained(write_folder(tmp_path, tensors | {name: values(tensors)}))
+
+
+def test_several_files_of_weights(hugging, tensors, tmp_path):
+    """As transformers writes a large model. The first file also has an old mask of a later layer, and the head."""
+    model, _ = hugging
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    paths = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(paths) > 2 and (tmp_path / "model.safetensors.index.json").exists()
+    same_logits(load_pretrained(tmp_path), model)
+    first = safetensors.torch.load_file(paths[0])
+    head = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+    safetensors.torch.save_file(first | head | {"h.2.attn.bias": torch.ones(1, 1, 24, 24).tril()}, paths[0])
+    same_logits(load_pretrained(tmp_path), model)
+    safetensors.torch.save_file(first | {"lm_head.weight": -head["lm_head.weight"]}, paths[0])
+    with pytest.raises(UserError, match=f"{paths[0].name}: holds 'lm_head.weight'"):
+        load_pretrained(tmp_path)
+    safetensors.torch.save_file(first, paths[0])
+    paths[1].rename(tmp_path / "away")
+    with pytest.raises(UserError, match="safetensors: lacks .* tensors in all"):
+        load_pretrained(tmp_path)
+    (tmp_path / "away").rename(paths[1])
+    paths[-1].write_bytes(paths[-1].read_bytes()[:-10])
+    with pytest.raises(UserError, match=f"{paths[-1].name} is damaged or not a safetensors file"):
+        load_pretrained(tmp_path)
+
+
+def test_pytorch_model_bin_comes_with_the_line_that_converts_it(hugging, tmp_path):
+    model, folder = hugging
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(UserError, match="model.safetensors not found.*pytorch_model.bin: python -c") as stop:
+        load_pretrained(tmp_path)
+    exec(str(stop.value).rpartition('python -c "')[2].rstrip('"'), {})
+    same_logits(load_pretrained(tmp_path), model)
+
+
+# ---- more rows than tokens ----
+
+
+@pytest.fixture
+def padded(tmp_path):
+    """(transformers' model, tokenizer, folder): the rows after the tokens would win every softmax over all rows."""
+    need(transformers, "needs transformers and safetensors: pip install minidpo[hf,bench]")
+    tokenizer = Tokenizer.train(["a film as fine as this film"] * 3, 268)
+    ours = random_model(vocab_size=320)
+    with torch.no_grad():
+        ours.wte.weight[:268] *= 0.5
+        ours.wte.weight[268:] *= 20  # large, of either sign: the best of 52 is above all others
+    save_pretrained(ours, tmp_path / "made", tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "made").save_pretrained(tmp_path / "hf")
+    return theirs, tokenizer, tmp_path / "hf"
+
+
+@torch.no_grad()
+def test_rows_without_a_token_have_no_logits_and_are_never_sampled(padded, tmp_path, capsys):
+    theirs, tokenizer, folder = padded
+    assert not (folder / "bpe.json").exists() and (folder / "tokenizer.json").exists()
+    checkpoint.save(tmp_path / "run", *checkpoint.load(folder)[:2])
+    assert "the tokenizer has 268 tokens, the model 320. Those from id 268 on are never used" in capsys.readouterr().out
+    ids = random_ids(3, 24, vocab_size=268)
+    wanted = theirs(ids).logits
+    assert (wanted.argmax(-1) >= 268).float().mean() > 0.9
+    for where in (folder, tmp_path / "run"):
+        model, loaded, _ = checkpoint.load(where)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        torch.testing.assert_close(model.eval()(ids), wanted[..., :268], rtol=0, atol=1e-4)
+        for temperature in (0, 1.0, 5.0):
+            prompts = [[tokenizer.eot]] * 20
+            samples = generate(
+                model, prompts, 20, tokenizer.eot, temperature, generator=torch.Generator().manual_seed(0)
+            )
+            assert max(map(max, samples)) < 268
+
+
+def test_what_is_scored_is_what_can_be_sampled(padded):
+    """The log-probabilities of all tokens sum to 1, plain and --fast; the other rows get no gradient."""
+    model, tokenizer, _ = checkpoint.load(padded[2])
+    model = model.double()
+    total = 0
+    for first in range(0, 268, 67):
+        pairs = [([tokenizer.eot, 5, 9], [i], [i, 3]) for i in range(first, first + 67)]
+        batch = preference_batch(pairs)
+        plain, quick = response_logps(model, batch), fast.response_logps(model, batch)
+        torch.testing.assert_close(quick, plain, rtol=1e-9, atol=1e-9)
+        total += plain[0].exp().sum().item()
+    assert total == pytest.approx(1, abs=1e-9)
+    for logps in (plain, quick):
+        gradient = torch.autograd.grad(sum(logps).sum(), model.wte.weight, retain_graph=True)[0]
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        assert gradient.shape == (320, 32) and gradient[:268].any() and not gradient[268:].any()
+
+
+def test_rows_without_a_token_are_kept_bit_for_bit(padded, tmp_path, capsys):
+    _, tokenizer, folder = padded
+    model, *_ = checkpoint.load(folder)
+    checkpoint.save(tmp_path / "run", model, tokenizer)
+    call(weights.main, "--run", tmp_path / "run", "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["vocab_size"] == 320
+    again, its_tokenizer, _ = checkpoint.load(tmp_path / "out")
+    assert checkpoint.fingerprint(again) == checkpoint.fingerprint(model) and again.config == model.config
+    assert its_tokenizer.fingerprint == tokenizer.fingerprint
+    Tokenizer(tokenizer.tokens[:-1]).save(tmp_path / "run" / "bpe.json")  # a run says how many tokens it has
+    with pytest.raises(UserError, match="the tokenizer has 267 tokens and the model 268"):
+        checkpoint.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("end, fine", [(267, True), (None, True), (50256, True), (0, False), (319, False)])
+def test_an_end_of_text_that_the_tokenizer_does_not_have_is_refused(padded, end, fine):
+    folder = padded[2]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": end}), encoding="utf-8")
+    if fine:  # 50256 is what transformers writes if nobody says anything, and here no token
+        assert checkpoint.load(folder)[1].eot == 267
+    else:
+        with pytest.raises(UserError, match=f"config.json: eos_token_id is {end}, but <.endoftext.> has id 267"):
+            checkpoint.load(folder)
+
+
 @pytest.mark.parametrize(
     "field, value, fine",
     [
@@ -480,6 +630,32 @@ def test_where_the_tokenizer_of_a_gpt2_folder_comes_from(tmp_path, monkeypatch):
     save_pretrained(random_model(vocab_size=50257, n_layer=1, n_embd=8), tmp_path / "gpt2s")
     _, loaded, _ = checkpoint.load(tmp_path / "gpt2s")
     assert loaded.vocab_size == 50257
+    save_pretrained(random_model(vocab_size=50304, n_layer=1, n_embd=8), tmp_path / "gpt2s")  # a multiple of 64
+    model, loaded, _ = checkpoint.load(tmp_path / "gpt2s")
+    assert (loaded.vocab_size, model.config.vocab_size, model.config.extra_rows) == (50257, 50257, 47)
+    for name in ("tokenizer_config.json", "added_tokens.json", "spiece.model", "vocab.txt", "merges.txt"):
+        (tmp_path / "gpt2s" / name).touch()
+        with pytest.raises(UserError, match=f"no vocab.json, and 50304 tokens are not GPT-2's beside {name}"):
+            checkpoint.load(tmp_path / "gpt2s")
+        (tmp_path / "gpt2s" / name).unlink()
+    save_pretrained(random_model(vocab_size=50305, n_layer=1, n_embd=8), tmp_path / "gpt2s")
+    with pytest.raises(UserError, match="50305 tokens are not GPT-2"):
+        checkpoint.load(tmp_path / "gpt2s")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilgpt2", "openai-community/gpt2-medium", "distilbert/distilgpt2"])
+def test_the_names_of_gpt2_on_the_hub(tmp_path, monkeypatch, name):
+    """The tokenizer is the one of the folder that was downloaded."""
+    need(transformers, "needs huggingface_hub: pip install minidpo[hf]")
+    import huggingface_hub
+
+    tokenizer = Tokenizer.train(["a film as fine as this film"] * 3, 265)
+    save_pretrained(random_model(vocab_size=265), tmp_path / "hub", tokenizer)
+    (tmp_path / "hub" / "bpe.json").unlink()
+    download = {name: str(tmp_path / "hub")}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: download[name])
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.load(name)[1].fingerprint == tokenizer.fingerprint
 
 
 def test_a_hub_name_is_downloaded_without_the_files_we_do_not_read(tmp_path, monkeypatch):
@@ -522,16 +698,14 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
 
 
 def test_without_the_extra_the_message_names_it(monkeypatch, tmp_path):
-    write = lambda folder: save_pretrained(random_model(), folder)  # noqa: E731
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text('{"n_positions": 9, "vocab_size": 9, "n_layer": 1, "n_head": 1, "n_embd": 8}')
     cases = (("huggingface_hub", load_pretrained, "gpt2"), ("safetensors", load_pretrained, tmp_path))
-    for package, function, name in (*cases, ("safetensors", write, tmp_path / "new")):
+    for package, function, name in cases:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(UserError, match=rf'{name}.* needs the extra hf: pip install -e "\.\[hf\]"'):
                 function(name)
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -544,6 +718,8 @@ def test_a_model_of_any_precision_is_written_as_it_is(dtype, tmp_path):
     assert all(tensor.dtype == dtype for tensor in stored.values())
     assert torch.equal(stored["transformer.h.1.mlp.c_fc.weight"], model.h[1].mlp.c_fc.weight.T)
     assert torch.equal(stored["transformer.wte.weight"], model.wte.weight)
+    safetensors.torch.save_file(stored, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert checkpoint.fingerprint(model) == before and all(w.is_contiguous() for w in model.parameters())
 
 
@@ -555,7 +731,7 @@ def test_a_disk_that_is_full_leaves_the_earlier_export_as_it_was(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the largest file that may be written, in bytes
     try:
-        with pytest.raises(OSError, match="model.safetensors: .*File too large"):
+        with pytest.raises(OSError, match="File too large: .*model.safetensors"):
             save_pretrained(model, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

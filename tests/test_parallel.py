@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from children import start, start_stage
-from tiny import call, write_data
+from tiny import call, write_data, write_jsonl
 
 import train_dpo
 import train_sft
@@ -124,6 +124,23 @@ def test_sft_by_two_is_the_run_of_one_process(home, tmp_path):
     assert by_two("sft", flags_of("sft", home, tmp_path / "two"), tmp_path) == [0, 0]
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "log1").read_bytes() == b""
+
+
+@pytest.mark.parametrize(("stage", "main"), [("sft", train_sft.main), ("dpo", train_dpo.main)])
+def test_one_row_for_two_processes(home, tmp_path, stage, main):
+    """One of them has nothing to do in any step."""
+    row = {"prompt": "The film", "completion": " is fun.", "chosen": " is fun.", "rejected": " is dull."}
+    data = write_jsonl(tmp_path / "one.jsonl", [row])
+    flags = ("--data", data, "--init", home / "start", "--epochs", 6, "--warmup-steps", 2, "--lr", 1e-3)
+    call(main, *flags, "--out", tmp_path / "one" / "run")
+    assert by_two(stage, (*flags, "--out", tmp_path / "two" / "run"), tmp_path) == [0, 0]
+    assert_same_run(tmp_path / "one" / "run", tmp_path / "two" / "run")
+
+
+def test_an_error_is_shown_once(home, tmp_path):
+    process = torchrun("train_dpo.py", *flags_of("dpo", home, tmp_path / "run", "--beta", 0))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode and err.count("error: --beta 0.0: must be above 0") == 1
 
 
 def test_ctrl_c_stops_both_after_the_same_step_and_one_process_goes_on(home, tmp_path):

@@ -6,26 +6,16 @@ shares with DPO.
 """
 
 import copy
-import importlib.util
-import json
 import math
 
 import pytest
-import tiny
 import torch
-from conftest import need
 from test_theory import EOT, PROMPTS, RESPONSES, SYMBOLS, every_logp, objective, optimum
 
-import train_sft
-from experiments import evaluate
-from experiments.frontier.baselines import ppo, reward_model
-from experiments.rewards import SentimentClassifier
-from minidpo import checkpoint
+from experiments.frontier.baselines import ppo
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
-from minidpo.report import read_metrics
 from minidpo.settings import UserError
-from minidpo.tokenizer import Tokenizer
 from train_dpo import token_logps
 
 SINGLE = [(y,) for y in range(SYMBOLS)]  # the bandit's responses
@@ -53,19 +43,18 @@ def gpt(seed=0, n_embd=16, std=0.3, dtype=torch.float32):
 
 
 def settings(**knobs):
-    small = dict(rollouts=256, minibatch_size=128, epochs=2, max_new_tokens=4, value_clip=1.0, lr=3e-3, value_lr=1e-2)
-    return ppo.Settings("", "", "", **{**small, **knobs})
+    return ppo.Settings(**{**dict(max_new_tokens=4, warmup_steps=0, lr=3e-3, value_lr=1e-2), **knobs})
 
 
 def train_on(rewards, responses, reference, **knobs):
     """PPO from `reference` on a table of rewards (3 prompts, len(responses)) -> the policy and each step's metrics."""
     table = {(x, tuple(y)): rewards[x][j].item() for x in range(3) for j, y in enumerate(responses)}
 
-    def reward(prompts, texts, prompt_ids, response_ids):
-        return [table[x[1], tuple(y)] for x, y in zip(prompt_ids, response_ids, strict=True)]
+    def reward(samples):
+        return [table[x[1], tuple(y)] for x, y in zip(samples.prompt_ids, samples.ids, strict=True)]
 
     policy, seen = copy.deepcopy(reference), []
-    on_step = lambda step, metrics, state: seen.append(metrics)  # noqa: E731
+    on_step = lambda step, metrics: seen.append(metrics)  # noqa: E731
     ppo.train(policy, reference, reward, ["0", "1", "2"], Symbols(), settings(**knobs), on_step)
     return policy, seen
 
@@ -76,7 +65,7 @@ def sampled(policy, reference=None, reward=None, n=64, **knobs):
     torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(5))
     ids = [PROMPTS[i % 3] for i in range(n)]
     rollout = ppo.roll_out(
-        policy, value, reference or policy, reward or (lambda *texts_and_ids: [float(i) for i in range(n)]),
+        policy, value, reference or policy, reward or (lambda samples: [float(i) for i in range(n)]),
         [str(x[1]) for x in ids], Symbols(), settings(**knobs), torch.Generator().manual_seed(1),
     )  # fmt: skip
     return rollout, value
@@ -202,14 +191,14 @@ def test_rollout_logps_are_those_of_the_sampled_ids_one_response_at_a_time():
     policy, reference = gpt(0, dtype=torch.float64), gpt(1, dtype=torch.float64)
     drawn = {}
 
-    def reward(prompts, responses, prompt_ids, response_ids):
-        drawn.update(prompts=prompts, responses=responses, prompt_ids=prompt_ids, ids=response_ids)
-        return [float(len(ids)) for ids in response_ids]
+    def reward(samples):
+        drawn.update(samples._asdict())
+        return [float(len(ids)) for ids in samples.ids]
 
     rollout, value = sampled(policy, reference, reward, max_new_tokens=3)
     cut = [ids for ids in drawn["ids"] if EOT not in ids]
     assert cut and len(cut) < len(drawn["ids"]) and {len(ids) for ids in cut} == {3}
-    assert drawn["responses"] == [Symbols().decode(ids) for ids in drawn["ids"]]
+    assert drawn["texts"] == [Symbols().decode(ids) for ids in drawn["ids"]]
     assert rollout.scores.tolist() == [len(ids) for ids in drawn["ids"]]
     for n, (x, y) in enumerate(zip(drawn["prompt_ids"], drawn["ids"], strict=True)):
         here = slice(len(x) - 1, len(x) + len(y) - 1)
@@ -220,8 +209,6 @@ def test_rollout_logps_are_those_of_the_sampled_ids_one_response_at_a_time():
             expected = token_logps(model(row)[:, len(x) - 1 :], torch.tensor([y]))[0]
             torch.testing.assert_close(got[n, here], expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(rollout.values[n, here], value(row)[0, here], rtol=0, atol=1e-12)
-        p = policy(row)[0, here].softmax(-1)
-        torch.testing.assert_close(rollout.entropies[n, here], -(p * p.log()).sum(-1), rtol=0, atol=1e-12)
 
 
 def test_trap8_in_bf16_the_policy_starts_at_the_reference():
@@ -266,13 +253,13 @@ def test_the_value_model_shares_nothing_with_the_policy_and_learns_the_unwhitene
 
 @pytest.mark.parametrize("still", ["lr", "value_lr"])
 def test_each_network_has_its_own_learning_rate(still):
-    policy, states = gpt(), []
-    reward = lambda prompts, responses, prompt_ids, response_ids: [float(len(ids)) for ids in response_ids]  # noqa: E731
+    policy = gpt()
+    reward = lambda samples: [float(len(ids)) for ids in samples.ids]  # noqa: E731
     knobs = settings(steps=1, rollouts=8, **{still: 0.0})
-    ppo.train(policy, gpt(), reward, ["0"], Symbols(), knobs, lambda step, metrics, state: states.append(state))
+    value = ppo.train(policy, gpt(), reward, ["0"], Symbols(), knobs)
     moved = {
         "lr": any((a != b).any() for a, b in zip(policy.parameters(), gpt().parameters(), strict=True)),
-        "value_lr": bool((states[0]["value"]["head.weight"] != 0).any()),  # where it begins
+        "value_lr": bool((value.head.weight != 0).any()),  # where it begins
     }
     assert moved == {"lr": still != "lr", "value_lr": still != "value_lr"}
 
@@ -334,95 +321,20 @@ def test_the_controller_leads_the_kl_to_its_target():
         assert following["kl_coef"] == ppo.next_kl_coef(m["kl_coef"], m["kl"], 0.3, 0.5)
 
 
-# ---- the command ----
+def test_a_long_prompt_is_cut_on_the_left(capsys):
+    """The ids are the last ones of the prompt behind an eot; one line says so."""
+    seen = []
 
+    def reward(samples):
+        seen.extend(map(tuple, samples.prompt_ids))
+        return [float(len(ids)) for ids in samples.ids]
 
-@pytest.fixture(scope="module")
-def sft(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ppo")
-    tiny.write_data(folder)
-    tiny.call(train_sft.main, "--data", folder / "sft.jsonl", "--preset", "toy", "--out", folder / "sft", "--epochs", 2)
-    # this model writes no English: a reward that tells its rows apart by the prompt and by single letters
-    letters = {letter: 0.1 * i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
-    SentimentClassifier({"film": 2.0, "story": -1.0, "cast": 0.5, **letters}, 0.0).save(folder / "reward.pt")
-    return folder
-
-
-def command(folder, out, *argv, draw=False):
-    files = ("--data", folder / "sft.jsonl", "--init", folder / "sft", "--reward", folder / "reward.pt", "--out", out)
-    steps = ("--steps", 4, "--rollouts", 8, "--minibatch-size", 4, "--epochs", 1, "--lr", 1e-3, "--max-new-tokens", 12)
-    tiny.call(ppo.main, *files, *steps, "--device", "cpu", "--samples", 2, *argv, draw=draw)
-
-
-def test_command_writes_a_run_that_evaluate_reads_and_leaves_the_reference_alone(sft, tmp_path, capsys):
-    before = tiny.contents(sft / "sft")
-    command(sft, tmp_path / "ppo")
-    assert tiny.contents(sft / "sft") == before
-    metrics = [json.loads(line) for line in open(tmp_path / "ppo" / "metrics.jsonl", encoding="utf-8")]
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and abs(metrics[0]["kl"]) < 1e-4
-    names = {"reward", "kl", "kl_coef", "entropy", "loss/policy", "loss/value", "clip_fraction", "lr", "seconds"}
-    assert names <= metrics[0].keys() and all(math.isfinite(v) for m in metrics for v in m.values())
-    tiny.call(
-        evaluate.main, "--policy", tmp_path / "ppo", "--reference", sft / "sft", "--data", sft / "sft.jsonl",
-        "--reward", sft / "reward.pt", "--limit", 4, "--device", "cpu", "--json", tmp_path / "eval.json",
-    )  # fmt: skip
-    assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["kl_exact"] > 0
-
-
-def test_the_reward_may_be_a_reward_model(sft, tmp_path, capsys):
-    """It is asked about the very ids that were drawn, and must come from the same tokenizer."""
-    pairs = [
-        {"prompt": f"{subject} film", "chosen": chosen, "rejected": rejected}
-        for subject in ("The", "This", "A") for chosen, rejected in ((" aa.", " zz."), (" bad day.", " buzz."))
-    ]  # fmt: skip
-    tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    knobs = ("--epochs", 20, "--lr", 1e-3, "--warmup-steps", 2, "--samples", 0, "--device", "cpu")
-    files = ("--data", tmp_path / "pairs.jsonl", "--init", sft / "sft", "--out", tmp_path / "reward")
-    tiny.call(reward_model.main, *files, *knobs)
-    command(sft, tmp_path / "ppo", "--reward", tmp_path / "reward")
-    assert all(math.isfinite(m["reward"]) for m in read_metrics(tmp_path / "ppo"))
-
-    _, tokenizer, _ = checkpoint.load(sft / "sft")
-    model, _ = reward_model.load(tmp_path / "reward")
-    reward = ppo.load(str(tmp_path / "reward"), tokenizer, "cpu")
-    prompt, response = [tokenizer.eot, *tokenizer.encode("The film")], tokenizer.encode(" aa.")
-    ids = [response, [*response, tokenizer.eot]]  # a response that was cut, and one that ended
-    scores = reward(["unread"] * 2, ["unread"] * 2, [prompt] * 2, ids)
-    assert scores == [model.score([prompt], [one]).item() for one in ids] and scores[0] != scores[1]
-
-    with pytest.raises(UserError, match="another tokenizer"):
-        ppo.load(str(tmp_path / "reward"), Tokenizer.train(["abc abc abc"], 260), "cpu")
-    with pytest.raises(UserError, match="not a reward model"):
-        ppo.load(str(sft / "sft"), tokenizer, "cpu")
-
-
-def test_the_picture_shows_reward_kl_and_its_price(sft, tmp_path, monkeypatch):
-    need(importlib.util.find_spec("matplotlib"), "no matplotlib")
-    from matplotlib.axes import Axes
-
-    titles, set_title = [], Axes.set_title
-
-    def noting(self, title, **style):
-        titles.append(title)
-        return set_title(self, title, **style)
-
-    monkeypatch.setattr(Axes, "set_title", noting)
-    command(sft, tmp_path / "ppo", draw=True)
-    assert {"reward", "kl", "kl_coef"} <= set(titles) and (tmp_path / "ppo" / "curves.png").stat().st_size > 0
-
-
-def test_trap18_a_resumed_run_ends_in_the_same_weights(sft, tmp_path):
-    command(sft, tmp_path / "whole")
-    command(sft, tmp_path / "parts", "--max-steps", 2)
-    command(sft, tmp_path / "parts", "--max-steps", 4, "--resume")
-    (whole, _, state), (parts, _, other) = (checkpoint.load(tmp_path / name) for name in ("whole", "parts"))
-    for name, weight in whole.state_dict().items():
-        assert torch.equal(weight, parts.state_dict()[name]), name
-    assert state["kl_coef"] == other["kl_coef"] and state["step"] == other["step"] == 4
-    assert all(torch.equal(weight, other["value"][name]) for name, weight in state["value"].items())
+    ppo.train(gpt(), gpt(), reward, ["0121012", "2"], Symbols(), settings(steps=2, rollouts=8))
+    assert set(seen) == {(EOT, 1, 0, 1, 2), (EOT, 2)}  # the context holds 5
+    assert capsys.readouterr().out.count("1 of 2 prompts cut on the left to 4 tokens") == 1
 
 
 def test_a_reward_that_is_not_finite_is_refused():
     with pytest.raises(UserError, match="not a finite number"):
-        nan = lambda prompts, responses, prompt_ids, response_ids: [math.nan] * len(prompts)  # noqa: E731
+        nan = lambda samples: [math.nan] * len(samples.ids)  # noqa: E731
         ppo.train(gpt(), gpt(), nan, ["0"], Symbols(), settings(steps=1))

@@ -20,7 +20,7 @@ import torch
 from tiny import call, contents, fails, write_data
 
 import minidpo.checkpoint
-import minidpo.files
+import minidpo.files.writing
 import train_dpo
 import train_sft
 from minidpo import checkpoint, dataset
@@ -49,7 +49,8 @@ def home(tmp_path_factory):
 
 
 def sft(home, out, *flags, **how):
-    call(train_sft.main, "--data", home / "sft.jsonl", "--out", out, *SFT, *flags, **how)
+    own = SFT[2:] if "--init" in flags else SFT  # a model to start from has its own shape
+    call(train_sft.main, "--data", home / "sft.jsonl", "--out", out, *own, *flags, **how)
 
 
 def dpo(home, out, *flags, **how):
@@ -723,7 +724,7 @@ def test_help_states_every_default(name, monkeypatch, capsys):
     assert lines
     for line in lines:
         flag = line.split()[0].rstrip(",")
-        assert f"[{flag}" not in usage or "(default" in line, line  # a flag without brackets must be given
+        assert f"[{flag}" not in usage or "(default" in line or "(required)" in line, line
 
     if not hasattr(module, "Settings"):
         return
@@ -886,7 +887,7 @@ class FullDisk:
         self.file, self.room = file, room
 
     def write(self, chunk):
-        self.room -= len(bytes(chunk))
+        self.room -= len(chunk)
         if self.room < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(chunk)
@@ -908,10 +909,10 @@ def test_full_disk_is_one_message_and_leaves_the_last_checkpoint(home, tmp_path,
     stage(home, tmp_path / "two", "--max-steps", 2)
     saved, replace = [], os.replace
 
-    def full_open(path, mode):
-        if Path(path).name == "checkpoint.pt.part":
+    def full_open(path, mode, **how):
+        if re.fullmatch(r"checkpoint\.pt\.\d+\.part", Path(path).name):
             saved.append(path)
-        file = open(path, mode)
+        file = open(path, mode, **how)
         return FullDisk(file, room) if room != "replace" and len(saved) > 2 else file
 
     def full_replace(source, target):
@@ -919,8 +920,8 @@ def test_full_disk_is_one_message_and_leaves_the_last_checkpoint(home, tmp_path,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(minidpo.files, "open", full_open, raising=False)
-    monkeypatch.setattr(minidpo.files.os, "replace", full_replace)
+    monkeypatch.setattr(minidpo.files.writing, "open", full_open, raising=False)
+    monkeypatch.setattr(minidpo.files.writing.os, "replace", full_replace)
     with pytest.raises(SystemExit) as stop:
         stage(home, tmp_path / "run", "--save-every", 1)
     message = capsys.readouterr().err
@@ -931,13 +932,13 @@ def test_full_disk_is_one_message_and_leaves_the_last_checkpoint(home, tmp_path,
 
 
 def test_full_disk_in_the_log_is_one_message_with_its_name(home, tmp_path, monkeypatch, capsys):
-    begin = train_dpo.Run._open
+    room = iter([1000, 500, 0])
 
-    def begin_on_full_disk(self, *args):
-        begin(self, *args)
-        self._metrics = FullDisk(self._metrics, 1000)
+    def full_open(path, mode, **how):
+        file = open(path, mode, **how)
+        return FullDisk(file, next(room)) if Path(path).name == "metrics.jsonl" and mode == "a" else file
 
-    monkeypatch.setattr(train_dpo.Run, "_open", begin_on_full_disk)
+    monkeypatch.setattr(minidpo.run, "open", full_open, raising=False)
     with pytest.raises(SystemExit) as stop:
         dpo(home, tmp_path / "run")
     message = capsys.readouterr().err
@@ -952,10 +953,10 @@ def test_unwritable_folder_is_one_message(home, tmp_path, stage, monkeypatch, ca
     message = capsys.readouterr().err
     assert stop.value.code == 2 and str(tmp_path / "file") in message and message.count("error:") == 1
 
-    def denied(path, mode):
+    def denied(path, mode, **how):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(minidpo.files, "open", denied, raising=False)  # root may write anywhere
+    monkeypatch.setattr(minidpo.files.writing, "open", denied, raising=False)  # root may write anywhere
     with pytest.raises(SystemExit) as stop:
         stage(home, tmp_path / "run")
     message = capsys.readouterr().err
@@ -966,8 +967,8 @@ def test_unwritable_folder_is_one_message(home, tmp_path, stage, monkeypatch, ca
 
 def test_a_write_that_fails_for_another_reason_says_which_and_leaves_the_file(tmp_path):
     """`atomic` names the file in an OSError; any other error passes as it is."""
-    minidpo.files.atomic_write(tmp_path / "file", "before")
-    with pytest.raises(RuntimeError, match="^mine$"), minidpo.files.atomic(tmp_path / "file") as file:
+    minidpo.files.writing.atomic_write(tmp_path / "file", "before")
+    with pytest.raises(RuntimeError, match="^mine$"), minidpo.files.writing.atomic(tmp_path / "file") as file:
         file.write(b"half")
         raise RuntimeError("mine")
     assert contents(tmp_path) == {"file": b"before"}

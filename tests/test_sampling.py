@@ -173,7 +173,8 @@ def test_top_k_and_top_p_reach_the_samples():
     greedy = generate(model, PROMPTS, 6, NEVER, temperature=0)
     assert generate(model, PROMPTS, 6, NEVER, top_k=1, generator=seeded()) == greedy
     assert generate(model, PROMPTS, 6, NEVER, top_p=1e-6, generator=seeded()) == greedy
-    assert generate(model, PROMPTS, 6, NEVER, temperature=1e-3, generator=seeded()) == greedy
+    for temperature in (1e-3, 1e-6, 1e-40, 5e-324):
+        assert generate(model, PROMPTS, 6, NEVER, temperature=temperature, generator=seeded()) == greedy
     assert generate(model, PROMPTS, 6, NEVER, generator=seeded()) != greedy
     for knobs, most in ((dict(top_k=2), 2), (dict(top_p=0.5), None)):
         samples = generate(model, [[0, 3]] * 300, 1, NEVER, generator=seeded(), **knobs)

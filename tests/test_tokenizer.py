@@ -14,9 +14,9 @@ import regex
 import tiktoken
 from conftest import need
 
+from minidpo.files.vocabulary import EOT, load_vocabulary, merges_of, save_vocabulary
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer, train_bpe
-from minidpo.vocabulary import EOT, load_vocabulary, merges_of, save_vocabulary
 
 # GPT-2's pattern as its authors wrote it
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -278,6 +278,11 @@ def test_hugging_face_files_that_do_not_fit(trained, tmp_path):
     refused("its merges", merges=merges.rsplit("\n", 2)[0] + "\n")
     refused("its merges", merges=merges.replace("h e\n", "he\n"))
     refused("its merges", merges="")
+    (tmp_path / "added_tokens.json").write_text('{"<|pad|>": 5}', encoding="utf-8")
+    refused("its merges", merges="")
+    refused("vocab.json", vocab={token: i + (i > 4) for token, i in vocab.items()})  # a token between the others
+    (tmp_path / "added_tokens.json").unlink()
+    vocab_json.write_text(json.dumps(vocab), encoding="utf-8")
     merges_txt.write_text(merges.split("\n", 1)[1], encoding="utf-8")  # without the version line it is still good
     assert load_vocabulary(tmp_path, len(vocab)).fingerprint == trained.fingerprint
 
@@ -317,18 +322,46 @@ def test_tokenizer_json_as_hugging_face_writes_it(tmp_path):
             assert tokenizer.decode([*tokenizer.encode(text), 0]) == text
 
     saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    pad = {**saved["added_tokens"][0], "content": "<pad>", "id": 380}
+    pad = {**saved["added_tokens"][0], "content": "<pad>", "id": 9}
+    between = {token: i + (i >= 9) for token, i in saved["model"]["vocab"].items()}
     for change, message in (
         (dict(normalizer={"type": "Lowercase"}), "Lowercase"),
         (dict(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
         (dict(pre_tokenizer={**saved["pre_tokenizer"], "add_prefix_space": True}), "True"),
         (dict(model={**saved["model"], "type": "WordPiece"}), "WordPiece"),
-        (dict(added_tokens=[*saved["added_tokens"], pad]), "adds the tokens .'<pad>'"),
+        (
+            dict(model={**saved["model"], "vocab": between}, added_tokens=[*saved["added_tokens"], pad]),
+            r"without a gap, and added tokens \['<pad>'\] come last",
+        ),
         (dict(model={**saved["model"], "merges": saved["model"]["merges"][::-1]}), "its merges"),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(saved | change), encoding="utf-8")
         with pytest.raises(UserError, match=message):
             load()
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+def test_tokens_added_after_the_others_are_never_used(trained, tmp_path, capsys, form):
+    """As `add_special_tokens({"pad_token": "[PAD]"})` leaves them: in tokenizer.json, before in added_tokens.json."""
+    try:
+        from transformers import GPT2Tokenizer
+    except ImportError:
+        need(False, "transformers is not installed")
+    save_vocabulary(trained, tmp_path)
+    added = {"[PAD]": 400, "<|im_end|>": 401}
+    if form == "tokenizer.json":
+        theirs = GPT2Tokenizer.from_pretrained(tmp_path)
+        theirs.add_special_tokens({"pad_token": "[PAD]"})
+        theirs.add_tokens(["<|im_end|>"])
+        assert theirs.convert_tokens_to_ids(list(added)) == [400, 401]
+        theirs.save_pretrained(tmp_path)
+        assert "[PAD]" in (tmp_path / form).read_text(encoding="utf-8")
+    else:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    loaded = load_vocabulary(tmp_path, 402)
+    assert loaded.fingerprint == trained.fingerprint and loaded.vocab_size == 400
+    assert max(loaded.encode("a [PAD] film<|im_end|>")) < 399  # ordinary text
+    assert f"{tmp_path / form}: the added tokens <|im_end|>, [PAD] are never used." in capsys.readouterr().out
 
 
 # --- commands

@@ -154,7 +154,7 @@ def test_file_completions(tmp_path):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "x", "chosen": " good", "rejected": " bad"}])
     assert own_completions(str(pairs), 0, seed=0) == [("x", " good")]
     neither = write_jsonl(tmp_path / "neither.jsonl", [{"prompt": "x", "text": " good"}])
-    with pytest.raises(UserError, match="line 1: no field 'chosen'"):
+    with pytest.raises(UserError, match="line 1: no field 'completion'"):
         own_completions(str(neither), 0, seed=0)
 
 

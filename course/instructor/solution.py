@@ -15,7 +15,7 @@ from minidpo import dataset
 
 def tokenise_pair(tokenizer, prompt, chosen, rejected):
     record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return dataset.encode_pairs([record], tokenizer, max_length=1024)[0][0]
+    return dataset.encode([record], dataset.PAIR, tokenizer, max_length=1024)[0][0]
 
 
 def shift(row):

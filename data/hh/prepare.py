@@ -29,7 +29,8 @@ from pathlib import Path
 
 from data.download import download
 from data.preparing import LeftOut, hash_number, shuffled, usable, write_rows
-from minidpo.dataset import PAIR, check_text, json_lines
+from minidpo.files.forms import ASSISTANT, HUMAN, PAIR, cut_prompt
+from minidpo.files.jsonl import check_text, json_lines
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
 FOLDER = Path(__file__).parent
@@ -45,7 +46,6 @@ SHA256 = {  # of SUBSET/SPLIT.jsonl.gz, from the repositories' Git LFS entries
     "harmless-base/test": "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03",
 }
 SUBSETS = list(dict.fromkeys(name.split("/")[0] for name in SHA256))
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 HELD_OUT_ONE_IN = 5  # dialogues of a single file
 SEED = "minidpo hh 1"  # another string gives another order, and another split of a single file
 
@@ -65,21 +65,6 @@ class Settings:
 # ---- 1. One row ----
 
 
-def split_dialogue(text):
-    """Cuts a dialogue after its last "Assistant:" and returns (prompt, response).
-
-    Raises:
-        LeftOut: the text is not a dialogue, or the human has the last turn.
-    """
-    end = text.rfind(ASSISTANT)
-    if not text.startswith(HUMAN) or end < 0:
-        raise LeftOut("no dialogue")
-    end += len(ASSISTANT)
-    if HUMAN in text[end:]:
-        raise LeftOut("the human has the last word")
-    return text[:end], text[end:]
-
-
 def to_pair(row, where):
     """Converts an official row to {"prompt", "chosen", "rejected"}; no space is stripped.
 
@@ -89,10 +74,10 @@ def to_pair(row, where):
     """
     check_text(row, "chosen", where)
     check_text(row, "rejected", where)
-    prompt, chosen = split_dialogue(row["chosen"])
-    rejected_prompt, rejected = split_dialogue(row["rejected"])
-    if prompt != rejected_prompt:
-        raise LeftOut("two different prompts")
+    try:
+        prompt, (chosen, rejected) = cut_prompt([row["chosen"], row["rejected"]])
+    except UserError as reason:
+        raise LeftOut(str(reason)) from reason
     if not chosen.strip() or not rejected.strip():
         raise LeftOut("an empty side")
     if chosen.strip() == rejected.strip():
@@ -105,7 +90,7 @@ def to_pair(row, where):
 
 def read_file(path):
     """Reads the pairs of one official file; UserError if none is usable."""
-    pairs = usable(json_lines(path, ("chosen", "rejected")), to_pair, path)
+    pairs = usable(json_lines(path, ("chosen", "rejected"), as_is=True), to_pair, path)
     if not pairs:
         raise UserError(f"{path}: no usable row. Is it one of HH's SUBSET/train.jsonl.gz or test.jsonl.gz?")
     return pairs

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from data.download import download
 from data.preparing import LeftOut, shuffled, usable, write_rows
-from minidpo.dataset import check_text, json_lines
+from minidpo.files.jsonl import check_text, json_lines
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from minidpo.tokenizer import Tokenizer
 

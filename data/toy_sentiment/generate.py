@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 
 from data.toy_sentiment import grammar
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 HERE = Path(__file__).resolve().parent

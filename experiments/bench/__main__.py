@@ -5,8 +5,7 @@
     python -m experiments.bench --ablation --dtypes bfloat16 --rounds 1 --markdown docs/fast.md  # ideas of --fast
     python -m experiments.bench --precision runs/toy/sft --markdown docs/fast.md                 # errors of bf16
 
-Each measurement is a process of its own. The processes take turns, for several rounds, so that a slow minute of the
-machine affects all of them. docs/bench.md explains the shapes, the implementations and the figures.
+docs/bench.md explains the shapes, the implementations and the figures.
 """
 
 import dataclasses
@@ -14,10 +13,10 @@ import itertools
 
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.measure import Settings, as_row, measure_all, table, tell
-from experiments.bench.shapes import DEFAULTS, DTYPES, FLOOR, IMPLEMENTATIONS, OURS, SHAPES, TRIAL, work_of
-from experiments.common import figure, save_figure
+from experiments.bench.shapes import DEFAULTS, DTYPES, IMPLEMENTATIONS, OURS, SHAPES, work_of
+from experiments.common import figure, names_in, save_figure
 from minidpo.device import pick_device
-from minidpo.settings import knob, parse_settings, run_main, unknown
+from minidpo.settings import knob, parse_settings, run_main
 
 IDEAS = (OURS, *(f"{OURS} without {idea}" for idea in WITHOUT))
 # The losses of two implementations may differ by this much. fp32 sums run in another order. bf16 rounds to 8 bits, and
@@ -46,15 +45,12 @@ class BenchSettings(Settings):
     ablation: bool = knob(False, "measure minidpo without each idea of its fast path (on a CPU)")
     precision: str = knob("", "only compare bf16 with fp32: a run folder, trained on --data")
     data: str = knob("toy", "dataset of --precision, or a JSONL file with prompt, chosen, rejected")
-    quick: bool = knob(False, "try the command: a model of 7,000 weights, one round; the figures mean nothing")
 
 
 def disagreements(rows):
     """Returns a line for each row whose losses differ from the first of the same shape, precision and optimizer."""
     lines, first = [], {}
     for row in rows:
-        if row["implementation"] == FLOOR:
-            continue
         other = first.setdefault((row["shape"], row["dtype"], row.get("optimizer")), row)
         gaps = [abs(a - b) for a, b in zip(row["losses"], other["losses"], strict=True)]
         if not all(gap <= TOLERANCE[row["dtype"]] for gap in gaps):  # true for NaN, too
@@ -74,9 +70,8 @@ def ratios(rows):
             continue
         line = dict(shape=shape, implementation=name, dtype=row["dtype"], ours=ours["dtype"])
         line["time"] = row["seconds_median"] / ours["seconds_median"]
-        if name != FLOOR:
-            line["peak"] = ours["peak_mb"] / row["peak_mb"]
-            line["above"] = (ours["peak_mb"] - ours["libraries_mb"]) / (row["peak_mb"] - row["libraries_mb"])
+        line["peak"] = ours["peak_mb"] / row["peak_mb"]
+        line["above"] = (ours["peak_mb"] - ours["libraries_mb"]) / (row["peak_mb"] - row["libraries_mb"])
         result.append(line)
     return result
 
@@ -126,9 +121,8 @@ def draw(path, rows):
         middle = row["seconds_median"]
         spread = [[middle - row["seconds_min"]], [row["seconds_max"] - middle]]
         above.barh(y, middle, xerr=spread, ecolor="0.3", label=row["dtype"], **style)
-        if row["implementation"] != FLOOR:
-            below.barh(y, row["peak_mb"] / 1e3, **style)
-            below.plot([row["libraries_mb"] / 1e3] * 2, [y - 0.18, y + 0.18], color="0.2")
+        below.barh(y, row["peak_mb"] / 1e3, **style)
+        below.plot([row["libraries_mb"] / 1e3] * 2, [y - 0.18, y + 0.18], color="0.2")
     for column, shape in enumerate(shapes):
         axes[0, column].set(title=shape, xlabel="seconds per step (whisker: min to max)")
         axes[1, column].set(xlabel="peak memory, GB (stroke: libraries)")
@@ -141,15 +135,6 @@ def draw(path, rows):
     save_figure(path, picture)
 
 
-def chosen(flag, text, valid, default):
-    """Returns the names in "a,b", or `default` for "". Raises UserError for a name that is not one of `valid`."""
-    names = [name.strip() for name in text.split(",")] if text else list(default)
-    for name in names:
-        if name not in valid:
-            raise unknown(flag, name, list(valid))
-    return names
-
-
 def main():
     settings = parse_settings(BenchSettings, __doc__)
     pick_device(settings.device)
@@ -158,19 +143,16 @@ def main():
 
         text = precision.report(settings.precision, settings.data)
         return tell(settings, "precision", text, text, lambda *_: None, {})
-    if settings.quick:
-        settings.rounds = 1
     sizes, names, dtypes = DEFAULTS[settings.device]
-    names = chosen("--implementations", settings.implementations, IMPLEMENTATIONS, names)
+    names = names_in("--implementations", settings.implementations, IMPLEMENTATIONS, names)
     cells = itertools.product(
-        chosen("--shapes", settings.shapes, SHAPES, sizes),
-        chosen("--dtypes", settings.dtypes, DTYPES, dtypes),
+        names_in("--shapes", settings.shapes, SHAPES, sizes),
+        names_in("--dtypes", settings.dtypes, DTYPES, dtypes),
         IDEAS if settings.ablation else names,
     )
     works = {}
     for shape, dtype, name in cells:
-        sizes = TRIAL if settings.quick else SHAPES[shape]
-        works[shape, dtype, name] = work_of(sizes, name, dtype, settings.device, settings.threads)
+        works[shape, dtype, name] = work_of(SHAPES[shape], name, dtype, settings.device, settings.threads)
     measured = measure_all(works, settings)
     rows = [as_row(*cell, works[cell], processes) for cell, processes in measured.items() if processes]
     mark, text = ("ablation", ablation_report(rows)) if settings.ablation else ("bench", report(rows))

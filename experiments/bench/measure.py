@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.bench.shapes import count, mfu_flops, random_pairs
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.run import CatchInterrupt
 from minidpo.settings import UserError, knob
 
@@ -44,13 +44,8 @@ def child(work):
 
 def kept(path, work):
     """Returns what an earlier process measured on exactly this work and kept at `path`, or None."""
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record["measured"] if record["work"] == json.loads(json.dumps(work)) else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}). Delete it: the command measures it again.") from error
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return record["measured"] if record.get("work") == json.loads(json.dumps(work)) else None
 
 
 def measure_all(works, settings):

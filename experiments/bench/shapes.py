@@ -31,12 +31,12 @@ SHAPES = CPU_SHAPES | GPU_SHAPES
 SHAPES["gpt2-large-short"] = dict(  # for the memory of gpt2-large on a CPU: rows of 64 tokens
     LARGE, model=PRESETS["gpt2-large"], pairs=2, micro_batch=1, prompt=(31, 31), response=(32, 32)
 )
-TRIAL = dict(  # --quick: every shape becomes this one
+TRIAL = SHAPES["trial"] = dict(  # a model of 7,000 weights, to try the command
     model=dict(vocab_size=90, block_size=64, n_layer=2, n_head=2, n_embd=16), pairs=3, batches=2, prompt=(2, 9),
     response=(1, 7), steps=4, warmup=1, lr=1e-2, optimizer="adamw",
 )  # fmt: skip
 
-OURS, PEER, FLOOR = "minidpo", "trl-precomputed", "matmul-floor"
+OURS, PEER = "minidpo", "trl-precomputed"
 LEAN = dict(flags=dict(fast=True, recompute=True), micro_batch=1)
 IMPLEMENTATIONS = {  # name: what it adds to a shape or replaces in it; `flags` are those of train_dpo.py
     "minidpo": dict(flags=dict(fast=True)),
@@ -45,11 +45,11 @@ IMPLEMENTATIONS = {  # name: what it adds to a shape or replaces in it; `flags` 
     "minidpo-compiled": dict(flags=dict(fast=True, compile=True)),
     "minidpo-lean": LEAN,
     "minidpo-lean-adamw": dict(LEAN, optimizer="adamw"),
-    **{name: {} for name in (PEER, "trl", "hf-plain", FLOOR)},
+    **{name: {} for name in (PEER, "trl", "hf-plain")},
 }
 DTYPES = ("float32", "bfloat16")
 DEFAULTS = {  # device: shapes, implementations, precisions
-    "cpu": (CPU_SHAPES, (OURS, "minidpo-plain", PEER, "trl", "hf-plain", FLOOR), DTYPES),
+    "cpu": (CPU_SHAPES, (OURS, "minidpo-plain", PEER, "trl", "hf-plain"), DTYPES),
     "cuda": (
         GPU_SHAPES,
         ("minidpo-compiled", PEER, OURS, "minidpo-plain", "minidpo-lean", "minidpo-lean-adamw"),
@@ -115,23 +115,14 @@ def mfu_flops(model, pairs, shared):
     return 6 * blocks * tokens + 6 * L * C * squares + 6 * V * C * scored
 
 
-def products(model, pairs):
-    """Returns the matrix products of the fast path's layers: a list of (rows, inputs, outputs) in forward order.
+def fast_flops(model, pairs):
+    """Returns the floating-point operations in the matrix products of the fast path: linear layers, head, attention.
 
-    Each of them comes three times in a step: forward, and backward for both factors.
+    Each product comes three times in a step: forward, and backward for both factors.
     """
     L, C, V = (model[name] for name in ("n_layer", "n_embd", "vocab_size"))
-    tokens, _, scored = count(pairs, shared=True)
-
-    def block(rows):
-        return [(tokens, C, 3 * C), (rows, C, C), (rows, C, 4 * C), (rows, 4 * C, C)]
-
-    return [*block(tokens) * (L - 1), *block(scored), (scored, C, V)]
-
-
-def fast_flops(model, pairs):
-    """Returns the floating-point operations in the matrix products of the fast path, those of attention included."""
-    tokens, squares, _ = count(pairs, shared=True)
+    tokens, squares, scored = count(pairs, shared=True)
     seen = (squares + tokens) // 2  # a token sees itself and those before it: 1 + 2 + ... + n = (n^2 + n) / 2
-    linear = sum(rows * n_in * n_out for rows, n_in, n_out in products(model, pairs))
-    return 6 * (linear + 2 * model["n_layer"] * model["n_embd"] * seen)
+    before_attention = 3 * C * C * tokens * L
+    after_attention = 9 * C * C * (tokens * (L - 1) + scored)  # in the last block at scored tokens only
+    return 6 * (before_attention + after_attention + C * V * scored + 2 * L * C * seen)

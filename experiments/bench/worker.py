@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train_dpo
 from experiments.bench.ablation import WITHOUT
-from experiments.bench.shapes import IMPLEMENTATIONS, batch_of, products, random_pairs
+from experiments.bench.shapes import IMPLEMENTATIONS, batch_of, random_pairs
 from minidpo.device import autocast, pick_dtype
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
@@ -220,31 +220,6 @@ def hf_plain(work, pairs, clock, _):
         clock.stop(loss.item())
 
 
-@torch.no_grad()
-def matmul_floor(work, pairs, clock, _):
-    """The products of `shapes.products` alone: one forward and two backward, with the memory of all results at hand."""
-    kind = dict(dtype=getattr(torch, work["dtype"]), device=work["device"])
-    clock.imported()
-    batches = [products(work["model"], [pairs[j] for j in batch_of(i, work)]) for i in range(work["batches"])]
-    weights = [torch.randn(n_out, n_in, **kind) for _, n_in, n_out in batches[0]]
-    operands = {  # x, dy, and where y, dx and dw go; products of the same size share them
-        (n, n_in, n_out): [torch.randn(n, n_in, **kind), torch.randn(n, n_out, **kind)]
-        + [torch.empty(size, **kind) for size in ((n, n_out), (n, n_in), (n_out, n_in))]
-        for batch in batches for n, n_in, n_out in batch
-    }  # fmt: skip
-    for step in range(work["steps"]):
-        layers = list(zip(batches[step % work["batches"]], weights, strict=True))
-        clock.start()
-        for size, w in layers:
-            x, _, y, _, _ = operands[size]
-            torch.mm(x, w.T, out=y)
-        for size, w in reversed(layers):
-            x, dy, _, dx, dw = operands[size]
-            torch.mm(dy, w, out=dx)
-            torch.mm(dy.T, x, out=dw)
-        clock.stop(None)
-
-
 def matmul_rate(work, _, clock, __):
     """Square products, for the rate of the machine: one per step, 2 work["size"]^3 floating-point operations each."""
     a, b = torch.randn(2, work["size"], work["size"], dtype=getattr(torch, work["dtype"]))
@@ -260,7 +235,6 @@ RUNNERS = {
     "trl-precomputed": lambda *args: trl_trainer(*args, precomputed=True).train(),
     "trl": lambda *args: trl_trainer(*args, precomputed=False).train(),
     "hf-plain": hf_plain,
-    "matmul-floor": matmul_floor,
     "matmul-rate": matmul_rate,
 }
 

@@ -10,7 +10,7 @@ that are missing. All units share the SFT model and the pairs. The seed decides 
 
     units/NAME.json    the points of a unit, and what they were made with: delete it to make them again
     units/NAME.log     what the unit printed
-    policies/NAME      the policies of the methods that learn from pairs: DPO's are the limit's proposals
+    policies/NAME      the trained policies: DPO's are the limit's proposals
     reward_model_SEED, reference_logps.pt
 """
 
@@ -28,28 +28,17 @@ from experiments import common
 from experiments.frontier import figure, limit
 from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, number
 from experiments.frontier.unit import Setup, SweepSettings, is_done, unit_path
-from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(SweepSettings):
     csv: str = knob("", "the points as a table; empty: frontier.csv in --out. The figure goes beside it, as a .png")
-    limit: str = knob("", "CSV of experiments.frontier.limit to draw in; empty: NAME_limit.csv beside --csv, if there")
     methods: str = knob("", f"sweep these only, with commas between: {', '.join(METHODS)}; empty: all")
     seeds: int = knob(3, "how many seeds, 0 the first", least=1)
     kl_end: float = knob(20.0, "the figure ends at this KL, in nats; points beyond are named in it", least=1)
     jobs: int = knob(1, "units at a time, each in a process of one thread", least=1)
     plot_only: bool = knob(False, "draw the figure from --csv and print the summary, nothing else")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for method in self.chosen_methods:
-            if method not in METHODS:
-                raise unknown("--methods", method, list(METHODS))
-
-    @property
-    def chosen_methods(self):
-        return [method.strip() for method in self.methods.split(",")] if self.methods else list(METHODS)
 
     @property
     def csv_path(self):
@@ -57,7 +46,7 @@ class Settings(SweepSettings):
 
     @property
     def limit_path(self):
-        return Path(self.limit or self.csv_path.with_name(self.csv_path.stem + "_limit.csv"))
+        return self.csv_path.with_name(self.csv_path.stem + "_limit.csv")  # drawn in, if it is there
 
 
 # ---- 1. The units and the processes ----
@@ -65,10 +54,10 @@ class Settings(SweepSettings):
 
 def units(settings):
     """Returns all units that are asked for, seed by seed; what a unit needs comes before it."""
-    found = []
+    found, methods = [], common.names_in("--methods", settings.methods, METHODS, METHODS)
     for seed in range(settings.seeds):
         # the long ones first, so that no process is left alone with one at the end
-        for method in sorted(settings.chosen_methods, key=lambda method: "ppo" not in method):
+        for method in sorted(methods, key=lambda method: "ppo" not in method):
             one_setting = [""] if method in ("sft", "best-of-n") else None  # one batch of samples serves every N
             for setting in one_setting or SWEEPS[settings.data].settings[method]:
                 unit = Unit(method, setting, seed)
@@ -124,10 +113,8 @@ def write_csv(settings):
         points += json.loads(path.read_text(encoding="utf-8"))["points"]
     place = lambda p: (METHODS.index(p["method"]), number(p["setting"]), str(p["setting"]), p["seed"], p["step"])  # noqa: E731
     points.sort(key=place)
-    for path, row in (
-        (settings.csv_path, figure.Point),
-        (figure.covariance_path(settings.csv_path), figure.Covariance),
-    ):
+    paths = {figure.Point: settings.csv_path, figure.Covariance: figure.covariance_path(settings.csv_path)}
+    for row, path in paths.items():
         if points:
             rows = [row(*(point.get(name, math.nan) for name in row._fields)) for point in points]
             common.write_csv(path, rows, digits=5)
@@ -144,9 +131,7 @@ def main():
     print(figure.summary(points, curve, figure.read_covariances(settings.csv_path)))
     print(f"{settings.csv_path}, {picture}")
     if not curve:
-        print(
-            f"no limit is drawn: {settings.limit_path} is missing. Make it: python -m experiments.frontier.limit --help"
-        )
+        print(f"no limit is drawn: {settings.limit_path} not found. Make it with experiments.frontier.limit.")
 
 
 if __name__ == "__main__":

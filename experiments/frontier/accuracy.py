@@ -1,7 +1,7 @@
 """How often is the implicit reward right? Accuracy on held-out pairs, next to rewards learned, true and naive.
 
-    python -m experiments.frontier.accuracy --policy runs/toy/dpo --reference runs/toy/sft --reward-model runs/reward \
-        --data toy --reward toy
+    python -m experiments.frontier.accuracy --policy runs/toy/dpo --reference runs/toy/sft \
+        --reward-model runs/frontier/toy/reward_model_0 --data toy --reward toy
 
 Each reward prefers one response of each held-out pair, and is right if that one was chosen. A tie is half right.
 
@@ -24,7 +24,7 @@ from experiments.frontier.baselines import reward_model
 from experiments.rewards import load_reward
 from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 

@@ -99,8 +99,7 @@ def draw(points, curve, path, kl_end=20.0):
         del columns["grammatical"]
     beyond = sorted(p for p in final if p.kl > kl_end)
     points, final = [p for p in points if p.kl <= kl_end], final - set(beyond)
-    figure = common.figure(path, (7.5, 4.5 + 2 * (len(columns) - 1)))
-    if not figure:
+    if not (figure := common.figure(path, (7.5, 4.5 + 2 * (len(columns) - 1)))):
         return
     axes = figure.subplots(len(columns), sharex=True, squeeze=False, height_ratios=(5, 2)[: len(columns)])[:, 0]
     for axis, column in zip(axes, columns, strict=True):

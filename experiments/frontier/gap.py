@@ -1,7 +1,8 @@
 """What DPO's distance to the limit is made of: the gap at equal KL against the number of pairs, on the toy.
 
-    python -m experiments.frontier.gap --init runs/toy/sft --limit limit.csv      trains what the CSV lacks, and draws
-    python -m experiments.frontier.gap --figure-only                          draws the figure from the CSV again
+    python -m experiments.frontier.gap --init runs/toy/sft --beta 0.9 --lr 0.0037
+
+This trains what the CSV lacks and draws the figure.
 
 With endless pairs DPO's optimum is the limit's own policy (Eq. 4 of the paper). Each of `CAUSES` changes one thing. The
 gap is 1 - (DPO's gain in reward over the reference) / (the limit's gain at DPO's own KL).
@@ -29,14 +30,13 @@ from experiments.frontier import limit
 from experiments.frontier.baselines import fit
 from minidpo import dataset
 from minidpo.run import count_steps
-from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 # the knobs that each line of the figure changes; soft: with `soft_loss`
 CAUSES = {
     "DPO": {},
     "no label noise": {"soft": True},
     "AdamW": {"optimizer": "adamw", "lr": 7e-4},
-    "half the learning rate": {"lr": 0.003},
     "two epochs": {"epochs": 2.0},
     "batches of 32": {"batch_size": 32},
 }
@@ -53,12 +53,11 @@ class Settings:
     limit: str = knob("docs/frontier/toy_limit.csv", "the limit of that model, made by experiments.frontier.limit")
     csv: str = knob("docs/frontier/gap.csv", "a row for each run; runs that it has are not repeated")
     figure: str = knob("docs/frontier/gap.png", "the picture")
-    cause: list = knob(None, f"what to change: {', '.join(CAUSES)}; may be repeated (default: {', '.join(DEFAULT)})")
+    cause: str = knob(",".join(DEFAULT), f"what to change, with commas between: {', '.join(CAUSES)}")
     pairs: list = knob(None, f"pairs to train on; may be repeated (default: {', '.join(map(str, PAIRS))})")
     seeds: int = knob(3, "runs of each kind, each with pairs of its own", least=1)
     beta: float = knob(0.7, "of DPO", least=1e-3)
     lr: float = knob(0.006, "learning rate of DPO")
-    figure_only: bool = knob(False, "train nothing")
 
 
 class Run(NamedTuple):
@@ -140,7 +139,7 @@ def training(settings, **knobs):
 def prepared(model, tokenizer, pairs, seed):
     """Returns records, token rows, and the reference's log-probabilities of both sides (N, 2)."""
     records = grammar_pairs(pairs, seed)
-    rows, _ = dataset.encode_pairs(records, tokenizer, model.config.block_size)
+    rows, _ = dataset.encode(records, dataset.PAIR, tokenizer, model.config.block_size)
     return records, rows, train_dpo.reference_logps(model, rows, training(Settings()))
 
 
@@ -173,8 +172,7 @@ def write(path, runs):
 
 def draw(path, runs):
     """Draws the gap against the number of pairs: per cause the mean over the seeds as a line, and each run as a dot."""
-    figure = common.figure(path, (6.4, 4.4))
-    if not figure:
+    if not (figure := common.figure(path, (6.4, 4.4))):
         return
     axes = figure.add_subplot()
     for i, cause in enumerate(CAUSES):
@@ -205,26 +203,23 @@ def table(runs):
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
-    for cause in settings.cause or []:
-        if cause not in CAUSES:
-            raise unknown("--cause", cause, list(CAUSES))
+    causes = common.names_in("--cause", settings.cause, CAUSES, DEFAULT)
     points = limit.read(settings.limit)
     gap = lambda run: round(1 - limit.share_of_gain(points, run.kl, run.reward), 5)  # noqa: E731
     runs = [run._replace(gap=gap(run)) for run in read(settings.csv)]  # to the limit as it is now
-    if not settings.figure_only:
-        if any(run.beta != settings.beta for run in runs):
-            raise UserError(f"{settings.csv} holds runs of another beta than {settings.beta}. Give another --csv.")
+    if any(run.beta != settings.beta for run in runs):
+        raise UserError(
+            f"{settings.csv} holds runs of another beta than {settings.beta}. Give that --beta, or another --csv."
+        )
+    done = {run[:3] for run in runs}
+    kinds = itertools.product(map(int, settings.pairs or PAIRS), range(settings.seeds), causes)
+    work = [(cause, pairs, seed) for pairs, seed, cause in kinds if (cause, pairs, seed) not in done]
+    if work:
         (model,), tokenizer = common.load_models(settings.init)
         model.set_dropout(0.0)
-        sizes = [int(n) for n in settings.pairs or PAIRS]
-        done = {run[:3] for run in runs}
-        kinds = itertools.product(sizes, range(settings.seeds), settings.cause or DEFAULT)
-        work = [(cause, pairs, seed) for pairs, seed, cause in kinds if (cause, pairs, seed) not in done]
-        for kind in tqdm(work, desc="gap", unit="run"):
-            runs.append(one_run(*kind, model, tokenizer, points, settings))
-            write(settings.csv, runs)  # a stopped study continues after its last run
-    if not runs:
-        raise UserError(f"{settings.csv} holds no runs. Leave out --figure-only to make them.")
+    for kind in tqdm(work, desc="gap", unit="run"):
+        runs.append(one_run(*kind, model, tokenizer, points, settings))
+        write(settings.csv, runs)  # a stopped study continues after its last run
     write(settings.csv, runs)
     runs = read(settings.csv)
     draw(settings.figure, runs)

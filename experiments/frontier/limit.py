@@ -14,10 +14,9 @@ counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of
 
     u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
 
-with weights divided by their sum, prompt by prompt. The densities are known exactly, so bad proposals cost precision
-and nothing else. Proposals sample at a temperature above 1, because a weight is large where q is too small. Two numbers
-show whether the samples suffice: the effective sample size (sum w)^2 / sum w^2 of each prompt, at least LEAST_ESS
-wherever `read` gives a point; and how far the curve moves when the samples are doubled.
+with weights divided by their sum, prompt by prompt. Proposals sample at a temperature above 1, because a weight is
+large where q is too small. `read` gives a point only where each prompt has LEAST_ESS effective samples,
+(sum w)^2 / sum w^2; `doubling` says how far the curve moves when the samples are doubled.
 """
 
 import dataclasses
@@ -32,9 +31,9 @@ from tqdm import tqdm
 
 from experiments import common
 from experiments.rewards import load_reward
-from minidpo import checkpoint, dataset
+from minidpo import checkpoint
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic
+from minidpo.files.writing import atomic
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from train_dpo import token_logps
 
@@ -126,15 +125,11 @@ def doubling(rewards, logps, counts, betas=BETAS):
 
 
 @torch.no_grad()
-def sequence_logps(source, prompt_ids, response_ids, batch_size=128):
+def sequence_logps(source, prompt_ids, response_ids):
     """Returns the log-probability with which `source` draws each response: (N,) float64, on the CPU."""
     model, temperature = source
-    rows = list(zip(prompt_ids, response_ids, strict=True))
-    logps = torch.empty(len(rows), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))  # little padding
-    for i in range(0, len(rows), batch_size):
-        indices = order[i : i + batch_size]
-        batch = dataset.sft_batch([rows[j] for j in indices], model.wte.weight.device)
+    logps = torch.empty(len(prompt_ids), dtype=torch.float64)
+    for indices, batch in common.by_length(prompt_ids, response_ids, model.wte.weight.device):
         values = token_logps(model(batch.ids) / temperature, batch.targets).masked_fill(~batch.mask, 0.0)
         logps[indices] = values.cpu().double().sum(-1)
     return logps
@@ -152,9 +147,7 @@ def draw(sources, prompts, tokenizer, reward, counts, max_new_tokens, generator,
     """
     rewards, logps = [], []
     for (model, temperature), count in zip(sources, counts, strict=True):
-        drawn = common.sample(
-            model, tokenizer, prompts, max_new_tokens, generator, count, ids, temperature, batch_size=ROWS
-        )
+        drawn = common.sample(model, tokenizer, prompts, max_new_tokens, generator, count, ids, temperature, ROWS)
         rewards.append(torch.tensor(reward(drawn.prompts, drawn.texts), dtype=torch.float64).view(-1, count))
         logps.append(torch.stack([sequence_logps(s, drawn.prompt_ids, drawn.ids).view(-1, count) for s in sources]))
     return torch.cat(rewards, dim=-1), torch.cat(logps, dim=-1)
@@ -251,9 +244,7 @@ def share_of_gain(points, kl, reward):
     """Returns a policy's gain in reward over the reference, as a share of the limit's gain at the same KL.
 
     NaN where the curve is not drawn, and at 0 nats. Take reward and kl as means over the same samples, the KL by its
-    plain estimator, sum_t log pi - log pi_ref. The sum of exact KLs has a smaller error. But a sample that is by chance
-    unlikely under the reference mostly has a high reward as well: the errors of the plain estimator move a policy along
-    the curve, and hardly change the share.
+    plain estimator: experiments/evaluate.py says why.
     """
     gain = reward_at(points, kl) - points[0].reward
     return (reward - points[0].reward) / gain if gain else math.nan

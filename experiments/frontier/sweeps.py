@@ -13,21 +13,10 @@ import data
 import train_dpo
 from data.toy_sentiment import generate as toy
 from data.toy_sentiment import grammar
-from experiments.frontier.baselines import ppo, reward_model, unlikelihood
+from experiments.frontier.baselines import ppo, unlikelihood
 from minidpo import dataset
 
 METHODS = ("sft", "preferred-ft", "unlikelihood", "best-of-n", "ppo", "ppo-gt", "dpo")
-
-# method -> its class of Settings, their named sets, and the knob that the sweep varies
-TRAINED = {
-    "preferred-ft": (train_dpo.Settings, train_dpo.SETS, None),  # its loop is DPO's, only the loss differs
-    "unlikelihood": (unlikelihood.Settings, train_dpo.SETS, "alpha"),
-    "dpo": (train_dpo.Settings, train_dpo.SETS, "beta"),
-    "ppo": (ppo.Settings, ppo.SETS, "kl_target"),
-    "ppo-gt": (ppo.Settings, ppo.SETS, "kl_target"),
-    "reward-model": (reward_model.Settings, reward_model.SETS, None),
-    "reference-logps": (train_dpo.Settings, train_dpo.SETS, None),
-}
 
 
 class Unit(NamedTuple):
@@ -52,7 +41,8 @@ class Unit(NamedTuple):
 @dataclass(frozen=True)
 class Sweep:
     settings: dict  # method -> list of settings: alpha, N of Best-of-N, PPO's target of the KL in nats, beta
-    training: dict  # method -> function of the setting -> knobs of training, over those of the dataset's named set
+    base: str  # the named set of train_dpo.py that all methods but PPO train with
+    training: dict  # method -> function of the setting -> knobs of training that differ from that set, or from PPO's
     records: Callable  # n -> the first n training pairs (0: all) as records
     pairs: int  # how many of them, unless --pairs says otherwise
     max_new_tokens: int  # longest completion
@@ -63,11 +53,6 @@ class Sweep:
 
 
 SETTINGS = {"preferred-ft": [""], "unlikelihood": [0.05, 0.1, 0.5, 1.0], "best-of-n": [2, 4, 16, 64]}
-ADAMW = dict(optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True)
-IMDB_PPO = dict(steps=100, rollouts=256, epochs=2, lr=1e-4, value_lr=2e-4, warmup_steps=5, value_clip=1.0)
-
-
-BY_ADAMW = [f"{beta}-adamw" for beta in (0.5, 0.75, 1.0, 1.4)]
 
 
 def number(setting):
@@ -82,9 +67,9 @@ def dpo_optimizer(setting):
     a run gets. Below beta 0.5 the first steps, which grow with lr beta, would be too long: there lr beta is fixed.
     """
     if str(setting).endswith("-adamw"):
-        return ADAMW
+        return {}
     lr = 0.003 / setting**2 if setting > 0.5 else 0.006 / setting
-    return dict(ADAMW, optimizer="sgd", lr=lr)
+    return {"optimizer": "sgd", "lr": lr}
 
 
 SWEEPS = {
@@ -93,12 +78,11 @@ SWEEPS = {
             **SETTINGS,
             "ppo": [0.5, 1.0, 2.0, 4.0],
             "ppo-gt": [0.5, 1.0, 2.0, 4.0],
-            "dpo": [0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0, *BY_ADAMW],
+            "dpo": [0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0]
+            + [f"{beta}-adamw" for beta in (0.5, 0.75, 1.0, 1.4)],
         },
-        training={
-            "dpo": dpo_optimizer,
-            **{method: lambda _: ADAMW for method in ("preferred-ft", "unlikelihood", "reward-model")},
-        },
+        base="toy",
+        training={"dpo": dpo_optimizer, "reward-model": lambda _: {"batch_size": 32}},
         records=lambda n: list(toy.rows("pairs_train", n)),  # the generator makes more than the file holds
         pairs=30_000,
         max_new_tokens=96,
@@ -112,7 +96,8 @@ SWEEPS = {
             "ppo-gt": [3.0, 6.0, 9.0, 12.0],
             "dpo": [0.05, 0.1, 0.3, 1.0, 5.0],
         },
-        training={method: lambda target: IMDB_PPO for method in ("ppo", "ppo-gt")},
+        base="imdb-small",
+        training={method: lambda _: {"steps": 100, "lr": 1e-4, "value_lr": 2e-4} for method in ("ppo", "ppo-gt")},
         records=lambda n: dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None],
         pairs=0,
         max_new_tokens=64,
@@ -123,19 +108,17 @@ SWEEPS = {
 
 def training(unit, settings):
     """Returns the Settings that a unit trains with."""
-    sweep, (cls, sets, knob) = SWEEPS[settings.data], TRAINED[unit.method]
-    own = {"imdb": "imdb-small"}.get(settings.data, settings.data)  # the set of the small model
-    values = {**sets.get(own, {}), "seed": unit.seed}
-    if knob:
-        values[knob] = number(unit.setting)
-    if issubclass(cls, train_dpo.Settings):
-        values["fast"] = True  # policy and reference alike: in bf16 the two paths differ
-    if cls is ppo.Settings:
+    sweep = SWEEPS[settings.data]
+    own = sweep.training.get(unit.method, lambda _: {})(unit.setting)
+    if unit.method in ("ppo", "ppo-gt"):
         # the price at which the optimum is `kl_target` nats away, for a reward of normal distribution
-        values["kl_coef"] = sweep.reward_sd / math.sqrt(2 * unit.setting)
-        values["max_new_tokens"] = settings.max_new_tokens
-    if unit.method in sweep.training:
-        values |= sweep.training[unit.method](unit.setting)
-    if cls is ppo.Settings and settings.ppo_steps:
-        values["steps"] = settings.ppo_steps
+        price = sweep.reward_sd / math.sqrt(2 * unit.setting)
+        values = dict(kl_target=unit.setting, kl_coef=price, max_new_tokens=settings.max_new_tokens, seed=unit.seed)
+        steps = {"steps": settings.ppo_steps} if settings.ppo_steps else {}
+        return ppo.Settings(**{**values, **own, **steps})
+    cls = unlikelihood.Settings if unit.method == "unlikelihood" else train_dpo.Settings
+    knob = {"unlikelihood": "alpha", "dpo": "beta"}.get(unit.method)
+    varied = {knob: number(unit.setting)} if knob else {}
+    # fast: policy and reference alike, because in bf16 the two paths differ
+    values = {**train_dpo.SETS[sweep.base], "seed": unit.seed, "fast": True, **varied, **own}
     return cls(data=settings.data, init=settings.sft, out="", device=settings.device, **values)

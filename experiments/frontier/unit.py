@@ -25,11 +25,11 @@ from experiments.evaluate import sequence_kl
 from experiments.frontier import limit
 from experiments.frontier.baselines import best_of_n, fit, ppo, reward_model
 from experiments.frontier.baselines.unlikelihood import unlikelihood_loss
-from experiments.frontier.sweeps import METHODS, SWEEPS, TRAINED, Unit, training
+from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic, atomic_write
+from minidpo.files.writing import atomic, atomic_write
 from minidpo.run import count_steps, place
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
@@ -85,7 +85,7 @@ class Setup:
 
     @functools.cached_property
     def pairs(self):
-        return dataset.encode_pairs(self.records, self.tokenizer, self.sft.config.block_size)[0]
+        return dataset.encode(self.records, dataset.PAIR, self.tokenizer, self.sft.config.block_size)[0]
 
     @functools.cached_property
     def contents(self):
@@ -177,13 +177,18 @@ def best_of(setup, unit):
 def by_ppo(setup, unit):
     """PPO on the learned reward, or on the true one."""
     policy, made = copy.deepcopy(setup.sft), training(unit, setup.settings)
-    learned = str(setup.out / f"reward_model_{unit.seed}")
-    reward = ppo.load(learned if unit.method == "ppo" else setup.settings.reward, setup.tokenizer, setup.device)
-    if unit.method == "ppo" and setup.sweep.rescale:
-        reward = to_scale(setup, reward, unit.seed)
+    if unit.method == "ppo":
+        model, _ = reward_model.load(setup.out / f"reward_model_{unit.seed}", setup.tokenizer)
+        model.to(setup.device)
+        reward = lambda samples: model.score(samples.prompt_ids, samples.ids).tolist()  # noqa: E731
+        if setup.sweep.rescale:
+            reward = to_scale(setup, reward, unit.seed)
+    else:
+        reward = lambda samples: setup.reward(samples.prompts, samples.texts)  # noqa: E731
     watch = Watch(setup, policy, made.steps, unit.seed)
     prompts = common.read_prompts(setup.settings.data, "prompts_train")
     ppo.train(policy, setup.sft, reward, prompts, setup.tokenizer, made, watch)
+    checkpoint.save(setup.out / "policies" / unit.name, policy, setup.tokenizer)
     return watch.rows
 
 
@@ -193,10 +198,8 @@ def to_scale(setup, reward, seed, samples=256):
     Labels that are never wrong do not say how large a learned reward is. Ziegler et al. 2019 normalise it as well.
     """
     prompts = common.read_prompts(setup.settings.data, "prompts_train", samples)
-    drawn = setup.sample(setup.sft, prompts, seed)
-    scores = reward(drawn.prompts, drawn.texts, drawn.prompt_ids, drawn.ids)
-    factor = setup.sweep.reward_sd / statistics.stdev(scores)
-    return lambda *batch: [factor * score for score in reward(*batch)]
+    factor = setup.sweep.reward_sd / statistics.stdev(reward(setup.sample(setup.sft, prompts, seed)))
+    return lambda samples: [factor * score for score in reward(samples)]
 
 
 def learn_reward(setup, unit):
@@ -231,7 +234,7 @@ def unit_path(out, unit, kind="json"):
 def made_of(setup, unit):
     """What decides a unit's points, by name."""
     names = ("data", "reward", "pairs", "prompts", "samples", "points", "max_new_tokens")
-    knobs = dataclasses.asdict(training(unit, setup.settings)) if unit.method in TRAINED else {}
+    knobs = dataclasses.asdict(training(unit, setup.settings)) if unit.method not in ("sft", "best-of-n") else {}
     elsewhere = {field.name for field in dataclasses.fields(Settings)} | {"init", "dtype"}
     return {
         **setup.contents,

@@ -17,7 +17,6 @@ import shutil
 import sys
 import tempfile
 import time
-import types
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -72,14 +71,6 @@ def broken(mistake):
     if source.count(mistake.old) != 1:
         raise ValueError(f"{mistake.name}: {mistake.file} has this {source.count(mistake.old)} times:\n{mistake.old}")
     return source.replace(mistake.old, mistake.new)
-
-
-def load(mistake):
-    """The mistake's file as a new module: `load(m).dpo_loss(...)`. The healthy module stays as it is."""
-    module = types.ModuleType(f"broken_{Path(mistake.file).stem}")
-    module.__file__ = str(ROOT / mistake.file)
-    exec(compile(broken(mistake), f"{mistake.file} with {mistake.name}", "exec"), module.__dict__)
-    return module
 
 
 def copy(folder, mistake=None):

@@ -4,16 +4,14 @@ import dataclasses
 import sys
 
 from experiments.mistakes import GALLERY, caught, curves
-from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
+from minidpo.settings import knob, parse_settings, run_main, unknown
 
 
 @dataclasses.dataclass
 class Settings:
     only: str = knob("", "the name of one mistake; empty: all")
-    curves: str = knob(
-        "", "instead of running tests, train with each mistake into this folder; writes docs/mistakes.md"
-    )
-    init: str = knob("", "with --curves: the SFT run of the toy to start from")
+    curves: str = knob("", "train with each mistake into this folder instead, and write docs/mistakes.md")
+    init: str = knob("runs/toy/sft", "with --curves: the SFT run of the toy to start from")
 
 
 def main():
@@ -23,9 +21,6 @@ def main():
         raise unknown("mistake", settings.only, names)
     mistakes = [mistake for mistake in GALLERY if settings.only in ("", mistake.name)]
     if settings.curves:
-        if not settings.init:
-            make = "python train_sft.py --data toy --out runs/toy/sft"
-            raise UserError(f"--curves needs --init, an SFT run of the toy. Make one: {make}")
         curves.train_all(mistakes, settings.init, settings.curves)
         curves.write_page(settings.curves)
         return

@@ -21,7 +21,7 @@ from experiments import common, evaluate
 from experiments.mistakes import PAGE, Mistake, copy, read_page, read_section
 from experiments.rewards import load_reward
 from minidpo import checkpoint
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.report import read_metrics, running_mean
 from train_dpo import SETS
 
@@ -95,8 +95,7 @@ def judge(run, reference, tokenizer):
 def draw(path, mistakes, folder):
     """One cell per mistake, the healthy run in grey: the margins, and below them the metric in which it shows."""
     columns, rows = 4, -(-len(mistakes) // 4)
-    figure = common.figure(path, (3.3 * columns, 2.9 * rows))
-    if figure is None:
+    if not (figure := common.figure(path, (3.3 * columns, 2.9 * rows))):
         return
     cells = figure.subfigures(rows, columns, squeeze=False, hspace=0.02).ravel()
     for cell, mistake in zip(cells, mistakes, strict=False):

@@ -25,9 +25,9 @@ from experiments.winrate.journal import Journal
 from experiments.winrate.judges import load_judge
 from experiments.winrate.scores import agreement, compare, count
 from minidpo import checkpoint
-from minidpo.dataset import read_jsonl
+from minidpo.dataset import SFT, read_jsonl
 from minidpo.device import DEVICES, pick_device
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.report import samples_table
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
@@ -65,11 +65,9 @@ def own_completions(name, limit, seed):
     if name == "toy":
         prompts = read_prompts(name, limit=limit)
         return [(prompt, grammar.complete(prompt, random.Random(f"{seed} {prompt}"))) for prompt in prompts]
-    path = data.find(name, "sft_test")
-    field = "completion" if "completion" in read_jsonl(path, ("prompt",))[0] else "chosen"
     first = {}  # the bootstrap resamples prompts, so each prompt counts once
-    for record in read_jsonl(path, ("prompt", field)):
-        first.setdefault(record["prompt"], record[field])
+    for record in read_jsonl(data.find(name, "sft_test"), SFT):  # of preferences, the chosen response
+        first.setdefault(record["prompt"], record["completion"])
     return list(itertools.islice(first.items(), limit or None))
 
 
@@ -94,8 +92,7 @@ def completions(journal, name, model, tokenizer, prompts, ids, temperature, sett
 def draw(path, rows, other_side):
     """The picture: one panel per judge, one line per run, with its intervals."""
     judges, runs = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("judge", "run"))
-    picture = figure(path, figsize=(4.8 * len(judges), 3.6))
-    if picture is None:
+    if not (picture := figure(path, (4.8 * len(judges), 3.6))):
         return
     panels = picture.subplots(1, len(judges), sharey=True, squeeze=False)[0]
     for axes, judge in zip(panels, judges, strict=True):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError
 
 

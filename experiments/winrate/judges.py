@@ -6,16 +6,13 @@ for each comparison, or None where an answer of the judge cannot be read.
 
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
+import train_dpo
 from experiments.common import load_models
 from experiments.frontier.baselines import reward_model
 from experiments.rewards import load_reward
 from experiments.winrate.chat import QUESTIONS, ChatJudge
 from minidpo import dataset
 from minidpo.settings import UserError, unknown
-from train_dpo import response_logps
 
 
 def verdicts(rewards):
@@ -28,7 +25,6 @@ def reward_judge(reward):
     return lambda prompts, a, b: verdicts(zip(reward(prompts, a), reward(prompts, b), strict=True))
 
 
-@torch.no_grad()
 def implicit_rewards(policy, reference, tokenizer, prompts, a, b, batch_size=64, progress=None):
     """log pi(y|x) - log pi_ref(y|x) of both responses to each prompt -> (N, 2), in nats.
 
@@ -41,12 +37,10 @@ def implicit_rewards(policy, reference, tokenizer, prompts, a, b, batch_size=64,
         ids = [tokenizer.encode(response) for response in responses]
         prompt, ids, *_ = dataset.cut_to_context(tokenizer.encode(prompt), ids, [True, True], tokenizer.eot, max_length)
         pairs.append((prompt, *ids))
-    rewards = []
-    for i in tqdm(range(0, len(pairs), batch_size), desc=progress, unit="batch", disable=progress is None):
-        batch = dataset.preference_batch(pairs[i : i + batch_size], policy.wte.weight.device)
-        ratios = [p - r for p, r in zip(response_logps(policy, batch), response_logps(reference, batch), strict=True)]
-        rewards.append(torch.stack(ratios, dim=-1).cpu())
-    return torch.cat(rewards)
+    device = str(policy.wte.weight.device)
+    settings = train_dpo.Settings(data="", init="", out="", batch_size=batch_size, device=device, dtype="float32")
+    log_pi, log_ref = (train_dpo.all_logps(model, pairs, settings, progress) for model in (policy, reference))
+    return log_pi - log_ref
 
 
 def load_judge(name, device="cpu", **chat):

@@ -189,7 +189,7 @@ def response_logps(model, batch):
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.wte.weight.dtype
     with torch.autocast(device, enabled=False):
-        logps = ScoredLogps.apply(hidden, model.wte.weight, packed.targets, dtype)
+        logps = ScoredLogps.apply(hidden, model.head, packed.targets, dtype)
     return logps.new_zeros(len(packed.place)).index_add(0, packed.row, logps).chunk(2)
 
 

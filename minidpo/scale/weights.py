@@ -5,28 +5,38 @@ python -m minidpo.scale.weights --run runs/toy/dpo --out my_policy      exports 
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minidpo.files import atomic, atomic_write
+from minidpo.files.vocabulary import load_vocabulary, save_vocabulary
+from minidpo.files.writing import atomic, atomic_write, new_file
 from minidpo.model import GPT, LAYER_NORM_EPS, PRESETS, GPTConfig
 from minidpo.settings import UserError, knob, parse_settings, run_main
-from minidpo.vocabulary import save_vocabulary
 
+NAMES = [prefix + name for prefix in ("", "openai-community/") for name in PRESETS if name.startswith("gpt2")]
+NAMES += ["distilgpt2", "distilbert/distilgpt2"]
 FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
 SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields of config.json and of GPTConfig
 # the values that minidpo/model.py computes with; a field that is not listed does not change the forward pass
-ONLY = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (LAYER_NORM_EPS,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
+ONLY = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(LAYER_NORM_EPS,))
+ONLY |= dict(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))
+ONLY |= dict(tie_word_embeddings=(True,))
+
+
+def load_with_tokenizer(name_or_folder):
+    """As `load_pretrained`, but -> (model, tokenizer). Rows that no token has are kept, and get no logits."""
+    folder = _find_folder(str(name_or_folder))
+    config, eos = _read_config(folder / "config.json")
+    tokenizer, rows = load_vocabulary(folder, config.vocab_size), config.vocab_size
+    if eos in range(rows) and eos != tokenizer.eot:
+        raise UserError(f"{folder / 'config.json'}: eos_token_id is {eos}, but <|endoftext|> has id {tokenizer.eot}.")
+    model, known = load_pretrained(folder), tokenizer.vocab_size
+    if known < rows:  # the softmax runs over the tokens that can be sampled
+        print(f"{folder}: the tokenizer has {known} tokens, the model {rows}. Those from id {known} on are never used.")
+        model.config.vocab_size, model.config.extra_rows = known, rows - known
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -37,30 +47,30 @@ def load_pretrained(name_or_folder):
     does not fit `minidpo.model.GPT`, without the extra `hf`, and without a network for a name.
     """
     folder = _find_folder(str(name_or_folder))
-    config, path = _read_config(folder / "config.json"), folder / "model.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} not found: a GPT-2 folder holds its weights in that file.")
     with torch.device("meta"):  # no memory and no time for initial weights
-        model = GPT(config)
+        model = GPT(_read_config(folder / "config.json")[0])
     missing = dict(model.to_empty(device="cpu").named_parameters())
-    safetensors = _import("safetensors.torch", path)
+    path = folder / "model.safetensors"
+    paths = [path] if path.exists() else sorted(folder.glob("model-*.safetensors"))  # a large model has several
+    if not paths:
+        how = f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        how = f'To make it from pytorch_model.bin: python -c "from transformers import GPT2LMHeadModel as M; {how}"'
+        raise UserError(f"{path} not found: a GPT-2 folder holds its weights in that file. {how}")
+    safetensors, stored = _import("safetensors.torch", path), []
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            keys = file.keys()
-        for key in tqdm(keys, desc="weights", unit="tensor", delay=1):
-            name = key.removeprefix("transformer.")
-            # old files also hold the causal mask, or the head beside the embedding that it is tied to
-            if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-                continue
-            if name not in missing:
-                raise UserError(f"{path}: holds {key!r}, which GPT-2 does not have.")
+        for path in paths:
+            stored += [(key == "lm_head.weight", key, path) for key in safetensors.safe_open(path, "pt").keys()]
+        for is_head, key, path in tqdm(sorted(stored), desc="weights", unit="tensor", delay=1):  # the head comes last
+            name = "wte.weight" if is_head and "wte.weight" in missing else key.removeprefix("transformer.")
             # opened for each tensor: what was read from a file stays in memory until the file is closed
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(key)
-            target = _stored(name, missing.pop(name))
-            if (found := tuple(tensor.shape)) != (wanted := tuple(target.shape)):
-                raise UserError(f"{path}: {key} is {found}, config.json asks for {wanted}.")
-            target.copy_(tensor)
+            tensor = safetensors.safe_open(path, "pt").get_tensor(key)
+            if name in missing:
+                target = _stored(name, missing.pop(name))
+                if (found := tuple(tensor.shape)) != (wanted := tuple(target.shape)):
+                    raise UserError(f"{path}: {key} is {found}, config.json asks for {wanted}.")
+                target.copy_(tensor)
+            elif not _redundant(name, tensor, model):
+                raise UserError(f"{path}: holds {key!r}, which GPT-2 does not have. Its head is the embedding.")
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}). Download it again.") from error
     if missing:
@@ -70,29 +80,21 @@ def load_pretrained(name_or_folder):
 
 @torch.no_grad()
 def save_pretrained(model, folder, tokenizer=None):
-    """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given.
-
-    Raises UserError without the extra `hf`, and OSError if a file cannot be written.
-    """
-    folder, config, weights = Path(folder), model.config, dict(model.named_parameters())
-    path = folder / "model.safetensors"
-    safetensors = _import("safetensors.torch", path)
-    try:
-        # safetensors writes a tensor as it lies in memory. Changing that in place needs memory for one tensor at a time
+    """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given."""
+    folder, config, weights = Path(folder), model.config, dict(sorted(model.named_parameters()))
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # safetensors: the header's length, the header, the weights
+    for name, weight in weights.items():
+        begin, end = end, end + weight.nbytes
+        dtype = ("BF" if weight.dtype == torch.bfloat16 else "F") + str(8 * weight.element_size())
+        header["transformer." + name] = dict(dtype=dtype, shape=_stored(name, weight).shape, data_offsets=[begin, end])
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic(folder / "model.safetensors") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
         for name, weight in weights.items():
-            weight.data = _stored(name, _stored(name, weight.data).contiguous())  # shape and values stay
-        stored = ((f"transformer.{name}", _stored(name, weight.data).cpu()) for name, weight in weights.items())
-        with atomic(path) as file:
-            safetensors.torch.save_file(dict(stored), file.name, metadata={"format": "pt"})
-            with open(file.name, "rb") as written:  # not `file`: save_file has put a new one in its place
-                os.fsync(written.fileno())
-    except safetensors.SafetensorError as error:  # the disk is full, for example
-        raise OSError(f"{path}: {error}") from error
-    finally:
-        for weight in weights.values():
-            weight.data = weight.data.contiguous()
+            file.write(_stored(name, weight).contiguous().cpu().view(torch.uint8).numpy())
     values = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=config.block_size)
-    values |= {name: getattr(config, name) for name in SHAPE}
+    values |= {name: getattr(config, name) for name in SHAPE} | {"vocab_size": len(model.wte.weight)}
     values |= dict(activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS)
     values |= {name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
     if tokenizer is not None:
@@ -114,24 +116,33 @@ def _import(package, purpose):
         raise UserError(f'{purpose} needs the extra hf: pip install -e ".[hf]"') from error
 
 
+def _redundant(name, tensor, model):
+    """Whether the model has these values without the tensor: the head is the embedding, old files hold the mask."""
+    masked = name.endswith(".attn.masked_bias") and (tensor < -1000).all()  # the logit of a masked position
+    mask = name.endswith(".attn.bias") and tensor.dim() == 4 and torch.equal(tensor, torch.ones_like(tensor).tril())
+    head = name == "lm_head.weight" and torch.equal(tensor.float(), model.wte.weight)
+    return masked or mask or head
+
+
 def _find_folder(name):
     """The folder `name` itself, or the one that the hub's files are downloaded to."""
     if Path(name).is_dir():
         return Path(name)
-    if name not in (names := [preset for preset in PRESETS if preset.startswith("gpt2")]):
-        raise UserError(f"{name} is neither a folder nor one of {', '.join(names)}.")
+    if name not in NAMES:
+        raise UserError(f"{name} is neither a folder nor one of {', '.join(NAMES)}.")
     hub = _import("huggingface_hub", f"--init {name}")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(FILES)))  # shows a progress bar
     except (OSError, hub.errors.HTTPError) as error:
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{name} could not be downloaded from huggingface.co ({reason}) and is not in the local cache. Without a "
-            f"network, run `hf download {name} {' '.join(FILES)} --local-dir FOLDER` elsewhere and give that FOLDER."
+            f"{name} could not be downloaded from huggingface.co and is not in the local cache. Without a network, run "
+            f"`hf download {name} {' '.join(FILES)} --local-dir FOLDER` elsewhere and give that FOLDER. "
+            f"({str(error).partition(chr(10))[0]})"
         ) from error
 
 
 def _read_config(path):
+    """config.json -> (GPTConfig, its eos_token_id)."""
     if not path.exists():
         raise UserError(f"{path} not found: a GPT-2 folder holds the shape of the model in that file.")
     try:
@@ -142,7 +153,7 @@ def _read_config(path):
     for name, allowed in {**ONLY, "n_inner": (None, 4 * config.n_embd)}.items():
         if name in values and values[name] not in allowed:
             raise UserError(f"{path}: {name} is {values[name]!r}, which this model does not have, only {allowed[0]!r}.")
-    return config
+    return config, values.get("eos_token_id")
 
 
 @dataclasses.dataclass
@@ -154,11 +165,11 @@ class Settings:
 
 def main():
     settings = parse_settings(Settings, "Exports a run for Hugging Face's libraries.")
-    from minidpo import checkpoint, dataset  # not above: checkpoint imports this module
+    from minidpo import checkpoint  # not above: checkpoint imports this module
 
     if checkpoint.exists(settings.out):
         raise UserError(f"--out {settings.out} is a run. Give another folder.")
-    out = dataset.new_file(settings.out, settings.overwrite)
+    out = new_file(settings.out, settings.overwrite)
     model, tokenizer, _ = checkpoint.load(settings.run)
     save_pretrained(model, out, tokenizer)
     print(f"wrote {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) opens it")

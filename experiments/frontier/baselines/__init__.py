@@ -1,12 +1,10 @@
 """The methods that DPO is compared with (Rafailov et al. 2023, section 6).
 
-    Preferred-FT    SFT on the chosen responses: python train_sft.py --data PAIRS.jsonl --init SFT --out OUT
-    unlikelihood    raises the chosen, lowers the rejected, without DPO's weights: a loss for train_dpo.py
-    reward_model    Bradley-Terry on a scalar head: the reward that best_of_n and ppo use
-    best_of_n       samples N responses, keeps the one that the reward model likes best
-    ppo             reinforcement learning on a reward, learned or true
-
-The first three learn from the pairs that DPO learns from.
+Preferred-FT    SFT on the chosen responses: python train_sft.py --data PAIRS.jsonl --init SFT --out OUT
+unlikelihood    raises the chosen, lowers the rejected, without DPO's weights: a loss for train_dpo.py
+reward_model    Bradley-Terry on a scalar head: the reward that best_of_n and ppo use
+best_of_n       samples N responses, keeps the one that the reward model likes best
+ppo             reinforcement learning on a reward, learned or true
 """
 
 from minidpo.optim import learning_rate, make_optimizer, set_learning_rate

@@ -1,6 +1,6 @@
 """PPO for language models: reinforcement learning on a reward, held near the reference by a KL penalty.
 
-    python -m experiments.frontier.baselines.ppo --data toy --init runs/toy/sft --reward toy --out runs/ppo
+    python -m experiments.frontier.unit --method ppo-gt --setting 2.0 --sft runs/toy/sft --out runs/frontier/toy
 
 With a learned reward this is the usual RLHF; with the true reward it is the DPO paper's PPO-GT. Both maximise the
 objective that DPO solves in closed form (Eq. 3 of Rafailov et al. 2023), but by trial: sample responses, score them,
@@ -15,7 +15,7 @@ its last token. Every token pays for its distance from the reference (Ziegler et
     R_t  =  -kl_coef (log pi(y_t|s_t) - log pi_ref(y_t|s_t))  +  r if y_t is the last
 
 The sum over t has the mean E[r] - kl_coef KL(pi || pi_ref). kl_coef is DPO's beta. A controller moves it so that the
-KL, in nats per response, reaches --kl-target (the DPO paper's "target KL in {3, 6, 9, 12}").
+KL, in nats per response, reaches kl_target (the DPO paper's "target KL in {3, 6, 9, 12}").
 
 ADVANTAGE. How much better was token t than expected? A value model V(s_t) estimates the sum of rewards to come.
 Generalised advantage estimation (GAE; Schulman et al. 2016, arXiv 1506.02438, Eq. 16) weighs the noise of what followed
@@ -31,22 +31,15 @@ weights of the SFT model. In a shared body, the value loss, which starts large, 
 import copy
 import dataclasses
 import math
-import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from experiments import common
-from experiments.frontier.baselines import reward_model
-from experiments.rewards import load_reward
 from minidpo import dataset
-from minidpo.device import DEVICES, pick_device
 from minidpo.optim import learning_rate, make_optimizer, set_learning_rate
-from minidpo.run import Run
-from minidpo.sampling import complete
-from minidpo.settings import UserError, knob, parse_settings, run_main
+from minidpo.settings import UserError
 from train_dpo import token_logps
 
 # ---- 1. The mathematics. N responses, T positions; `mask` (N, T) is true where a response token is predicted ----
@@ -80,13 +73,10 @@ def mean(values, mask):
     return (values * mask).sum() / mask.sum()
 
 
-def variance(values, mask):
-    return mean((values - mean(values, mask)).square(), mask)
-
-
 def whiten(values, mask):
     """Brings values (N, T) to mean 0 and variance 1, so that one learning rate fits rewards of any scale."""
-    return (values - mean(values, mask)) * mask / (variance(values, mask).sqrt() + 1e-8)
+    centred = (values - mean(values, mask)) * mask
+    return centred / (mean(centred.square(), mask).sqrt() + 1e-8)
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip):
@@ -116,50 +106,27 @@ def next_kl_coef(kl_coef, kl, target, gain):
     return kl_coef * (1 + gain * error)
 
 
-# ---- 2. Settings. The defaults are of the size of Ziegler et al.'s, for GPT-2; the toy has a set of its own ----
-
-SETS = {
-    "paper": {},
-    "toy": dict(
-        steps=70, rollouts=256, epochs=2, minibatch_size=128, lr=1e-3, value_lr=2e-3, warmup_steps=5, value_clip=1.0,
-        kl_target=2.0, kl_coef=1.0,
-    ),
-}  # fmt: skip
+# ---- 2. Settings. The defaults fit the toy ----
 
 
 @dataclasses.dataclass
 class Settings:
-    data: str = knob(dataclasses.MISSING, 'a dataset name (its training prompts) or a JSONL file with "prompt"')
-    init: str = knob(dataclasses.MISSING, "the model to start from and the reference: a run or GPT-2 folder, or a name")
-    out: str = knob(dataclasses.MISSING, "the run folder to write")
-    reward: str = knob("toy", "toy, the file of a trained classifier, or the run folder of a reward model")
-    settings: str = knob("", "named set of training settings; empty: the one of --data", choices=("", *SETS))
-    kl_target: float = knob(6.0, "where the controller keeps the KL, in nats per response; 0: kl_coef is fixed")
-    kl_coef: float = knob(0.2, "price of a nat of distance from the reference, at the start")
-    kl_gain: float = knob(0.1, "how fast the controller moves kl_coef: in one step by a fifth of this at most")
-    steps: int = knob(2000, "rollouts of the whole run, each followed by its epochs of updates", least=1)
-    rollouts: int = knob(512, "responses sampled per step", least=2)
-    epochs: int = knob(4, "passes over each step's rollouts", least=1)
-    minibatch_size: int = knob(128, "responses per update, and per forward pass", least=1)
-    lr: float = knob(1e-5, "learning rate of the policy after the warm-up; it falls linearly to 0")
-    value_lr: float = knob(1e-5, "the same of the value model")
-    warmup_steps: int = knob(0, "steps over which the learning rates rise")
-    lam: float = knob(0.95, "lambda of GAE, at most 1: lower trusts the value model more")
-    clip: float = knob(0.2, "the ratio of new to old probability counts from 1 - clip to 1 + clip")
-    value_clip: float = knob(0.2, "how far a value may move in a step, in units of the reward")
-    grad_clip: float = knob(1.0, "longest gradient, in L2 norm, of either network")
-    max_new_tokens: int = knob(64, "longest response, in tokens; a longer one is cut, and scored as it stands", least=1)
-    max_steps: int = knob(0, "stop after this many steps of those that --steps asks for; 0: make them all")
-    save_every: int = knob(10, "steps between checkpoints", least=1)
-    samples: int = knob(8, "prompts completed before and after, for the report")
-    seed: int = knob(0, "seed of the order of the prompts and of the sampling")
-    device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
-    resume: bool = knob(False, "continue the run in --out, with its settings")
-    overwrite: bool = knob(False, "replace the run in --out")
-
-    def __post_init__(self):
-        if not 0 <= self.lam <= 1:
-            raise UserError(f"--lam {self.lam}: must be from 0 to 1; try 0.95.")
+    kl_target: float = 2.0  # where the controller keeps the KL, in nats per response; 0: kl_coef is fixed
+    kl_coef: float = 1.0  # price of a nat of distance from the reference, at the start
+    kl_gain: float = 0.1  # how fast the controller moves kl_coef: in one step by a fifth of this at most
+    steps: int = 70  # rollouts of the whole run, each followed by its epochs of updates
+    rollouts: int = 256  # responses sampled per step
+    epochs: int = 2  # passes over each step's rollouts
+    minibatch_size: int = 128  # responses per update, and per forward pass
+    lr: float = 1e-3  # learning rate of the policy after the warm-up; it falls linearly to 0
+    value_lr: float = 2e-3  # the same of the value model
+    warmup_steps: int = 5  # steps over which the learning rates rise
+    lam: float = 0.95  # lambda of GAE, from 0 to 1: lower trusts the value model more
+    clip: float = 0.2  # the ratio of new to old probability counts from 1 - clip to 1 + clip
+    value_clip: float = 1.0  # how far a value may move in a step, in units of the reward
+    grad_clip: float = 1.0  # longest gradient, in L2 norm, of either network
+    max_new_tokens: int = 64  # longest response, in tokens; a longer one is cut, and scored as it stands
+    seed: int = 0  # of the choice of the prompts and of the sampling
 
 
 # ---- 3. The pieces of the loop ----
@@ -186,24 +153,21 @@ class Rollout(NamedTuple):
     logps: torch.Tensor  # of the policy that sampled, in nats
     reference_logps: torch.Tensor
     values: torch.Tensor
-    entropies: torch.Tensor  # of the policy's distribution at each position, in nats
     scores: torch.Tensor  # (N,), the reward of each response
 
 
 @torch.no_grad()
 def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, generator, prompt_ids=None):
-    """Samples one response to each of `prompts` (texts) and scores it -> Rollout. `prompt_ids` are `ids` of `train`."""
+    """Samples one response to each of `prompts` (texts) and scores it -> Rollout. Arguments as in common.sample."""
     samples = common.sample(policy, tokenizer, prompts, settings.max_new_tokens, generator, ids=prompt_ids)
     device = policy.wte.weight.device
     rows = dataset.sft_batch(list(zip(samples.prompt_ids, samples.ids, strict=True)), device)
     parts = []
     for ids, targets in zip(*(t.split(settings.minibatch_size) for t in (rows.ids, rows.targets)), strict=True):
-        logits = policy(ids)
-        entropy = torch.distributions.Categorical(logits=logits).entropy()
-        parts.append((token_logps(logits, targets), token_logps(reference(ids), targets), value(ids), entropy))
-    logps, reference_logps, values, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
-    scores = torch.tensor(reward(samples.prompts, samples.texts, samples.prompt_ids, samples.ids)).to(logps)
-    return Rollout(rows, logps, reference_logps, values, entropies, scores)
+        parts.append((token_logps(policy(ids), targets), token_logps(reference(ids), targets), value(ids)))
+    logps, reference_logps, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    scores = torch.tensor(reward(samples)).to(logps)
+    return Rollout(rows, logps, reference_logps, values, scores)
 
 
 def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
@@ -230,21 +194,16 @@ def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
     metrics = dict(zip(names, (sums / n).tolist(), strict=True))
     if not all(math.isfinite(m) for m in metrics.values()):
         raise UserError(f"not a finite number in {metrics}. Is the learning rate too high?")
-    explained = 1 - variance(returns - rollout.values, mask) / variance(returns, mask).clamp(min=1e-8)
-    return {**metrics, "value_explained": explained.item()}
+    return metrics
 
 
-def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None, state=None, steps=None, ids=None):
-    """Trains `policy` in place.
+def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None):
+    """Trains `policy` in place. Returns the value model.
 
     Args:
-        reward: reward(prompts, responses, prompt_ids, response_ids) -> list of floats; texts, and ids as `generate`
-            takes and returns them.
-        prompts: texts; `ids` is what common.prompt_ids made of them. None: it is called here.
-        on_step: on_step(step, metrics, state) after each step, counted from 1. `state` is what to save beside the
-            policy, at once, since its tensors change with the next step.
-        state: that of an earlier on_step, to continue its training with its policy.
-        steps: the steps to make, counted from 0; None: all of them.
+        reward: reward(samples) -> list of floats, for common.Samples.
+        prompts: texts.
+        on_step: on_step(step, metrics) after each step, counted from 1.
     """
     policy.set_dropout(0.0)  # the ratio of new to old probabilities must be 1 before the first update
     policy.train(), reference.eval()
@@ -253,17 +212,10 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
     value.body.set_dropout(0.0)
     optimizers = [make_optimizer(model, "adamw", settings.lr) for model in (policy, value)]
     kl_coef = settings.kl_coef
-    if ids is None:
-        ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy)
-    if state:
-        value.load_state_dict(state["value"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        kl_coef = state["kl_coef"]
+    ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy)
 
-    for step in steps or range(settings.steps):
-        started = time.perf_counter()
-        # one seed per step, so that a resumed run draws what an uninterrupted run would have drawn
+    for step in range(settings.steps):
+        # one seed per step, so that the sampling of a step does not depend on how many numbers the last one drew
         seed = settings.seed * 1_000_003 + step
         generator, sampling = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
         drawn = torch.randint(len(prompts), (settings.rollouts,), generator=generator).tolist()
@@ -273,63 +225,9 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None,
             set_learning_rate(optimizer, learning_rate(step, settings.steps, peak, settings.warmup_steps, decay=True))
         losses = update(policy, value, optimizers, rollout, kl_coef, settings, generator)
 
-        mask = rollout.rows.mask
-        kl = ((rollout.logps - rollout.reference_logps) * mask).sum(dim=1).mean().item()
-        metrics = {
-            "reward": rollout.scores.mean().item(),
-            "kl": kl,  # as sampled: its mean over samples is KL(pi || pi_ref)
-            "objective": rollout.scores.mean().item() - kl_coef * kl,
-            "kl_coef": kl_coef,
-            "entropy": mean(rollout.entropies, mask).item(),
-            "length": mask.sum().item() / len(mask),
-            **losses,
-            "lr": optimizers[0].param_groups[0]["lr"],
-            "seconds": time.perf_counter() - started,
-        }
+        kl = ((rollout.logps - rollout.reference_logps) * rollout.rows.mask).sum(dim=1).mean().item()
+        metrics = {"reward": rollout.scores.mean().item(), "kl": kl, "kl_coef": kl_coef, **losses}
         kl_coef = next_kl_coef(kl_coef, kl, settings.kl_target, settings.kl_gain)
         if on_step:
-            state = {"step": step + 1, "kl_coef": kl_coef, "value": dict(value.state_dict())}
-            on_step(step + 1, metrics, state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-
-
-def load(name, tokenizer, device):
-    """Loads --reward -> the function that `train` takes: a reward model reads the ids, any other reward the texts."""
-    if name != "toy" and Path(name).is_dir():
-        model, _ = reward_model.load(name, tokenizer)
-        model.to(device)
-        return lambda prompts, responses, prompt_ids, response_ids: model.score(prompt_ids, response_ids).tolist()
-    of_texts = load_reward(name)
-    return lambda prompts, responses, prompt_ids, response_ids: of_texts(prompts, responses)
-
-
-def main():
-    settings = parse_settings(Settings, __doc__.split("\n\n")[0], sets=SETS)
-    run = Run(settings, "ppo")
-    settings.device = pick_device(settings.device)
-    (reference,), tokenizer = common.load_models(settings.init, device=settings.device)
-    reward = load(settings.reward, tokenizer, settings.device)
-    policy, _, state = run.load()
-    policy.to(settings.device)
-    state = state if settings.resume else {}
-    run.count(state.get("step", 0), settings.steps, min(settings.steps, settings.max_steps or settings.steps))
-    prompts = common.read_prompts(settings.data, "prompts_train")
-    ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy)
-    shown, shown_ids = prompts[: settings.samples], ids[: settings.samples]
-    before = complete(reference, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
-
-    def on_step(step, metrics, now):
-        state.update(now)
-        run.log(step - 1, metrics)
-        run.bar.set_postfix_str(f"reward {metrics['reward']:.2f}, KL {metrics['kl']:.2f}")
-
-    save = lambda step: run.save(policy, tokenizer, state)  # noqa: E731
-    with run.loop(range(run.first_step, run.last_step), tokenizer, save) as steps:
-        train(policy, reference, reward, prompts, tokenizer, settings, on_step, state, steps, ids)
-    after = complete(policy, tokenizer, shown_ids, settings.max_new_tokens, settings.seed)
-    size = f"{run.last_step} steps of {settings.rollouts} responses"
-    note = f"PPO on the reward {settings.reward} from {settings.init}: {size}."
-    run.finish({"prompt": shown, "before": before, "after": after}, [note])
-
-
-if __name__ == "__main__":
-    run_main(main)
+            on_step(step + 1, metrics)
+    return value

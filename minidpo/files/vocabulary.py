@@ -3,7 +3,7 @@
 import json
 from itertools import pairwise
 
-from minidpo.files import atomic_write
+from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
@@ -17,51 +17,52 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 def load_vocabulary(folder, vocab_size):
     """The tokenizer of a Hugging Face folder with a model of `vocab_size` tokens -> a Tokenizer with the same ids.
 
-    Reads bpe.json, which is ours, or tokenizer.json, or vocab.json with merges.txt. A folder with none of them has
-    GPT-2's own vocabulary, if the size says so.
-
-    Raises:
-        UserError: with the name of the file. It is damaged, or no byte-level BPE with GPT-2's pattern.
+    Reads bpe.json, which is ours, or tokenizer.json, or vocab.json with merges.txt. A folder without any tokenizer has
+    GPT-2's own, if the size says so: 50,257, or up to 50,304, the next multiple of 64. Added tokens such as [PAD] are
+    not used. Raises UserError with the name of the file if it is damaged, or no byte-level BPE with GPT-2's pattern.
     """
-    files = (folder / name for name in ("bpe.json", "tokenizer.json", "vocab.json"))
-    path = next((path for path in files if path.exists()), None)
-    if path is None and vocab_size == 50257:
-        return Tokenizer.gpt2()
+    path = next((p for name in ("bpe", "tokenizer", "vocab") if (p := folder / f"{name}.json").exists()), None)
     if path is None:
-        raise UserError(f"{folder} has no tokenizer.json and no vocab.json, and {vocab_size} tokens are not GPT-2's.")
+        other = [file.name for end in ("*token*", "*vocab*", "*merges*", "*.model") for file in folder.glob(end)]
+        if 50257 <= vocab_size <= 50304 and not other:
+            return Tokenizer.gpt2()
+        too = f" beside {other[0]}" if other else ""
+        raise UserError(f"{folder}: no tokenizer.json and no vocab.json, and {vocab_size} tokens are not GPT-2's{too}.")
     if path.name == "bpe.json":
         return Tokenizer.load(path)
     try:
-        vocab = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        vocab, added = json.loads(path.read_text(encoding="utf-8", errors="replace")), {}
         if path.name == "tokenizer.json":
-            vocab, merges = _byte_level(vocab, path)
+            vocab, merges, added = _byte_level(vocab, path)
         else:
             merges = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             merges = [line for line in merges if not line.startswith("#version")]
-        eot = vocab[EOT]
+            if (file := folder / "added_tokens.json").exists():
+                added = json.loads(file.read_text(encoding="utf-8"))
+        unused = sorted(added.keys() - {EOT})
+        vocab = {token: i for token, i in {**vocab, **added}.items() if token not in unused}
         written = sorted(vocab.keys() - {EOT}, key=vocab.get)
         tokens = [bytes(CHAR_TO_BYTE[c] for c in token) for token in written]
-        written.insert(eot, EOT)
+        written.insert(vocab[EOT], EOT)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not GPT-2's kind of vocabulary, or is damaged: {error!r}") from error
     if vocab != {token: i for i, token in enumerate(written)}:
-        raise UserError(f"{path}: the ids must be 0, 1, 2, ... without a gap.")
+        raise UserError(f"{path}: the ids must be 0, 1, 2, ... without a gap, and added tokens {unused} come last.")
     if merges != merges_of(tokens, path):
         raise UserError(f"{path}: its merges are not, in this order, those that make the tokens.")
-    return Tokenizer(tokens, eot)
+    if unused:
+        print(f"{path}: the added tokens {', '.join(unused)} are never used.")
+    return Tokenizer(tokens, vocab[EOT])
 
 
 def _byte_level(saved, path):
-    """What tokenizer.json holds -> (vocab, merges), as vocab.json and merges.txt hold them."""
+    """What tokenizer.json holds -> (vocab, merges, added tokens), as vocab.json and its companions hold them."""
     words = saved["pre_tokenizer"] or {}
     kind = saved["model"]["type"], saved["normalizer"], words.get("type"), words.get("add_prefix_space")
     if kind != ("BPE", None, "ByteLevel", False) or not words.get("use_regex", True):
         raise UserError(f"{path} is not a byte-level BPE with GPT-2's pattern: model, normalizer, words are {kind}.")
-    added = {token["content"]: token["id"] for token in saved["added_tokens"]}
-    if added.keys() - {EOT}:
-        raise UserError(f"{path} adds the tokens {sorted(added.keys() - {EOT})}. Only {EOT} is supported.")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in saved["model"]["merges"]]
-    return {**saved["model"]["vocab"], **added}, merges
+    return saved["model"]["vocab"], merges, {token["content"]: token["id"] for token in saved["added_tokens"]}
 
 
 def save_vocabulary(tokenizer, folder):
@@ -74,10 +75,7 @@ def save_vocabulary(tokenizer, folder):
 
 
 def merges_of(tokens, file):
-    """The lines of merges.txt: for each token, the two parts that are left when all earlier merges are made.
-
-    Raises UserError, with the name of the file, if `tokens` are not the result of merges.
-    """
+    """The lines of merges.txt: of each token, the two parts that all earlier merges leave. Or UserError with `file`."""
     ranks = {token: i for i, token in enumerate(tokens)}
     if len(ranks) < len(tokens) or {bytes([b]) for b in range(256)} != set(tokens[:256]):
         raise UserError(f"{file}: the first 256 tokens must be the single bytes, and no token can be there twice.")
