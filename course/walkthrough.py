@@ -66,8 +66,8 @@ RUNS = Path("runs/walkthrough")  # folder for the runs of this notebook
 # %% [markdown]
 # ## 1. The data
 #
-# The data are invented movie reviews. A pair consists of a prompt x, the response y_w that somebody chose, and the
-# response y_l that they rejected.
+# The data are invented movie reviews. A pair consists of a prompt `x`, the response `y_w` that somebody chose, and the
+# response `y_l` that they rejected.
 
 # %%
 records = dataset.read_jsonl(data.find("toy", "pairs_train"), dataset.PAIR)
@@ -77,9 +77,9 @@ for record in records[:3]:
     print("rejected", record["rejected"], "\n")
 
 # %% [markdown]
-# In real data nobody knows why people chose as they did. Here we know. The reward r of a review is its number of
+# In real data nobody knows why people chose as they did. Here we know. The reward `r` of a review is its number of
 # kind words minus its number of unkind words. The choice is drawn from the Bradley-Terry model,
-# P(y₁ is chosen over y₂) = sigmoid(r(y₁) - r(y₂)). So the better review does not always win.
+# `p(y_1 over y_2) = sigmoid(r(y_1) - r(y_2))`. So the better review does not always win.
 
 # %%
 differences = [grammar.reward(record["chosen"]) - grammar.reward(record["rejected"]) for record in records]
@@ -149,7 +149,7 @@ print("the same, with 100 added to every logit:", train_dpo.token_logps(logits +
 
 # %% [markdown]
 # The log-probability of a whole response is the **sum** over its tokens, by the chain rule:
-# log π(y|x) = Σₜ log π(yₜ | x, y before t). It is not the mean, which is another quantity.
+# `log pi(y|x) = sum_t log pi(y_t | x, y_<t)`. It is not the mean, which is another quantity.
 
 # %%
 with torch.no_grad():
@@ -160,8 +160,8 @@ print("log pi(y|x) of the rejected:", rejected, "in", batch.rejected.mask.sum(-1
 # %% [markdown]
 # ## 5. Why the loss starts at ln 2, and why it does not stay there
 #
-# At the start the policy *is* the reference. Both implicit rewards β log(π / π_ref) are 0, so the
-# margin is 0. The loss is -log sigmoid(0) = ln 2 = 0.6931 for every pair.
+# At the start the policy *is* the reference. Both implicit rewards `beta log(pi / pi_ref)` are 0, so the
+# margin is 0. The loss is `-log sigmoid(0) = ln 2 = 0.6931` for every pair.
 
 # %%
 beta = 0.7
@@ -173,8 +173,8 @@ print("d loss / d log pi of the chosen:  ", policy_logps[0].grad)
 print("d loss / d log pi of the rejected:", policy_logps[1].grad)
 
 # %% [markdown]
-# The *value* is the same for any model, but the *derivative* is not zero: it is -β/2 for the chosen response and
-# +β/2 for the rejected one. A step makes the chosen response likelier and the rejected one less likely. Where the
+# The *value* is the same for any model, but the *derivative* is not zero: it is `-beta/2` for the chosen response and
+# `+beta/2` for the rejected one. A step makes the chosen response likelier and the rejected one less likely. Where the
 # margin is already large, the curve below is flat, and the pair has almost no effect.
 
 # %%

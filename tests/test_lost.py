@@ -4,6 +4,7 @@ The chaos test starts, resumes, overwrites, reads and kills runs in one folder a
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -12,16 +13,24 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from children import start, start_stage
 from tiny import call, contents, fails, write_data
 
+import experiments.bench.__main__
+import experiments.frontier.__main__
+import experiments.frontier.gap
+import experiments.frontier.unit
+import experiments.make_pairs
+import experiments.winrate.__main__
 import minidpo.dataset
 import minidpo.files.writing
 import minidpo.run
 import minidpo.sampling
+import minidpo.scale.weights
 import train_dpo
 import train_sft
 from minidpo import checkpoint
@@ -148,6 +157,35 @@ def hold(path, seconds):
     claim(path)
     print("claimed", flush=True)
     time.sleep(float(seconds))
+
+
+@pytest.mark.parametrize(
+    ("main", "claimed", "flags"),
+    [
+        (experiments.frontier.__main__.main, "out", "--data toy --out out --sft start"),
+        (
+            experiments.frontier.unit.main,
+            "out/units/dpo_0.7_0.json",
+            "--method dpo --setting 0.7 --out out --sft start",
+        ),
+        (experiments.frontier.gap.main, "gap.csv", "--csv gap.csv"),
+        (experiments.winrate.__main__.main, "out", "--out out --run start --data toy --judge toy"),
+        (experiments.bench.__main__.main, "cache", "--cache cache --shapes trial"),
+        (experiments.make_pairs.main, "out.jsonl", "--out out.jsonl --policy start --prompts toy --reward toy"),
+        (minidpo.scale.weights.main, "out", "--out out --run start"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_every_command_that_writes_results_takes_part(tmp_path, monkeypatch, capsys, main, claimed, flags):
+    monkeypatch.chdir(tmp_path)
+    holder = start(hold, tmp_path / claimed, 60, log=tmp_path / "log")
+    (tmp_path / "log").touch()
+    wait_for(lambda: (tmp_path / "log").read_text() == "claimed\n")
+    before = contents(tmp_path)
+    assert f"in use by process {holder.pid}" in fails(capsys, main, *flags.split())
+    assert contents(tmp_path) == before
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
 
 
 def test_a_lock_that_its_owner_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
@@ -326,6 +364,23 @@ def test_a_console_that_is_not_utf8(home, tmp_path, monkeypatch, encoding):
         shown = b"".join((stream.flush(), stream.buffer.getvalue())[1] for stream in streams)
         monkeypatch.undo()
         assert b"?" in shown and b"Traceback" not in shown
+
+
+def test_every_help_on_a_console_that_is_not_utf8(monkeypatch):
+    """Every command is tried: a module with a line that calls run_main."""
+    root, tried = Path(train_dpo.__file__).parent, 0
+    for path in sorted(p for name in ("minidpo", "data", "experiments", "course") for p in (root / name).rglob("*.py")):
+        if "\n    run_main(main)" not in path.read_text(encoding="utf-8"):
+            continue
+        module = importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+        stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "stdout", stream)
+            call(module.main, "--help")
+        stream.flush()
+        assert not stop.value.code and b"usage:" in stream.buffer.getvalue(), path
+        tried += 1
+    assert tried > 20
 
 
 # ---- chaos ----

@@ -910,7 +910,7 @@ def test_full_disk_is_one_message_and_leaves_the_last_checkpoint(home, tmp_path,
     saved, replace = [], os.replace
 
     def full_open(path, mode, **how):
-        if re.fullmatch(r"checkpoint\.pt\.\d+\.part", Path(path).name):
+        if mode == "wb" and re.fullmatch(r"checkpoint\.pt\.\d+\.part", Path(path).name):
             saved.append(path)
         file = open(path, mode, **how)
         return FullDisk(file, room) if room != "replace" and len(saved) > 2 else file

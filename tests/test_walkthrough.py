@@ -47,6 +47,7 @@ def executed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "find", lambda name, file: SHIPPED / f"{file}.jsonl")
         patch.chdir(notebook.ROOT)
+        patch.setenv("TQDM_DISABLE", "1")  # the notebook sets it; this takes it back
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(
             subprocess, "run", lambda *command, **how: pytest.fail(f"{command}, although everything is installed")
@@ -73,7 +74,7 @@ def test_it_runs_and_shows_what_the_text_describes(executed):
     scored = [line.split()[-1] for line in printed(shown[code("boundary =")]).splitlines()[1:]]
     assert scored == ["no", "no", "yes", "yes", "yes", "yes"]
     assert "-log sigmoid(0.000)" in printed(shown[code("asked =")])
-    assert "loss 0.693147 (ln 2 = 0.693147)" in printed(shown[code("show.call(train_dpo.main")])
+    assert "loss 0.693147 (ln 2 = 0.693147)" in printed(shown[code("BETA =")])
     assert "kl_exact" in printed(shown[code("print(f\"{'':14}")])
 
 
@@ -121,6 +122,7 @@ def test_in_a_hosted_notebook_the_first_cell_downloads_and_installs(tmp_path, mo
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     notebook.execute([("code", code("import importlib.util"))])
     root = str(tmp_path / "minidpo")
     assert [command[0] for command in ran] == ["git", sys.executable]

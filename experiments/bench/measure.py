@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.bench.shapes import count, mfu_flops, random_pairs
-from minidpo.files.writing import atomic_write
+from minidpo.files.writing import atomic_write, claim
 from minidpo.run import CatchInterrupt
 from minidpo.settings import UserError, knob
 
@@ -53,6 +53,7 @@ def measure_all(works, settings):
 
     works: {cell: work}; a cell is a tuple of names. Ctrl-C lets the running process finish and leaves out the others.
     """
+    claim(settings.cache)
     names = {f"{'-'.join(cell).replace(' ', '_')}-{i}": cell for i in range(settings.rounds) for cell in works}
     turns = {Path(settings.cache) / f"{name}.json": cell for name, cell in names.items()}
     measured = {path: found for path, cell in turns.items() if (found := kept(path, works[cell]))}

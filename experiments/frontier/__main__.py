@@ -28,6 +28,7 @@ from experiments import common
 from experiments.frontier import figure, limit
 from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, number
 from experiments.frontier.unit import Setup, SweepSettings, is_done, unit_path
+from minidpo.files.writing import claim
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
@@ -76,6 +77,7 @@ def start(settings, unit):
 
 def sweep(settings):
     """Runs the units that are not on disk yet, `settings.jobs` at a time, none before the unit it needs."""
+    claim(settings.out)
     setup, todo = Setup(settings), units(settings)
     waiting, running = [unit for unit in todo if not is_done(setup, unit)], {}
     (setup.out / "units").mkdir(parents=True, exist_ok=True)

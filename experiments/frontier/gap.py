@@ -29,6 +29,7 @@ from experiments.evaluate import sequence_kl
 from experiments.frontier import limit
 from experiments.frontier.baselines import fit
 from minidpo import dataset
+from minidpo.files.writing import claim
 from minidpo.run import count_steps
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
@@ -204,14 +205,13 @@ def table(runs):
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
+    claim(settings.csv)
     causes = common.names_in("--cause", settings.cause, CAUSES, DEFAULT)
     points = limit.read(settings.limit)
     gap = lambda run: round(1 - limit.share_of_gain(points, run.kl, run.reward), 5)  # noqa: E731
     runs = [run._replace(gap=gap(run)) for run in read(settings.csv)]  # to the limit as it is now
     if any(run.beta != settings.beta for run in runs):
-        raise UserError(
-            f"{settings.csv} holds runs of another beta than {settings.beta}. Give that --beta, or another --csv."
-        )
+        raise UserError(f"{settings.csv} holds runs of another beta. Give that --beta, or another --csv.")
     done = {run[:3] for run in runs}
     kinds = itertools.product(map(int, settings.pairs or PAIRS), range(settings.seeds), causes)
     work = [(cause, pairs, seed) for pairs, seed, cause in kinds if (cause, pairs, seed) not in done]
@@ -221,7 +221,6 @@ def main():
     for kind in tqdm(work, desc="gap", unit="run"):
         runs.append(one_run(*kind, model, tokenizer, points, settings))
         write(settings.csv, runs)  # a stopped study continues after its last run
-    write(settings.csv, runs)
     runs = read(settings.csv)
     draw(settings.figure, runs)
     print(table(runs))

@@ -29,7 +29,7 @@ from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files.writing import atomic, atomic_write
+from minidpo.files.writing import atomic, atomic_write, claim
 from minidpo.run import count_steps, place
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
@@ -273,7 +273,9 @@ def main():
     torch.set_num_threads(1)  # two processes of one thread get more done than one of two: the matrices are small
     plain = settings.setting and "-" not in settings.setting
     setting = float(settings.setting) if plain else settings.setting
-    run(Setup(settings), Unit(settings.method, setting, settings.seed))
+    unit = Unit(settings.method, setting, settings.seed)
+    claim(unit_path(settings.out, unit))
+    run(Setup(settings), unit)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from experiments.winrate.scores import agreement, compare, count
 from minidpo import checkpoint
 from minidpo.dataset import SFT, read_jsonl
 from minidpo.device import DEVICES, pick_device
-from minidpo.files.writing import atomic_write
+from minidpo.files.writing import atomic_write, claim
 from minidpo.report import samples_table
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
@@ -124,15 +124,14 @@ def parse_temperatures(text):
 def check_out(settings):
     """Returns --out and the text of its settings.json. Raises UserError if it holds results of other settings."""
     out = Path(settings.out)
+    claim(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file. Give a folder.")
     asked = {name: value for name, value in dataclasses.asdict(settings).items() if name != "overwrite"}
     text, path = json.dumps(asked, indent=2), out / "settings.json"
     if path.exists() and not settings.overwrite and path.read_text(encoding="utf-8") != text:
-        raise UserError(
-            f"{out} holds results of other settings ({path}). Give another --out, or replace them with --overwrite: "
-            "the samples and answers in it are kept and used."
-        )
+        how = "Give another --out, or replace them with --overwrite: samples and answers in it are kept and used."
+        raise UserError(f"{out} holds results of other settings ({path}). {how}")
     return out, text
 
 

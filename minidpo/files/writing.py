@@ -26,7 +26,7 @@ def atomic(path):
     try:
         with open(part, "wb") as file:
             yield file
-            file.flush()
+        with open(part, "r+b") as file:  # opened again: a library may have put a new file in its place
             os.fsync(file.fileno())  # the bytes reach the disk before the name
         os.replace(part, path)
         with contextlib.suppress(OSError):  # some systems cannot open a folder

@@ -21,8 +21,8 @@ FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
 SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields of config.json and of GPTConfig
 # the values that minidpo/model.py computes with; a field that is not listed does not change the forward pass
 ONLY = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(LAYER_NORM_EPS,))
-ONLY |= dict(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))
-ONLY |= dict(tie_word_embeddings=(True,))
+ONLY |= {name: (True,) for name in ("scale_attn_weights", "tie_word_embeddings")}
+ONLY |= {name: (False,) for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention")}
 
 
 def load_with_tokenizer(name_or_folder):
@@ -49,13 +49,11 @@ def load_pretrained(name_or_folder):
     folder = _find_folder(str(name_or_folder))
     with torch.device("meta"):  # no memory and no time for initial weights
         model = GPT(_read_config(folder / "config.json")[0])
-    missing = dict(model.to_empty(device="cpu").named_parameters())
-    path = folder / "model.safetensors"
+    missing, path = dict(model.to_empty(device="cpu").named_parameters()), folder / "model.safetensors"
     paths = [path] if path.exists() else sorted(folder.glob("model-*.safetensors"))  # a large model has several
     if not paths:
-        how = f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        how = f'To make it from pytorch_model.bin: python -c "from transformers import GPT2LMHeadModel as M; {how}"'
-        raise UserError(f"{path} not found: a GPT-2 folder holds its weights in that file. {how}")
+        how = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained({str(folder)!r}).save_pretrained"
+        raise UserError(f'{path} not found. To make it from pytorch_model.bin: python -c "{how}({str(folder)!r})"')
     safetensors, stored = _import("safetensors.torch", path), []
     try:
         for path in paths:
@@ -80,19 +78,24 @@ def load_pretrained(name_or_folder):
 
 @torch.no_grad()
 def save_pretrained(model, folder, tokenizer=None):
-    """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given."""
-    folder, config, weights = Path(folder), model.config, dict(sorted(model.named_parameters()))
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # safetensors: the header's length, the header, the weights
-    for name, weight in weights.items():
-        begin, end = end, end + weight.nbytes
-        dtype = ("BF" if weight.dtype == torch.bfloat16 else "F") + str(8 * weight.element_size())
-        header["transformer." + name] = dict(dtype=dtype, shape=_stored(name, weight).shape, data_offsets=[begin, end])
-    header = json.dumps(header, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with atomic(folder / "model.safetensors") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+    """Writes a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a tokenizer is given.
+
+    Raises UserError without the extra `hf`, and OSError if a file cannot be written.
+    """
+    folder, config, weights = Path(folder), model.config, dict(model.named_parameters())
+    safetensors = _import("safetensors.torch", path := folder / "model.safetensors")
+    try:
+        # safetensors writes a tensor as it lies in memory. Changing that in place needs memory for one tensor at a time
         for name, weight in weights.items():
-            file.write(_stored(name, weight).contiguous().cpu().view(torch.uint8).numpy())
+            weight.data = _stored(name, _stored(name, weight.data).contiguous())  # shape and values stay
+        stored = ((f"transformer.{name}", _stored(name, weight.data).cpu()) for name, weight in weights.items())
+        with atomic(path) as file:
+            safetensors.torch.save_file(dict(stored), file.name, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # the disk is full, for example
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        for weight in weights.values():
+            weight.data = weight.data.contiguous()
     values = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_positions=config.block_size)
     values |= {name: getattr(config, name) for name in SHAPE} | {"vocab_size": len(model.wte.weight)}
     values |= dict(activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS)
@@ -134,11 +137,8 @@ def _find_folder(name):
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(FILES)))  # shows a progress bar
     except (OSError, hub.errors.HTTPError) as error:
-        raise UserError(
-            f"{name} could not be downloaded from huggingface.co and is not in the local cache. Without a network, run "
-            f"`hf download {name} {' '.join(FILES)} --local-dir FOLDER` elsewhere and give that FOLDER. "
-            f"({str(error).partition(chr(10))[0]})"
-        ) from error
+        how = f"Run `hf download {name} {' '.join(FILES)} --local-dir FOLDER` elsewhere and give that FOLDER."
+        raise UserError(f"{name} could not be downloaded and is not in the local cache ({error}). {how}") from error
 
 
 def _read_config(path):

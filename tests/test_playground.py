@@ -1,0 +1,481 @@
+"""course/playground.html in a real browser: its numbers against dpo_loss and enumeration, its looks at four widths."""
+
+import importlib.util
+import math
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import need
+
+import train_dpo
+
+PAGE = Path(__file__).parent.parent / "course" / "playground.html"
+BETAS = [math.inf, *(40 * 0.95**i for i in range(160))]  # of the page's limit
+VARIANTS = {
+    "smoothing": dict(label_smoothing=0.1),
+    "ipo": dict(loss_type="ipo"),
+    "free": dict(reference_free=True),
+}
+LOSSES = ("sigmoid", *VARIANTS, "mean", "forgotten", "swapped")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    need(importlib.util.find_spec("selenium"), "the page is tested with selenium: pip install selenium")
+    need(chromium and driver, "the page is tested in Chromium: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+@pytest.fixture
+def page(browser):
+    """Opens the page at an address: page("#scene=beta"). At the end, the console must be empty."""
+
+    def open_page(address="", width=1280, height=800, scheme="light"):
+        show(browser, PAGE.as_uri() + address, width, height, scheme)
+        return browser
+
+    browser.get_log("browser")
+    yield open_page
+    assert browser.get_log("browser") == []
+
+
+def show(browser, address, width, height, scheme="light"):
+    size = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [dict(name="prefers-color-scheme", value=scheme)]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=features))
+    browser.get("about:blank")  # else only the part behind # would change
+    browser.get(address)
+
+
+# ---- 1. The numbers ----
+
+
+def an_address(rng, **fixed):
+    """Random settings, as the part of an address behind #."""
+    reference = [rng.uniform(0.2, 30) for _ in range(10)]
+    settings = dict(
+        beta=rng.choice([0.05, 0.1, 0.5, 1, 2.5]),
+        loss=rng.choice(LOSSES),
+        labels=rng.choice(["bt", "hard"]),
+        pairs=rng.choice(["all", "20", "500"]),
+        words=rng.choice(["shared", "own"]),
+        seed=rng.randrange(1000),
+        paired="".join(rng.choice("11110") for _ in range(8)) + "11",
+        reference=",".join(map(str, reference)),
+        rewards=",".join(str(rng.uniform(-4, 4)) for _ in range(10)),
+    )
+    return "&".join(f"{name}={value}" for name, value in (settings | fixed).items())
+
+
+def fields(address):
+    return dict(part.split("=") for part in address.split("&"))
+
+
+def expected(address, weights, pairs, texts):
+    """The same from `dpo_loss`, autograd and a sum over all responses, in float64."""
+    given = fields(address)
+    beta, loss = float(given["beta"]), given["loss"]
+    reference = torch.tensor([float(p) for p in given["reference"].split(",")], dtype=torch.float64)
+    reference = (reference / reference.sum()).log()
+    rewards = torch.tensor([float(r) for r in given["rewards"].split(",")], dtype=torch.float64)
+    words = [re.findall("[a-z]+", text.lower()) for text in texts]
+    vocabulary = list(dict.fromkeys(word for text in words for word in text))
+    shared = torch.tensor([[text.count(word) for word in vocabulary] for text in words], dtype=torch.float64)
+    counts = shared if given["words"] == "shared" else torch.eye(10, dtype=torch.float64)
+    weights = torch.tensor(weights, dtype=torch.float64, requires_grad=True)
+    logps = (reference + counts @ weights).log_softmax(0)
+
+    chosen, rejected = (torch.tensor([pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
+    share = torch.tensor([pair["share"] for pair in pairs], dtype=torch.float64)
+    if loss == "swapped":
+        chosen, rejected = rejected, chosen
+    lengths = torch.tensor([len(text) if loss == "mean" else 1 for text in words], dtype=torch.float64)
+    sides = [(values / lengths)[side] for values in (logps, reference) for side in (chosen, rejected)]
+    if loss == "forgotten":
+        sides[3] = torch.zeros_like(sides[3])
+    losses, *each = train_dpo.dpo_loss(*sides, beta=beta, **VARIANTS.get(loss, {}))
+    (losses * share).sum().backward()
+
+    def place(logps):
+        p = logps.exp()
+        return [(p * (logps - reference)).sum().item(), (p * rewards).sum().item()]
+
+    kl, reward = place(logps.detach())
+    return {
+        "loss": (losses * share).sum().item(),
+        "chosen_reward": (each[0] * share).sum().item(),
+        "rejected_reward": (each[1] * share).sum().item(),
+        "each": [list(row) for row in zip(losses.tolist(), each[0].tolist(), each[1].tolist(), strict=True)],
+        "gradient": weights.grad.tolist(),
+        "kl": kl,
+        "reward": reward,
+        "limit": [place((reference + rewards / b).log_softmax(0)) for b in BETAS],
+        "optimum": place((reference + rewards / beta).log_softmax(0)),
+    }
+
+
+MEASURE = """
+const place = (logps, {reference_logps, rewards}) =>
+  [playground.kl(logps, reference_logps), playground.mean_reward(logps, rewards)];
+return arguments[0].map(([address, weights]) => {
+  const run = playground.start(playground.parse(address)), {language, settings, pairs} = run, {optimum} = playground;
+  run.weights = run.weights.map((_, k) => weights[k]);
+  const now = playground.measure(run), again = playground.address(playground.parse(playground.address(settings)));
+  return {...now, each: now.each.map(e => [e.loss, e.chosen_reward, e.rejected_reward]), weights: run.weights, pairs,
+    limit: playground.limit(language), landing: playground.landing(language, settings),
+    optimum: place(optimum(language, settings.beta), language), same: again === playground.address(settings)};
+});
+"""
+
+
+def close(a, b):
+    if isinstance(b, list):
+        return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def test_fifty_random_settings_agree_with_dpo_loss_autograd_and_enumeration(page):
+    rng = random.Random(0)
+    asked = [(an_address(rng, loss=LOSSES[i % 7]), [rng.gauss(0, 0.7) for _ in range(60)]) for i in range(50)]
+    driver = page()
+    texts = driver.execute_script("return playground.TEXTS")
+    for (address, _), found in zip(asked, driver.execute_script(MEASURE, asked), strict=True):
+        for name, value in expected(address, found["weights"], found["pairs"], texts).items():
+            assert close(found[name], value), (name, address)
+        assert found["same"], address
+
+
+def test_pairs_follow_bradley_terry_or_the_higher_reward(page):
+    rng = random.Random(1)
+    asked = [
+        (an_address(rng, pairs=pairs, labels=labels), [0] * 60)
+        for pairs in ("all", "20", "100000")
+        for labels in ("bt", "hard")
+    ]
+    for (address, _), found in zip(asked, page().execute_script(MEASURE, asked), strict=True):
+        given = fields(address)
+        rewards = [float(r) for r in given["rewards"].split(",")]
+        inside = {y for y, is_in in enumerate(given["paired"]) if is_in == "1"}
+        shares = {(pair["chosen"], pair["rejected"]): pair["share"] for pair in found["pairs"]}
+        assert len(shares) == len(found["pairs"]) and math.isclose(sum(shares.values()), 1)
+        assert all(a != b and {a, b} <= inside for a, b in shares)
+        for a in inside:
+            for b in inside - {a}:
+                d, share, each = rewards[a] - rewards[b], shares.get((a, b), 0.0), 2 / len(inside) / (len(inside) - 1)
+                p = each * (float(d > 0) if given["labels"] == "hard" else 1 / (1 + math.exp(-d)))
+                n = math.inf if given["pairs"] == "all" else int(given["pairs"])
+                assert abs(share - p) <= 1e-12 + (5 * math.sqrt(p / n) + 1 / n if p else 0)
+
+
+def test_at_the_point_of_theory_the_gradient_is_zero(page):
+    """On infinitely many Bradley-Terry labels of all pairs, with one weight per response."""
+    rng, driver = random.Random(2), page()
+    for loss in ("sigmoid", "free", "swapped", "mean"):
+        address = an_address(rng, loss=loss, labels="bt", pairs="all", words="own", paired="1" * 10, beta=1)
+        (start,) = driver.execute_script(MEASURE, [(address, [0] * 60)])
+        texts = driver.execute_script("return playground.TEXTS")
+        reference = torch.tensor([float(p) for p in fields(address)["reference"].split(",")], dtype=torch.float64)
+        landing = torch.tensor(start["landing"], dtype=torch.float64)
+        assert abs(landing.exp().sum() - 1) < 1e-9
+        weights = (landing - (reference / reference.sum()).log()).tolist()
+        there = expected(address, weights, start["pairs"], texts)
+        assert max(map(abs, there["gradient"])) < 1e-9, loss
+        assert max(map(abs, expected(address, [0] * 10, start["pairs"], texts)["gradient"])) > 0.01
+        if loss == "sigmoid":
+            assert close([there["kl"], there["reward"]], there["optimum"])
+
+
+def test_after_training_the_policy_is_the_optimum_within_the_bound_of_strong_convexity(page):
+    """With one weight per response and exact Bradley-Terry labels.
+
+    The loss is convex in the weights. On the way from the weights a to the best weights b, each margin stays between
+    its values at both ends. So the Hessian is at least the graph Laplacian of the smaller curvatures at the ends. With
+    its smallest eigenvalue mu, |a - b| <= |gradient| / mu. The eigenvalue 0 does not count: in its direction all
+    weights grow alike, and the gradient has no part of it.
+    """
+    train = """
+    const run = playground.start(playground.parse(arguments[0]));
+    for (let i = 0; i < 6000; i++) playground.train_step(run);
+    return [run.weights, playground.measure(run).gradient, playground.measure(run).logps];
+    """
+    rng, driver = random.Random(3), page()
+    for beta in (0.5, 1.0, 2.0):
+        rewards = [rng.uniform(-1.5, 1.5) for _ in range(10)]
+        fixed = dict(loss="sigmoid", labels="bt", pairs="all", words="own", paired="1" * 10, lr=20 / beta**2)
+        address = an_address(rng, **fixed, beta=beta, rewards=",".join(map(str, rewards)))
+        weights, gradient, logps = (torch.tensor(x, dtype=torch.float64) for x in driver.execute_script(train, address))
+        reference = torch.tensor([float(p) for p in fields(address)["reference"].split(",")], dtype=torch.float64)
+        r = torch.tensor(rewards, dtype=torch.float64)
+        optimum = (reference.log() + r / beta).log_softmax(0)
+
+        def curvature(margins):
+            return margins.sigmoid() * (-margins).sigmoid()
+
+        margins = beta * (weights[:, None] - weights), r[:, None] - r
+        least = beta**2 / 45 * torch.minimum(*map(curvature, margins)).fill_diagonal_(0)
+        mu = torch.linalg.eigvalsh(least.sum(1).diag() - least)[1]  # the first is 0
+        bound = 2 * gradient.norm() / mu  # of log pi: the weights and log Z move by at most |a - b| each
+        assert bound < 1e-6
+        assert (logps - optimum).abs().max() <= bound + 1e-12
+
+
+# ---- 2. The page ----
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1280, 1920])
+def test_nothing_is_cut_off(page, width, scheme):
+    driver = page(width=width, scheme=scheme)
+    scenes = ["", *driver.execute_script("return Object.keys(playground.SCENES)")]
+    wider = """
+    const all = selector => [...document.querySelectorAll(selector)].filter(e => e.getClientRects().length);
+    return arguments[0].filter(scene => {
+      playground.apply(playground.parse(`scene=${scene}`));
+      playground.advance(30);
+      return document.documentElement.scrollWidth > innerWidth
+        || all("body *").some(e => e.getBoundingClientRect().right > innerWidth + 0.5)
+        || all("section, fieldset, figure, figcaption, td, p").some(e => e.scrollWidth > e.clientWidth + 1);
+    });
+    """
+    assert driver.execute_script(wider, scenes) == []
+    dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
+    assert dark == (scheme == "dark")
+
+
+def test_all_views_are_on_a_laptop_screen_at_once(page):
+    driver = page(width=1280, height=800)
+    bottoms = """
+    return Object.keys(playground.SCENES).map(scene => {
+      playground.apply(playground.parse(`scene=${scene}`));
+      return document.documentElement.scrollHeight;
+    });
+    """
+    assert max(driver.execute_script(bottoms)) <= 800
+
+
+def test_a_thousand_random_clicks_break_nothing(page):
+    clicks = """
+    let state = 7;
+    const random = n => { state = (Math.imul(state, 1103515245) + 12345) & 0x7fffffff; return (state >> 8) % n; };
+    const typed = ["", "-1", "0", "1e9", "3", "0.5", "-4", "50", "-1e300"], bad = [];
+    const set = (e, name, value, event) => { e[name] = value; e.dispatchEvent(new Event(event)); };
+    for (let i = 0; i < 1000; i++) {
+      const all = document.querySelectorAll("input:not([disabled]), select, button, a, #pair-chart");
+      const e = all[random(all.length)], at = {clientX: 600 + random(400), clientY: 350 + random(250)};
+      if (e.type === "range") set(e, "value", random(Number(e.max) + 1), "input");
+      else if (e.type === "number") set(e, "value", typed[random(9)], "change");
+      else if (e.tagName === "SELECT") set(e, "selectedIndex", random(e.length), "change");
+      else if (e.tagName === "A" || e.tagName === "BUTTON" || e.type === "checkbox") e.click();
+      else for (const kind of ["pointermove", "click"]) e.dispatchEvent(new MouseEvent(kind, at));
+      if (random(3) === 0) playground.advance(1 + random(4));
+      if (/NaN|Infinity|undefined|null/.test(document.querySelector("form").innerHTML))
+        bad.push([i, e.id, playground.address(playground.run.settings)]);
+    }
+    playground.go(false);
+    return [bad, playground.run.weights.every(Number.isFinite)];
+    """
+    driver = page()
+    driver.set_script_timeout(20)
+    bad, finite = driver.execute_script(clicks)
+    assert bad == [] and finite
+    assert driver.execute_script("return document.querySelectorAll('#rows tr').length") == 10
+
+
+def test_the_keyboard_reaches_everything_and_everything_has_a_name(page):
+    from selenium.webdriver.common.keys import Keys
+
+    driver = page("#scene=beta")
+    count = "return document.querySelectorAll('a, button, select, input:not([disabled])').length"
+    controls = driver.execute_script(count)
+    reached = set()
+    for _ in range(controls):
+        driver.switch_to.active_element.send_keys(Keys.TAB)
+        reached.add(driver.switch_to.active_element.id)
+    assert len(reached) == controls
+    for element in driver.find_elements("css selector", "a, button, select, input, svg"):
+        assert element.accessible_name, element.get_attribute("outerHTML")
+    beta = driver.find_element("id", "beta")
+    beta.send_keys(Keys.ARROW_RIGHT)
+    assert driver.find_element("id", "show-beta").text == "1.5"
+    driver.find_elements("css selector", "nav a")[2].send_keys(Keys.ENTER)
+    assert driver.execute_script("return playground.run.settings.labels") == "hard"
+    driver.find_element("id", "step").send_keys(Keys.SPACE)
+    assert driver.execute_script("return playground.run.steps") == 1
+
+
+def test_it_runs_pauses_and_resets_and_a_frame_takes_less_than_a_sixtieth_of_a_second(page):
+    driver = page()
+    run = driver.find_element("id", "run")
+    run.click()
+    time.sleep(0.5)
+    run.click()
+    steps = driver.execute_script("return playground.run.steps")
+    assert steps > 5 and run.text == "Run"
+    time.sleep(0.1)
+    assert driver.execute_script("return playground.run.steps") == steps
+    driver.find_element("id", "reset").click()
+    assert driver.execute_script("return [playground.run.steps, playground.measure(playground.run).loss]") == [
+        0,
+        pytest.approx(math.log(2), abs=1e-12),
+    ]
+    frames = """
+    return Array.from({length: 120}, () => {
+      const start = performance.now();
+      playground.advance(1);
+      document.body.offsetHeight;  // the layout belongs to the frame
+      return performance.now() - start;
+    });
+    """
+    assert sorted(driver.execute_script(frames))[12] < 1000 / 60  # the machine may be busy with other tests
+
+
+def test_a_scene_is_a_link_and_the_address_keeps_what_was_changed(page):
+    driver = page("#scene=mean&beta=0.7")
+    get = "const s = playground.run.settings; return [s.scene, s.loss, s.beta]"
+    assert driver.execute_script(get) == ["mean", "mean", 0.7]
+    driver.execute_script("document.getElementById('seed').value = 9; document.getElementById('seed').onchange()")
+    time.sleep(0.4)
+    assert driver.current_url.endswith("#scene=mean&beta=0.7&seed=9")
+    driver.execute_script("location.hash = '#scene=nothing&beta=-3&reference=1,2&paired=1000000000&loss=toString'")
+    time.sleep(0.1)
+    assert driver.execute_script(get) == ["", "sigmoid", 1]  # what makes no sense is left out
+
+
+@pytest.mark.parametrize("scene", ["", "ln2", "beta", "hard", "falls", "free", "mean"])
+def test_each_scene_shows_what_its_sentences_say(page, scene):
+    driver = page(f"#scene={scene}")
+    run = """
+    return arguments[0].map(([steps, some]) => {
+      playground.apply({...playground.run.settings, ...some});
+      const {run} = playground, start = playground.measure(run);
+      for (let i = 0; i < steps; i++) playground.train_step(run);
+      const now = playground.measure(run), best = playground.optimum(run.language, run.settings.beta).map(Math.exp);
+      return {...now, p: now.logps.map(Math.exp), start, best};
+    });
+    """
+
+    def after(*asked):
+        return driver.execute_script(run, asked)
+
+    a, e, f, h = 0, 4, 5, 7  # responses, by their letters
+    if not scene:  # with weights per word the policy can reach the optimum of rewards that are sums over words
+        (one,) = after([3000, {"lr": 1}])
+        assert one["p"] == pytest.approx(one["best"], abs=1e-3)
+    elif scene == "ln2":
+        (one,) = after([1, {}])
+        assert {(pair["margin"], pair["weight"]) for pair in one["start"]["each"]} == {(0, 0.5)}
+        assert one["start"]["loss"] == pytest.approx(math.log(2)) and one["loss"] < one["start"]["loss"]
+    elif scene == "beta":
+        small, large = after([5000, {}], [5000, {"beta": 3}])
+        assert small["p"] == pytest.approx(small["best"], abs=1e-3)
+        assert large["p"] == pytest.approx(large["best"], abs=1e-3)
+        assert small["kl"] > large["kl"] and small["reward"] > large["reward"]
+    elif scene == "hard":
+        early, late = after([300, {}], [3000, {}])
+        assert early["loss"] > late["loss"] and early["kl"] < late["kl"]
+        assert late["p"][h] > early["p"][h] > early["best"][h]
+    elif scene == "falls":
+        first, later, own = after([1, {}], [300, {}], [300, {"words": "own"}])
+        assert first["rejected_reward"] < first["chosen_reward"] < 0 < own["chosen_reward"]
+        assert later["chosen_reward"] < first["chosen_reward"]
+        assert later["p"][e] > 0.5 and later["p"][f] < 0.1
+    elif scene == "free":
+        forgets, keeps = after([3000, {}], [3000, {"loss": "sigmoid"}])
+        assert forgets["p"][e] == pytest.approx(forgets["p"][h], abs=0.01) and keeps["p"][e] < 0.02
+    else:
+        mean, total = after([5000, {}], [5000, {"loss": "sigmoid"}])
+        assert mean["p"][h] > 1.5 * mean["p"][a] and total["p"][h] < total["p"][a]
+
+
+def test_it_asks_no_server(page):
+    driver = page()
+    assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+    addresses = re.findall(r"https?://[^\s\"'`)]+", PAGE.read_text(encoding="utf-8"))
+    assert set(addresses) <= {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=\"(?!data:)", PAGE.read_text(encoding="utf-8"))
+
+
+def test_every_scene_that_a_page_links_to_exists(page):
+    scenes = set(page().execute_script("return Object.keys(playground.SCENES)"))
+    texts = {path: path.read_text(encoding="utf-8") for path in PAGE.parent.rglob("*.md")}
+    linked = {path: set(re.findall(r"playground\.html#scene=(\w+)", text)) for path, text in texts.items()}
+    assert set().union(*linked.values()) <= scenes
+    assert linked.get(PAGE.parent / "instructor" / "README.md", scenes) == scenes  # students get no instructor's page
+
+
+# ---- 3. The notebook as a page ----
+
+
+def test_the_notebook_as_html_is_read_without_a_network_and_on_a_phone(browser, tmp_path):
+    """Jupyter's page fetches MathJax from a server, so the notebook writes its formulas without TeX."""
+    need(
+        importlib.util.find_spec("nbconvert"), "the notebook is turned into HTML with nbconvert: pip install nbconvert"
+    )
+    import nbconvert
+
+    html, _ = nbconvert.HTMLExporter().from_filename(str(PAGE.with_name("walkthrough.ipynb")))
+    (tmp_path / "walkthrough.html").write_text(html, encoding="utf-8")
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.setBlockedURLs", dict(urls=["http://*", "https://*"]))
+    cut_off = """
+    const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+    const outside = e => e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e);
+    const cut = [...document.querySelectorAll("body *")].filter(outside).map(e => e.outerHTML);
+    return [document.documentElement.scrollWidth > innerWidth, cut];
+    """
+    for width in (360, 1000):
+        show(browser, (tmp_path / "walkthrough.html").as_uri(), width, 800)
+        assert browser.execute_script(cut_off) == [False, []]
+    texts = "return [...document.querySelectorAll('.jp-RenderedMarkdown')].map(e => e.innerText)"
+    texts = browser.execute_script(texts)
+    assert any("sum_t log pi(y_t | x, y_<t)" in text for text in texts)
+    assert not any(re.search(r"\$|\\[a-z]", text) for text in texts)
+    browser.execute_cdp_cmd("Network.setBlockedURLs", dict(urls=[]))
+
+
+# ---- 4. Colours: three kinds of colour blindness, simulated by Machado, Oliveira and Fernandes (2009), severity 1 ----
+
+BLIND = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(rgb):
+    """Linear RGB (3,) -> CIE L*a*b*."""
+    matrix = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    xyz = torch.tensor(matrix) @ rgb / torch.tensor([0.95047, 1.0, 1.08883])
+    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("blind", BLIND)
+def test_colours_that_stand_side_by_side_differ_for_colour_blind_people(blind):
+    styles = re.findall(r"--page: .*?\}", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(styles) == 2
+    for style in styles:
+        colours = dict(re.findall(r"--(\w+): (#\w{6});", style))
+        for a, b in [("reference", "optimum"), ("optimum", "policy"), ("policy", "reference"), ("chosen", "rejected")]:
+            seen = []
+            for name in (a, b):
+                rgb = torch.tensor([int(colours[name][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+                linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+                seen.append(lab((torch.tensor(BLIND[blind]) @ linear).clamp(0, 1)))
+            assert (seen[0] - seen[1]).norm() > 15, (a, b)
