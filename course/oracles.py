@@ -1021,8 +1021,8 @@ def pick_beta_case(draw, number):
     The first beta has the highest mean reward. Its mean KL is over the budget; if it has two runs, one of them is
     within. The best beta within the budget is the second in even cases, with one run over the budget, and the third in
     odd cases. The beta after the best has a lower mean reward, but the best single run of all. In cases 2 and 3 the
-    best beta has the best and the worst run instead, and the worst comes first. In cases 4 and 5 the mean KL of the best
-    beta is exactly the budget. In cases 6 and 7 KL does not fall with beta. In the last case no beta is within the
+    best beta has the best and the worst run instead, and the worst comes first. In cases 4 and 5 the mean KL of the
+    best beta is exactly the budget. In cases 6 and 7 KL does not fall with beta. In the last case no beta is within the
     budget.
     """
     budget = draw.randint(8, 32) / 8 if number != 2 else 4.0  # multiples of 1/8, and 1/4 times that, have exact means

@@ -63,9 +63,8 @@ def draw(path, result):
         below.set(xlabel=title, ylabel="peak resident memory, GB")
     for cell in axes.flat:
         cell.grid(alpha=0.25)
-        cell.set(xlim=(0, None), ylim=(0, None))
+        cell.set(xlim=(0, None), ylim=(0, 1.3 * cell.get_ylim()[1]))  # room for the legend above the curves
     for cell in axes[:, 0]:
-        cell.set_ylim(0, 1.3 * cell.get_ylim()[1])  # room for the legend above the curves
         cell.legend(frameon=False, loc="upper left")
     save_figure(path, picture)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 from experiments.mistakes import GALLERY, caught, curves
 from minidpo.settings import knob, parse_settings, run_main, unknown
@@ -24,7 +23,7 @@ def main():
     mistakes = [mistake for mistake in GALLERY if settings.only in ("", mistake.name)]
     if settings.curves:
         curves.train_all(mistakes, settings.init, settings.curves)
-        curves.write_page(settings.curves, Path(settings.page))
+        curves.write_page(settings.curves, settings.page)
         return
 
     missed = []

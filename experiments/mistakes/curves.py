@@ -136,7 +136,7 @@ def measured(mistake, folder):
 def write_page(folder, page):
     """Writes docs/mistakes.md with what was measured in its sections to `page`, and the picture beside it."""
     above, sections = read_page(PAGE)
-    folder, trained = Path(folder), []
+    folder, page, trained = Path(folder), Path(page), []
     for i, section in enumerate(sections):
         mistake = read_section(section)
         if read(folder, mistake):
