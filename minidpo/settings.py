@@ -1,6 +1,7 @@
 """Settings as a dataclass that is also a command line, and errors that say what to do."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 at_end = contextlib.ExitStack()  # at_end.callback(f, ...): what a command must do at its end, even after an error
+atexit.register(at_end.close)
+NEW = ".new-run"  # folder in a run folder: files of a run that will replace the one there when it has saved
 
 
 class UserError(ValueError):
@@ -133,7 +136,7 @@ def fitting_set(given, sets):
 
 def _settings_of(folder):
     """The settings of a run, {field: value}, or {} if the folder has none. Raises UserError for a damaged file."""
-    path, new = Path(folder) / "settings.json", Path(folder) / "new"
+    path, new = Path(folder) / "settings.json", Path(folder) / NEW
     if (new / "checkpoint.pt").exists() and (new / "settings.json").exists():
         path = new / "settings.json"  # killed while it replaced an older run: the next process will go on
     try:
