@@ -2,23 +2,23 @@
 
 The grader (grade.py) starts it with `serve`, sends one request per function, and kills it when it takes too long. The
 oracles are not loaded in this process. Replies are JSON, so that nothing a student returns is executed. Printed output
-is discarded.
-
-An audit hook refuses what no answer needs: the course's own files, other processes and the network. This protects
-against accidents and curiosity, not against an attacker: Python code can do everything that the user who runs it can
-do. Grade files from strangers in a container without a network.
+is discarded. sandbox.py says what the process may do.
 """
 
 import builtins
+import codecs
+import contextlib
+import functools
 import inspect
+import io
 import json
-import linecache
 import math
 import os
 import random
 import re
 import sys
 import threading
+import tokenize
 import traceback
 import types
 from pathlib import Path
@@ -27,37 +27,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from course.sandbox import close_walls
 from minidpo.tokenizer import Tokenizer
 
-COURSE = Path(__file__).resolve().parent
 LARGEST = 100_000  # numbers in one answer
-MEMORY = 2 * 1024**3  # bytes that a file may use in addition to torch
-NO_PROCESSES = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen"}
-NO_PROCESSES |= {"pty.spawn", "socket.connect", "socket.bind", "os.startfile"}
+autograd_calls = []  # grows with each call of autograd, which one exercise forbids
 
 
 def serve(path, connection):
     """Imports the file, reports whether that worked, then answers requests until the grader ends or kills it."""
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread of tqdm, which would look like a thread of the student's
-    sys.path.insert(0, str(Path(path).resolve().parent))  # so that the file can import its neighbours
-    silence()
-    limit_memory()
-    refused = watch(path)
-    known, before = set(sys.modules), Globals()
+    for name in ("grad", "backward"):
+        setattr(torch.autograd, name, counted(getattr(torch.autograd, name)))
+    refused, imports = close_walls(os.path.dirname(path))
+    before = Globals()
     try:
-        source = Path(path).read_bytes()
+        source = read_source(path)
         module = types.ModuleType("submission")
         module.__file__ = str(path)
         sys.modules["submission"] = module
         exec(compile(source, str(path), "exec"), module.__dict__)
         failed = None
     except BaseException as error:  # a student's file may raise anything, even SystemExit
-        failed = "the file does not import: " + describe(error, path)
+        failed = "the file does not import: " + describe(error, path) + hint(error, path)
     harm = [change for change in before.changes() if "random" not in change]  # seeding at the top is allowed
     if refused or harm:
         failed = "on import the file " + " and ".join(refused + harm)
-    send(connection, {"failed": failed, "imports": imported(known)})
+    send(connection, {"failed": failed, "imports": imports})
     while True:
         try:
             request = json.loads(connection.recv_bytes())
@@ -67,7 +64,45 @@ def serve(path, connection):
         reply = answer(getattr(module, request["name"], None), request, path)
         if refused:
             reply = {"failed": "it " + " and ".join(refused)}
-        send(connection, {**reply, "imports": imported(known)})
+        send(connection, {**reply, "id": request["id"], "imports": imports})
+
+
+def read_source(path):
+    """The text of the file, in UTF-8, in UTF-16 as some editors write it, or in the encoding that it declares."""
+    source = Path(path).read_bytes()
+    if source.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return source.decode("utf-16")
+    encoding = "utf-8"
+    try:
+        with contextlib.suppress(SyntaxError):  # the first two lines declare nothing, or what does not exist
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+        return source.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = source.count(b"\n", 0, error.start) + 1
+        raise SyntaxError(f"line {line} is not in {encoding}: save the file as UTF-8") from error
+
+
+def hint(error, path):
+    """What to do about a file that comes from a notebook."""
+    if not isinstance(error, (SyntaxError, NameError)):
+        return ""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    if text.lstrip().startswith("{") and '"cells"' in text:
+        return "; this is a notebook: export it as a .py file"
+    if re.search(r"^\s*([%!]|get_ipython\()", text, flags=re.MULTILINE):
+        return "; delete the lines that begin with %, ! or get_ipython: they work in a notebook only"
+    return ""
+
+
+def counted(function):
+    """The function, which in addition notes each call in `autograd_calls`."""
+
+    @functools.wraps(function)
+    def counting(*args, **kwargs):
+        autograd_calls.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return counting
 
 
 def send(connection, reply):
@@ -83,15 +118,18 @@ def answer(function, request, path):
     answers = []
     for case in request["cases"]:
         before = Globals()
-        arguments = [decode(a, request["gradient"]) for a in case]
+        arguments = [decode(a, i < request["gradient"]) for i, a in enumerate(case)]
         if not takes(function, arguments):
             return {"failed": f"has the wrong signature; number of arguments in exercises.py: {len(arguments)}"}
+        autograd_calls.clear()
         try:
             value = function(*arguments)
         except NotImplementedError:
             return {"failed": "not done yet", "missing": True}
         except BaseException as error:  # a student's function may raise anything, even SystemExit
             return {"failed": describe(error, path)}
+        if request["by_hand"] and autograd_calls:
+            return {"failed": "it uses autograd; write the derivative as a formula"}
         changes = before.changes()
         if changes:
             return {"failed": "it " + " and ".join(changes)}
@@ -121,8 +159,11 @@ def describe(error, path):
     trace = traceback.walk_tb(error.__traceback__)
     lines = [line for frame, line in trace if frame.f_code.co_filename == str(path)]
     if isinstance(error, SyntaxError):
-        lines = [error.lineno]
-    words = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
+        lines = [error.lineno] if error.lineno else []
+    try:
+        words = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()
+    except Exception:  # an error of the student's own may not be able to say what it is
+        words = []
     text = f"{type(error).__name__}{': ' if words else ''}{words[0] if words else ''}"
     return text[:200] + (f" (line {lines[-1]})" if lines else "")
 
@@ -131,6 +172,7 @@ def describe(error, path):
 
 
 def decode(argument, gradient):
+    """The argument that the student's function receives. `gradient`: whether a float tensor asks for one."""
     if isinstance(argument, dict) and "tokens" in argument:
         return Tokenizer([token.encode("latin-1") for token in argument["tokens"]])
     if isinstance(argument, dict) and "dtype" in argument:
@@ -172,61 +214,7 @@ def reaches(value, inputs):
     return all(gradient is not None for gradient in gradients)
 
 
-# ---- what a file may do, and what it may change ----
-
-
-def silence():
-    """Discards stdout and stderr, including what C code writes."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-
-
-def limit_memory():
-    """Allows MEMORY bytes more than now, on Linux, where the system can enforce it."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import resource
-
-        used = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-
-
-def watch(path):
-    """Installs the audit hook; returns the list to which it appends what it refuses."""
-    refused, own, me = [], os.path.realpath(path), str(os.getpid())
-    # some libraries read the source of the functions on the stack; with these entries they do not open the files
-    for file in COURSE.rglob("*.py"):
-        linecache.cache[str(file)] = (0, None, [], str(file))
-
-    def refuse(what):
-        refused.append(what)
-        raise PermissionError(f"not allowed in an exercise: your code {what}")
-
-    def hook(event, arguments):
-        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-            file = os.path.realpath(os.fsdecode(arguments[0]))
-            other = re.match(r"/proc/(\d+)/", file)
-            if COURSE in Path(file).parents and file != own:
-                refuse(f"opens the grader's files ({Path(file).name})")
-            if other and other[1] != me:
-                refuse("reads another process")
-        elif event == "import" and arguments[0].partition(".")[0] == "course":
-            refuse(f"imports the grader ({arguments[0]})")
-        elif event == "os.kill" and arguments[0] != os.getpid():
-            refuse("sends signals to other processes")
-        elif event in NO_PROCESSES:
-            refuse(f"starts or calls other programs ({event})")
-
-    sys.addaudithook(hook)
-    return refused
-
-
-def imported(known):
-    """The project's own modules that the student's file has imported: train_dpo, minidpo, ..."""
-    ours = {path.stem for path in COURSE.parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    return sorted({name.partition(".")[0] for name in set(sys.modules) - known} & ours)
+# ---- what a file may change ----
 
 
 def wrapped_by_torch(value, former):

@@ -16,8 +16,8 @@ int64, masks are bool, and all numbers are finite. Log-probabilities and KL are 
 
 The rules:
 * A float tensor that you return has the dtype of the ones you were given (float32 or float64).
-* Training needs the gradients through gather_logps, sum_logps, margin_and_loss and smoothed_loss: do not use .item()
-  or .detach() there.
+* Training needs the gradients through gather_logps, sum_logps, implicit_reward, margin_and_loss and smoothed_loss: do
+  not use .item() or .detach() there.
 * Do not change the arguments.
 * Each function is graded alone and needs none of the others.
 * Do not import the project's own functions. They are the answers, and the grader reports it.
@@ -128,9 +128,9 @@ def margin_and_loss(chosen_rewards, rejected_rewards):
 def gradient_weight(chosen_rewards, rejected_rewards, beta):
     """Implicit rewards (B,), (B,), beta -> (d loss / d log pi(chosen) (B,), d loss / d log pi(rejected) (B,)).
 
-    Differentiate the loss above by hand, without autograd. The rewards already contain beta. The loss falls when the
-    chosen response becomes likelier, so the first derivative is negative. The margins here are 0 and ln 3, and beta is
-    0.5:
+    Differentiate the loss above by hand and write the formula. Autograd is not allowed here. The rewards already
+    contain beta. The loss falls when the chosen response becomes likelier, so the first derivative is negative. The
+    margins here are 0 and ln 3, and beta is 0.5:
 
     >>> gradient_weight(torch.tensor([3.0, 3.0]).log(), torch.tensor([3.0, 1.0]).log(), 0.5)
     (tensor([-0.2500, -0.1250]), tensor([0.2500, 0.1250]))

@@ -7,23 +7,30 @@ A wrong answer is compared with the known mistakes in oracles.py. If it matches 
 function gets no points at all if one of its cases ends in an error, None, NaN, the wrong shape or dtype, takes too long
 or changes something outside the function. The other functions are graded as usual.
 
-The student's file runs in a separate process (child.py) that receives the cases but not the oracles. If a function
-takes too long, the process is killed and a new one continues with the next function. The exit code is 0 if all files
-were graded, whatever their scores, and 2 if the command cannot be carried out.
+A copy of the student's file runs in a temporary folder, in a separate process (child.py, sandbox.py) that receives the
+cases but not the oracles. If a function takes too long, the process is killed and a new one continues with the next
+function. Whatever goes wrong with a file costs that file's points only. The exit code is 0 if all files were graded,
+whatever their scores, and 2 if the command cannot be carried out.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
+import os
 import random
 import secrets
+import shutil
 import statistics
+import tempfile
+import threading
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from course import sandbox
 from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError, run_main
 
@@ -34,7 +41,10 @@ if _METHOD == "forkserver":
     _PROCESSES.set_forkserver_preload(["torch", "numpy", "tiktoken", "regex", "tqdm"])
 START_LIMIT = 120  # seconds for a process to import torch
 REPLY_LIMIT = 50 * 1024**2  # bytes in one reply
+TRANSFER_LIMIT = 10  # seconds to send a request, or to receive a reply that has begun
+FILE_LIMIT = 1024**2  # bytes in a student's file
 UNREADABLE = "the reply of its process cannot be read"
+COURSE = Path(__file__).resolve().parent
 
 # ---- 1. Grade a file ----
 
@@ -58,7 +68,7 @@ def grade(path, cases, time_limit, tick=lambda: None):
     from course.oracles import EXERCISES
 
     started = time.perf_counter()
-    student, tests, imports, failed = Student(path, time_limit), [], set(), None
+    student, tests, imports, failed = Student(path, time_limit), [], set(), refusal(path)
     for exercise in EXERCISES:
         score, output = 0, ""
         failed = failed or student.start()
@@ -67,20 +77,41 @@ def grade(path, cases, time_limit, tick=lambda: None):
             imports.update(student.imports)
             try:
                 score, output = judge(exercise, cases[exercise.name], reply)
-            except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-                output = UNREADABLE  # the file itself wrote to the pipe
-        tests.append({"name": exercise.name, "score": score, "max_score": len(cases[exercise.name]), "output": output})
+            except Exception:  # the file itself wrote to the pipe, and that can be anything
+                output = UNREADABLE
+        max_score = len(cases[exercise.name])
+        tests.append({"name": exercise.name, "score": score, "max_score": max_score, "output": printable(output)})
         tick()
     student.stop()
     output = failed or (f"imports {', '.join(sorted(imports))}" if imports else "")
     return {
-        "file": str(path),
+        "file": printable(str(path)),
         "score": sum(test["score"] for test in tests),
         "max_score": sum(test["max_score"] for test in tests),
-        "output": output,
+        "output": printable(output),
         "execution_time": round(time.perf_counter() - started, 2),
         "tests": tests,
     }
+
+
+def refusal(path):
+    """Why a file is not graded at all, or None."""
+    try:
+        if os.path.getsize(path) > FILE_LIMIT:
+            return f"the file has {os.path.getsize(path):,} bytes; at most {FILE_LIMIT:,} are read"
+        own = Path(os.path.abspath(path))
+        if any(
+            os.path.samefile(own, file) for file in COURSE.rglob("*.py") if file != own.resolve() or own.is_symlink()
+        ):
+            return "the file is a link to a file of the course"
+    except OSError as error:
+        return f"the file cannot be read: {error.strerror}"
+    return None
+
+
+def printable(text):
+    """The text of a submission without control characters, which a terminal would obey, and without surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)[:500]
 
 
 def request(exercise, cases):
@@ -92,59 +123,75 @@ def request(exercise, cases):
         return argument._asdict() if hasattr(argument, "_asdict") else argument
 
     encoded = [[as_json(argument) for argument in case] for case in cases]
-    return {"name": exercise.name, "gradient": bool(exercise.gradient), "cases": encoded}
+    gradient = exercise.inputs if exercise.gradient else 0
+    return {"name": exercise.name, "gradient": gradient, "by_hand": exercise.by_hand, "cases": encoded}
 
 
 class Student:
-    """The process that runs the student's file."""
+    """The process that runs a copy of the student's file, alone in a temporary folder."""
 
     def __init__(self, path, time_limit):
-        self.path, self.time_limit = path, time_limit
+        self.path, self.time_limit = Path(path), time_limit
         self.process, self.imports = None, []
 
     def start(self):
         """Starts a process unless one is running; returns why the file cannot be used, or None."""
         if self.process:
             return None
+        self.folder = tempfile.mkdtemp(prefix="minidpo-grade-")
+        try:
+            copy = shutil.copyfile(self.path, Path(self.folder, "submission.py"))
+        except OSError as error:
+            self._remove_folder()
+            return f"the file cannot be read: {error.strerror}"
         self.connection, theirs = _PROCESSES.Pipe()
-        self.process = _PROCESSES.Process(target=_serve, args=(str(self.path), theirs), daemon=True)
+        self.process = _PROCESSES.Process(target=_serve, args=(str(copy), theirs), daemon=True)
         self.process.start()
         theirs.close()
-        if "ready" not in self._receive(START_LIMIT):  # torch is imported; the student's file is imported next
+        if "ready" not in (self._receive(START_LIMIT) or {}):  # torch is imported; the student's file is imported next
+            self.stop(wait=0)
             raise UserError(
                 f"The grader could not start a process within {START_LIMIT} seconds. "
                 "Try again when the machine is less busy."
             )
-        reply = self._receive(self.time_limit)
-        if reply.get("failed"):
+        reply = checked(self._receive(self.time_limit))
+        if reply["failed"]:
             self.stop(wait=0)
-            why = reply["failed"]
-            return f"the file does not import: {why}" if reply.get("died") else why
+            return f"the file does not import: {reply['failed']}" if reply["died"] else reply["failed"]
         self.imports = reply["imports"]
         return None
 
     def ask(self, request):
         """Sends a request and returns the reply; kills the process unless it may continue with the next function."""
-        reply = self._receive(self.time_limit, request)
-        self.imports = reply.get("imports", [])
-        if "answers" not in reply and not reply.get("missing"):
+        number = secrets.token_hex(8)  # so that no reply is taken for that of another function
+        reply = checked(self._receive(self.time_limit, {**request, "id": number}), number)
+        self.imports = reply["imports"]
+        if reply["failed"] and not reply["missing"]:
             self.stop(wait=0)  # so that nothing it left behind reaches the next function
         return reply
 
     def _receive(self, seconds, request=None):
         try:
             if request:
-                self.connection.send_bytes(json.dumps(request).encode())
+                self._or_kill(self.connection.send_bytes, json.dumps(request).encode())
             # in steps of 0.1 seconds, so that time does not count while the machine sleeps or the grader is stopped
             if not any(self.connection.poll(0.1) for _ in range(math.ceil(seconds / 0.1))):
                 return {"failed": f"no answer within {seconds:g} seconds", "died": True}
-            reply = json.loads(self.connection.recv_bytes(REPLY_LIMIT))
+            return json.loads(self._or_kill(self.connection.recv_bytes, REPLY_LIMIT))
         except (EOFError, OSError):
             self.process.join(1)
             return {"failed": f"its process ended (exit code {self.process.exitcode})", "died": True}
         except (ValueError, RecursionError):
-            reply = None
-        return reply if isinstance(reply, dict) else {"failed": UNREADABLE, "died": True}
+            return None
+
+    def _or_kill(self, transfer, argument):
+        """Calls `transfer`, and kills the process if that does not end: it may write half a reply and then wait."""
+        timer = threading.Timer(TRANSFER_LIMIT, self.process.kill)
+        timer.start()
+        try:
+            return transfer(argument)
+        finally:
+            timer.cancel()
 
     def stop(self, wait=2):
         """Gives the process `wait` seconds to end, then kills it."""
@@ -154,6 +201,30 @@ class Student:
             self.process.kill()
             self.process.join()
             self.process = None
+            self._remove_folder()
+
+    def _remove_folder(self):
+        with contextlib.suppress(RecursionError):  # folders in folders in folders
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def checked(reply, number=None):
+    """The reply with exactly the fields that the grader reads, whatever the process sent.
+
+    Returns:
+        A dict with `failed` (str or None), `died`, `missing` (bool), `imports` (list of names) and `answers` (list).
+    """
+    if not isinstance(reply, dict):
+        reply = {}
+    failed, imports, answers = reply.get("failed"), reply.get("imports"), reply.get("answers")
+    died = reply.get("died") is True
+    if not (isinstance(failed, str) or failed is None and (isinstance(answers, list) or number is None)):
+        failed = UNREADABLE
+    if not died and (reply.get("id") != number or not isinstance(imports, list)):
+        failed, died = UNREADABLE, True
+    names = [name for name in sandbox.PROJECT if name in imports] if isinstance(imports, list) else []
+    missing = reply.get("missing") is True and failed != UNREADABLE
+    return {"failed": failed, "died": died, "missing": missing, "imports": names, "answers": answers}
 
 
 def _serve(path, connection):
@@ -168,7 +239,7 @@ def _serve(path, connection):
 
 def judge(exercise, cases, reply):
     """The child's reply -> (points, message for the student)."""
-    if "answers" not in reply:
+    if reply.get("failed"):
         return 0, reply["failed"]
     plain = [[a.values if hasattr(a, "values") else a for a in case] for case in cases]
     dtypes = [next((a.dtype for a in case if getattr(a, "dtype", "").startswith("float")), None) for case in cases]
@@ -197,15 +268,19 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
     If no mistake matches the whole answers, each returned value is compared by itself. A value that no mistake matches
     is shown in its first wrong case.
     """
-    made = [(words, [mistake(*case) for case in cases]) for words, mistake in exercise.mistakes]
+    made = {}  # (number of the mistake, of the case) -> its answer, when it is needed
 
-    def differ(others, part):
-        """The numbers of the cases, from 1, in which the slice `part` of the answers differs from `others`."""
-        pairs = enumerate(zip(answers, others, dtypes, strict=True), start=1)
-        return [number for number, (a, o, dtype) in pairs if not alike(a[part], o[part], dtype)]
+    def agrees(i, n, part):
+        """Whether mistake i gives the slice `part` of the answer to case n."""
+        if (i, n) not in made:
+            made[i, n] = exercise.mistakes[i][1](*cases[n])
+        return alike(answers[n][part], made[i, n][part], dtypes[n])
 
     def likely_mistake(part):
-        return next((f"likely mistake: {words}" for words, others in made if not differ(others, part)), "")
+        for i, (words, _) in enumerate(exercise.mistakes):
+            if all(agrees(i, n, part) for n in range(len(cases))):
+                return f"likely mistake: {words}"
+        return ""
 
     whole = likely_mistake(slice(None))
     if whole:
@@ -213,12 +288,21 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
     said = []
     for i, name in enumerate(exercise.returns):
         part = slice(i, i + 1)
-        wrong = differ(expected, part)
+        wrong = [n for n in range(len(cases)) if not alike(answers[n][part], expected[n][part], dtypes[n])]
         if wrong:
-            answer, right = answers[wrong[0] - 1][i], expected[wrong[0] - 1][i]
-            words = likely_mistake(part) or f"case {wrong[0]}: got {short(answer)}, expected {short(right)}"
+            words = likely_mistake(part) or shown(wrong[0] + 1, answers[wrong[0]][i], expected[wrong[0]][i])
             said.append(f"{name}: {words}" if len(exercise.returns) > 1 else words)
     return "; ".join(said)
+
+
+def shown(number, answer, right):
+    """A wrong answer beside the right one; `number` is that of the case."""
+    words = f"case {number}: got {short(answer)}, expected {short(right)}"
+    infinite = [math.isinf(x) for x in flat(answer) if type(x) is float]
+    return (
+        f"{words} (infinite where the right value is finite: exp, log or division in two steps?)" * any(infinite)
+        or words
+    )
 
 
 def short(value):

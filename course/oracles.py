@@ -11,6 +11,7 @@ grader compares an answer with the oracle, and if they differ, with each mistake
 
 import dataclasses
 import math
+import random
 import struct
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,6 +37,8 @@ class Exercise:
     # "ids" (a list of int), "int64", "bool" or "float" (a tensor), "number" and "number or None"
     mistakes: list  # of (message, function with the oracle's signature)
     gradient: tuple = ()  # names of the returned values that must have a gradient
+    inputs: int = 1  # the first `inputs` arguments are those that the gradient must reach
+    by_hand: bool = False  # whether autograd is forbidden
 
 
 def floats(values, number):
@@ -64,6 +67,12 @@ def sigmoid(x):
 def minus_log_sigmoid(x):
     """log(1 + e^-x), finite for every x."""
     return max(-x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+CUTS = (10.0, 20.0, 30.0, 50.0, 80.0, 88.0, 100.0, 500.0)  # where answers cut off a margin, or a loss
+# log(p + eps) and log(max(p, eps)), as they are written against log(0)
+CUT_LOGS = [lambda p, e=e: math.log(p + e) for e in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12, 1e-20)]
+CUT_LOGS += [lambda p, e=e: math.log(max(p, e)) for e in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12, 1e-20)]
 
 
 def log_softmax(logits):
@@ -112,8 +121,39 @@ TOKENISE_MISTAKES = [
         for i, x in zip((1, 0, 0), texts, strict=True)]),
     ("an extra eot after the prompt",
         lambda t, p, w, l: ([t.eot, *t.encode(p), t.eot], *tokenise_pair(t, p, w, l)[1:])),
+    ("the eot stands behind the prompt instead of before it",
+        lambda t, p, w, l: ([*t.encode(p), t.eot], *tokenise_pair(t, p, w, l)[1:])),
+    ("the response contains the prompt's ids too", lambda t, p, w, l: _with_prompt(t, p, w, l, False, False)),
+    ("the response contains the prompt's ids too", lambda t, p, w, l: _with_prompt(t, p, w, l, True, False)),
+    ("the response contains the prompt's ids too", lambda t, p, w, l: _with_prompt(t, p, w, l, False, True)),
     ("chosen and rejected are swapped", lambda t, p, w, l: tokenise_pair(t, p, l, w)),
+    ("an eot before each response instead of after it", lambda t, p, *both: ([t.eot, *t.encode(p)],
+        *([t.eot, *t.encode(x)] for x in both))),
+    ("blanks at the ends of a text are removed; they belong to it", lambda t, *x: _changed(t, x, str.strip)),
+    ("blanks at the ends of a text are removed; they belong to it",
+        lambda t, p, *x: (tokenise_pair(t, p, "", "")[0], *_changed(t, (p, *x), str.lstrip)[1:])),
+    ("a blank is added to the text", lambda t, p, *x: (tokenise_pair(t, p, "", "")[0],
+        *_changed(t, (p, *x), lambda y: " " + y)[1:])),
+    ("a blank is added to the text", lambda t, p, *x: (tokenise_pair(t, p + " ", "", "")[0],
+        *tokenise_pair(t, p, *x)[1:])),
+    ("the end-of-text token is tokenizer.eot, not 0", lambda t, *x: [[0 if i == t.eot else i for i in ids]
+        for ids in tokenise_pair(t, *x)]),
+    ("an empty prompt needs its eot too", lambda t, p, *x: (tokenise_pair(t, p, *x)[0] if p else [],
+        *tokenise_pair(t, p, *x)[1:])),
+    ("these are the bytes of the text: use tokenizer.encode", lambda t, *x: [[t.eot, *x[0].encode()],
+        *([*y.encode(), t.eot] for y in x[1:])]),
 ]  # fmt: skip
+
+
+def _changed(t, texts, change):
+    """tokenise_pair of the changed texts."""
+    return tokenise_pair(t, *map(change, texts))
+
+
+def _with_prompt(t, prompt, chosen, rejected, eot, merged):
+    start = [t.eot] * eot
+    ids = ([*t.encode(prompt + x)] if merged else [*t.encode(prompt), *t.encode(x)] for x in (chosen, rejected))
+    return [t.eot, *t.encode(prompt)], *([*start, *row, t.eot] for row in ids)
 
 
 # ---- shift ----
@@ -130,6 +170,8 @@ def shift(row):
 SHIFT_MISTAKES = [
     ("not shifted: each position predicts its own token", lambda row: (row[:-1], row[:-1])),
     ("shifted the wrong way: each position predicts the token before it", lambda row: (row[1:], row[:-1])),
+    ("the row is reversed", lambda row: (row[:-1][::-1], row[1:][::-1])),
+    ("ids and targets are the same", lambda row: (row[1:], row[1:])),
 ]
 
 
@@ -175,6 +217,22 @@ def _scored(positions):
     return lambda prompts, responses: build_batch(prompts, responses, scored=positions)
 
 
+def _other(ids=None, targets=None):
+    """build_batch with other ids or targets: functions of (prompt, response, T) -> a row of T numbers."""
+
+    def made(prompts, responses):
+        rows, right = list(zip(prompts, responses, strict=True)), build_batch(prompts, responses)
+        T = len(right[0][0])
+        made_ids, made_targets = ([f(*row, T) for row in rows] if f else None for f in (ids, targets))
+        return made_ids or right[0], made_targets or right[1], right[2]
+
+    return made
+
+
+def padded(row, T, fill=0):
+    return (row + [fill] * T)[:T]
+
+
 BUILD_MISTAKES = [
     (
         "the targets are shifted but the mask is not: the first response token is never scored",
@@ -203,6 +261,33 @@ BUILD_MISTAKES = [
         lambda prompts, responses: build_batch(prompts, responses, target=0),
     ),
     ("padded on the left", lambda prompts, responses: build_batch(prompts, responses, left=True)),
+    ("the mask ends one position after the row", _scored(lambda p, n, T, targets: range(p - 1, n + 1))),
+    ("the mask starts two positions too late", _scored(lambda p, n, T, targets: range(p + 1, n))),
+    ("the mask starts at the response's length instead of the prompt's", _scored(lambda p, n, T, t: range(n - p, n))),
+    (
+        "the mask is inverted",
+        _scored(lambda p, n, T, targets: [t for t in range(T) if t < p - 1 or t >= n]),
+    ),
+    (
+        "the targets of the prompt are hidden: targets are the shifted row, and the mask says what counts",
+        _other(targets=lambda p, r, T: padded([-100] * (len(p) - 1) + r, T)),
+    ),
+    (
+        "the targets of the prompt are hidden: targets are the shifted row, and the mask says what counts",
+        _other(targets=lambda p, r, T: padded([0] * (len(p) - 1) + r, T)),
+    ),
+    ("the padding is -100 instead of 0", _other(targets=lambda p, r, T: padded((p + r)[1:], T, -100))),
+    ("the padding is eot instead of 0", _other(ids=lambda p, r, T: padded((p + r)[:-1], T, EOT))),
+    (
+        "the padding is eot instead of 0",
+        _other(lambda p, r, T: padded((p + r)[:-1], T, EOT), lambda p, r, T: padded((p + r)[1:], T, EOT)),
+    ),
+    ("the ids are shifted too: they start at the first token", _other(ids=lambda p, r, T: padded((p + r)[1:], T))),
+    ("the last token is an input too: it is only a target", _other(ids=lambda p, r, T: padded(p + r, T))),
+    (
+        "the response stands before the prompt",
+        _other(lambda p, r, T: padded((r + p)[:-1], T), lambda p, r, T: padded((r + p)[1:], T)),
+    ),
 ]
 
 
@@ -210,9 +295,18 @@ BUILD_MISTAKES = [
 
 
 def gather_logps_case(draw, number):
-    B, T, V = draw.randint(2, 3), draw.randint(2, 4), draw.randint(3, 6)
-    logits = normal(draw, (B, T, V), scale=3.0, mean=draw.choice((0.0, -100.0)))
-    return [floats(logits, number), Tensor("int64", [[draw.randrange(V) for _ in range(T)] for _ in range(B)])]
+    """The first cases have one row, one token, or both.
+
+    Cases 4 and 5 have a target whose logit is 1000 lower. In cases 6 to 9 all logits are far from 0.
+    """
+    B, T = ((1, 3), (1, 1), (3, 1))[number] if number < 3 else (draw.randint(2, 3), draw.randint(2, 4))
+    V = draw.randint(3, 6)
+    mean = draw.choice((0.0, -100.0)) if number < 6 else (-800.0, 800.0)[number // 2 % 2]
+    logits = normal(draw, (B, T, V), scale=3.0, mean=mean)
+    targets = [[draw.randrange(V) for _ in range(T)] for _ in range(B)]
+    if number in (4, 5):
+        logits[0][1][targets[0][1]] -= 1000.0
+    return [floats(logits, number), Tensor("int64", targets)]
 
 
 def gather_logps(logits, targets):
@@ -235,27 +329,101 @@ GATHER_MISTAKES = [
         lambda logits, targets: (nested(math.exp, gather_logps(logits, targets)[0]),),
     ),
     (
+        "log(softmax(x)) in two steps is -inf where the probability is tiny; F.log_softmax is not",
+        lambda logits, targets: (nested(lambda x: x if x > -700 else -math.inf, gather_logps(logits, targets)[0]),),
+    ),
+    *[
+        (
+            "log(softmax(x) + eps) is wrong where the probability is tiny; F.log_softmax is right there",
+            lambda logits, targets, cut=cut: (nested(lambda x: cut(math.exp(x)), gather_logps(logits, targets)[0]),),
+        )
+        for cut in CUT_LOGS
+    ],
+    (
         "the sign is wrong: this is the cross-entropy, -log p",
         lambda logits, targets: (nested(lambda x: -x, gather_logps(logits, targets)[0]),),
     ),
-]
+    *[
+        (words, lambda logits, targets, f=f: ([[f(log_softmax(x), i) for x, i in zip(*r, strict=True)]
+            for r in zip(logits, targets, strict=True)],))
+        for words, f in (
+            ("this is the likeliest token, not the target", lambda log, i: max(log)),
+            ("this is always token 0, not the target", lambda log, i: log[0]),
+            ("this is the mean over the vocabulary, not the target", lambda log, i: sum(log) / len(log)),
+            ("the logarithm has base 2; nats have base e", lambda log, i: log[i] / math.log(2)),
+            ("small log-probabilities are cut off", lambda log, i: max(log[i], -100.0)),
+            ("small log-probabilities are cut off", lambda log, i: max(log[i], -50.0)),
+        )
+    ],
+    (
+        "sigmoid instead of softmax: the tokens of a vocabulary exclude each other",
+        lambda logits, targets: ([[-minus_log_sigmoid(x[i]) for x, i in zip(*r, strict=True)]
+            for r in zip(logits, targets, strict=True)],),
+    ),
+    (
+        "normalised over the rows of the batch (dim 0) instead of the vocabulary (dim -1)",
+        lambda logits, targets: ([[log_softmax([row[t][i] for row in logits])[b] for t, i in enumerate(ids)]
+            for b, ids in enumerate(targets)],),
+    ),
+    (
+        "the targets are shifted a second time",
+        lambda logits, targets: gather_logps(logits, [row[1:] + row[:1] for row in targets]),
+    ),
+]  # fmt: skip
 
 
 # ---- sum_logps ----
 
 
 def random_mask(draw, B, T):
-    """(B, T): in each row, response positions between prompt and padding; at least two in the first row."""
-    mask = []
+    """(B, T): in each row, response positions between prompt and padding.
+
+    The first row has at least two response positions and one of each other kind, or two if T is 6 or more. The second
+    row begins with the response, the third ends with it.
+    """
+    mask, edge = [], 2 if T >= 6 else 1
     for b in range(B):
-        start = draw.randrange(T - 1)
-        end = draw.randint(start + (2 if b == 0 else 1), T)
+        start = draw.randint(edge, T - edge - 2) if b == 0 else draw.randrange(T - 1)
+        end = draw.randint(start + 2, T - edge) if b == 0 else draw.randint(start + 1, T)
+        start, end = 0 if b == 1 else start, T if b == 2 else end
         mask.append([start <= t < end for t in range(T)])
     return Tensor("bool", mask)
 
 
+def moved(mask, start, end):
+    """The mask (B, T) whose responses begin `start` and end `end` positions later, cut at the ends of the row."""
+    rows = []
+    for row in mask:
+        scored = [t for t, m in enumerate(row) if m]
+        rows.append([scored[0] + start <= t <= scored[-1] + end for t in range(len(row))])
+    return rows
+
+
+def rolled(mask, by):
+    """The mask as torch.roll moves it: what leaves at one end comes in at the other."""
+    return [row[-by:] + row[:-by] for row in mask]
+
+
+MOVED_MASKS = [  # (message, function of a mask)
+    ("the response's first token is left out", lambda mask: moved(mask, 1, 0)),
+    ("the response's last token is left out", lambda mask: moved(mask, 0, -1)),
+    ("the mask is one position too early", lambda mask: moved(mask, -1, -1)),
+    ("the mask is one position too early", lambda mask: rolled(mask, -1)),
+    ("the mask is one position too late", lambda mask: moved(mask, 1, 1)),
+    ("the mask is one position too late", lambda mask: rolled(mask, 1)),
+    ("the position before the response counts too", lambda mask: moved(mask, -1, 0)),
+    ("the position after the response counts too", lambda mask: moved(mask, 0, 1)),
+    ("the mask ends too late: the padding counts too", lambda mask: moved(mask, 0, 99)),
+    ("the mask begins too early: the prompt counts too", lambda mask: moved(mask, -99, 0)),
+    (
+        "the mask is inverted: prompt and padding count, the response does not",
+        lambda mask: nested(lambda m: not m, mask),
+    ),
+]
+
+
 def sum_logps_case(draw, number):
-    B, T = draw.randint(1, 4), draw.randint(4, 8)
+    B, T = (1, 3)[number] if number < 2 else draw.randint(1, 4), draw.randint(4 if number else 6, 8)
     logps = nested(lambda x: -0.1 - abs(x), normal(draw, (B, T), scale=3.0))
     return [floats(logps, number), random_mask(draw, B, T)]
 
@@ -280,13 +448,36 @@ SUM_MISTAKES = [
     ),
     ("the sum is divided by the length of the row", _of_rows(lambda response, row, rest: sum(response) / len(row))),
     ("the mask is not used: prompt and padding are summed too", _of_rows(lambda response, row, rest: sum(row))),
-    (
-        "the mask is inverted: prompt and padding are summed, the response is not",
-        _of_rows(lambda r, row, rest: sum(rest)),
-    ),
-    ("the response's first token is left out", _of_rows(lambda response, row, rest: sum(response[1:]))),
-    ("the response's last token is left out", _of_rows(lambda response, row, rest: sum(response[:-1]))),
     ("the sign is wrong", _of_rows(lambda response, row, rest: -sum(response))),
+    (
+        "this is the probability of the response: log pi is the sum, without exp",
+        _of_rows(lambda response, row, rest: math.exp(sum(response))),
+    ),
+    (
+        "the probabilities of the tokens are summed; their logarithms must be",
+        _of_rows(lambda response, row, rest: sum(map(math.exp, response))),
+    ),
+    (
+        "the log-probabilities are multiplied instead of added",
+        _of_rows(lambda response, row, rest: math.prod(response)),
+    ),
+    *[(words, lambda logps, mask, move=move: sum_logps(logps, move(mask))) for words, move in MOVED_MASKS],
+    (
+        "the probabilities of the tokens are summed; their logarithms must be",
+        _of_rows(lambda response, row, rest: math.log(sum(map(math.exp, response)))),
+    ),
+    (
+        "logsumexp adds probabilities; log-probabilities are added with sum",
+        _of_rows(lambda response, row, rest: math.log(sum(map(math.exp, response)) + len(rest))),
+    ),
+    ("this is the largest one, not the sum", _of_rows(lambda response, row, rest: max(response))),
+    *[
+        (
+            "positions outside the response must count 0",
+            _of_rows(lambda response, row, rest, fill=fill: sum(response) + sum(fill for _ in rest)),
+        )
+        for fill in (-1e9, -1e4, -100.0, -math.inf, 1.0)
+    ],
 ]
 
 
@@ -322,6 +513,10 @@ implicit_reward = one(lambda policy, reference, beta: beta * (policy - reference
 REWARD_MISTAKES = [
     ("beta is missing", one(lambda policy, reference, beta: policy - reference)),
     ("divided by beta instead of multiplied", one(lambda policy, reference, beta: (policy - reference) / beta)),
+    ("beta is used twice", one(lambda policy, reference, beta: beta * beta * (policy - reference))),
+    ("beta is halved", one(lambda policy, reference, beta: beta / 2 * (policy - reference))),
+    ("beta is added instead of multiplied", one(lambda policy, reference, beta: policy - reference + beta)),
+    ("the absolute value: the sign is lost", one(lambda policy, reference, beta: beta * abs(policy - reference))),
     ("the reference is missing", one(lambda policy, reference, beta: beta * policy)),
     ("the reference is added instead of subtracted", one(lambda policy, reference, beta: beta * (policy + reference))),
     ("the sign is wrong: reference minus policy", one(lambda policy, reference, beta: beta * (reference - policy))),
@@ -335,6 +530,33 @@ REWARD_MISTAKES = [
         "the ratio of the probabilities: the logarithm is missing",
         one(lambda policy, reference, beta: beta * math.exp(policy - reference)),
     ),
+    (
+        "the ratio of the probabilities: the logarithm is missing",
+        one(lambda policy, reference, beta: math.exp(beta * (policy - reference))),
+    ),
+    (
+        "the difference of the probabilities: the log-probabilities need no exp",
+        one(lambda policy, reference, beta: beta * (math.exp(policy) - math.exp(reference))),
+    ),
+    (
+        "sigmoid belongs to the loss; the reward has none",
+        one(lambda policy, reference, beta: sigmoid(beta * (policy - reference))),
+    ),
+    (
+        "the log of the ratio of the log-probabilities: they are logarithms already",
+        one(lambda policy, reference, beta: beta * math.log(max(policy / reference, 1e-300))),
+    ),
+    (
+        "log sigmoid belongs to the loss; the reward has none",
+        one(lambda policy, reference, beta: -minus_log_sigmoid(beta * (policy - reference))),
+    ),
+    ("the difference is squared", one(lambda policy, reference, beta: beta * (policy - reference) ** 2)),
+    ("beta is an argument; this always uses 0.1", one(lambda policy, reference, beta: 0.1 * (policy - reference))),
+    (
+        "the mean of the batch is subtracted",
+        lambda p, r, beta: ([beta * (a - b - (sum(p) - sum(r)) / len(p)) for a, b in zip(p, r, strict=True)],),
+    ),
+    ("the policy is missing", one(lambda policy, reference, beta: beta * reference)),
 ]
 
 
@@ -373,6 +595,57 @@ LOSS_MISTAKES = [
     ("the logarithm is missing: this is minus the sigmoid", two(minus, lambda c, r: -sigmoid(c - r))),
     ("the logarithm is missing: this is the sigmoid", two(minus, lambda c, r: sigmoid(c - r))),
     ("the rejected reward is missing", two(lambda c, r: c, lambda c, r: minus_log_sigmoid(c))),
+    *[
+        (
+            "log(sigmoid(x) + eps) stops growing at large margins; F.logsigmoid does not",
+            two(minus, lambda c, r, cut=cut: -cut(sigmoid(c - r))),
+        )
+        for cut in CUT_LOGS
+    ],
+    (
+        "this is 1 - sigmoid(margin), the gradient's weight: the loss is -log sigmoid(margin)",
+        two(minus, lambda c, r: sigmoid(r - c)),
+    ),
+    (
+        "this is 1 + log sigmoid or 1 - log sigmoid: nothing is added",
+        two(minus, lambda c, r: 1 + minus_log_sigmoid(c - r)),
+    ),
+    ("this is the hinge loss, max(0, 1 - margin)", two(minus, lambda c, r: max(0.0, 1 - c + r))),
+    ("this is the hinge loss, max(0, -margin)", two(minus, lambda c, r: max(0.0, r - c))),
+    ("this is the squared hinge loss", two(minus, lambda c, r: max(0.0, 1 - c + r) ** 2)),
+    ("this is a squared loss, as in IPO", two(minus, lambda c, r: (c - r - 1) ** 2)),
+    (
+        "this is the exponential loss, exp(-margin)",
+        two(minus, lambda c, r: math.exp(min(r - c, 700.0)) if r - c < 700 else math.inf),
+    ),
+    ("the logarithm has base 2; nats have base e", two(minus, lambda c, r: minus_log_sigmoid(c - r) / math.log(2))),
+    ("the loss is halved", two(minus, lambda c, r: minus_log_sigmoid(c - r) / 2)),
+    (
+        "the log-sigmoid of each reward: it belongs to their difference",
+        two(minus, lambda c, r: minus_log_sigmoid(c) - minus_log_sigmoid(r)),
+    ),
+    (
+        "the log-sigmoid of each reward: it belongs to their difference",
+        two(minus, lambda c, r: minus_log_sigmoid(c) + minus_log_sigmoid(-r)),
+    ),
+    *[
+        (
+            "the margin or the loss is cut off, as F.binary_cross_entropy does at 100: it must grow with any margin",
+            two(minus, lambda c, r, cut=cut: minus_log_sigmoid(max(-cut, min(cut, c - r)))),
+        )
+        for cut in CUTS
+    ],
+    (
+        "the margin or the loss is cut off, as F.binary_cross_entropy does at 100: it must grow with any margin",
+        two(minus, lambda c, r: min(100.0, minus_log_sigmoid(c - r))),
+    ),
+    ("the log-sigmoid is missing: this is the absolute margin", two(minus, lambda c, r: abs(c - r))),
+    ("the margin is the difference of the rewards, not their ratio", two(minus, lambda c, r: minus_log_sigmoid(c / r))),
+    ("beta is used again: the rewards contain it", two(minus, lambda c, r: minus_log_sigmoid(0.1 * (c - r)))),
+    (
+        "the margin is the difference itself, without sigmoid",
+        two(lambda c, r: sigmoid(c - r), lambda c, r: minus_log_sigmoid(c - r)),
+    ),
 ]
 
 
@@ -390,6 +663,22 @@ gradient_weight = opposite(lambda c, r, beta: -beta * sigmoid(r - c))
 GRADIENT_MISTAKES = [
     ("beta is missing", opposite(lambda c, r, beta: -sigmoid(r - c))),
     ("divided by beta instead of multiplied", opposite(lambda c, r, beta: -sigmoid(r - c) / beta)),
+    ("beta is used twice", opposite(lambda c, r, beta: -beta * beta * sigmoid(r - c))),
+    (
+        "the margin is divided by beta: the rewards contain it, and so does the margin in the loss",
+        opposite(lambda c, r, beta: -beta * sigmoid((r - c) / beta)),
+    ),
+    ("this is the weight times the margin", opposite(lambda c, r, beta: -beta * sigmoid(r - c) * (c - r))),
+    ("this is the loss, not its derivative", opposite(lambda c, r, beta: minus_log_sigmoid(c - r))),
+    ("this is the loss, not its derivative", opposite(lambda c, r, beta: -beta * minus_log_sigmoid(c - r))),
+    (
+        "the derivative by log pi(rejected) must be minus that by log pi(chosen), not 0",
+        two(lambda c, r, beta: -beta * sigmoid(r - c), lambda c, r, beta: 0.0),
+    ),
+    (
+        "each derivative has its own reward in the sigmoid: both have the margin",
+        two(lambda c, r, beta: -beta * sigmoid(-c), lambda c, r, beta: beta * sigmoid(r)),
+    ),
     ("the signs are wrong: this is the gradient of minus the loss", opposite(lambda c, r, beta: beta * sigmoid(r - c))),
     (
         "sigmoid(margin) instead of sigmoid(-margin): pairs that are already right get the largest weight",
@@ -413,9 +702,22 @@ GRADIENT_MISTAKES = [
         two(lambda c, r, beta: -beta * sigmoid(r - c), lambda c, r, beta: -beta * sigmoid(r - c)),
     ),
     (
+        "both derivatives have the same sign",
+        two(lambda c, r, beta: beta * sigmoid(r - c), lambda c, r, beta: beta * sigmoid(r - c)),
+    ),
+    (
         "the two rewards are added instead of subtracted",
         two(lambda c, r, beta: -beta * sigmoid(-c - r), lambda c, r, beta: -beta * sigmoid(-c - r)),
     ),
+    ("every pair has the same weight: the sigmoid is missing", opposite(lambda c, r, beta: -beta / 2)),
+    ("this is the log-sigmoid, not its derivative", opposite(lambda c, r, beta: -minus_log_sigmoid(c - r))),
+    (
+        "divided by the number of pairs: each pair has its own derivative",
+        lambda c, r, beta: [[x / len(c) for x in side] for side in gradient_weight(c, r, beta)],
+    ),
+    ("the sigmoid is missing: this is the margin", opposite(lambda c, r, beta: -beta * (c - r))),
+    ("the two rewards are added instead of subtracted", opposite(lambda c, r, beta: -beta * sigmoid(c + r))),
+    ("the two rewards are added instead of subtracted", opposite(lambda c, r, beta: -beta * sigmoid(-c - r))),
 ]
 
 
@@ -423,8 +725,10 @@ GRADIENT_MISTAKES = [
 
 
 def smoothed_loss_case(draw, number):
+    """Cases 0 and 1 contain margins of -1000 and 1000; in the last case e is 0."""
     e = 0.0 if number == CASES - 1 else draw.choice((0.05, 0.1, 0.2, 0.3, 0.4))
-    return [floats(normal(draw, (draw.randint(1, 5),), 3.0), number), e]
+    margins = normal(draw, (draw.randint(1, 5),), 3.0) + [-1000.0, 1000.0] * (number < 2)
+    return [floats(margins, number), e]
 
 
 def each(function):
@@ -456,25 +760,76 @@ SMOOTHING_MISTAKES = [
     ("the margin is smoothed instead of the loss", each(lambda m, e: minus_log_sigmoid((1 - 2 * e) * m))),
     ("the minus sign before log sigmoid is missing", each(lambda m, e: -_weighted(m, 1 - e, e))),
     ("the log-sigmoid is missing", each(lambda m, e: (1 - 2 * e) * -m)),
-]
+    (
+        "log(sigmoid(x)) or log(1 + exp(x)) in two steps is infinite at large margins; F.logsigmoid is not",
+        each(lambda m, e: math.inf if abs(m) > 700 and e else math.inf if m < -700 else _weighted(m, 1 - e, e)),
+    ),
+    *[
+        (
+            "log(sigmoid(x) + eps) stops growing at large margins; F.logsigmoid does not",
+            each(lambda m, e, cut=cut: -(1 - e) * cut(sigmoid(m)) - e * cut(sigmoid(-m))),
+        )
+        for cut in CUT_LOGS
+    ],
+    ("the logarithm is missing", each(lambda m, e: -(1 - e) * sigmoid(m) - e * sigmoid(-m))),
+    ("the two losses are not weighted", each(lambda m, e: _weighted(m, 1, 1))),
+    ("e is subtracted from the margin", each(lambda m, e: minus_log_sigmoid(m - e))),
+    (
+        "e times the margin is missing a sign: the flipped label adds e times the margin",
+        each(lambda m, e: minus_log_sigmoid(m) - e * m),
+    ),
+    (
+        "a constant instead of the flipped label's loss",
+        each(lambda m, e: (1 - e) * minus_log_sigmoid(m) + e * math.log(2)),
+    ),
+    *[
+        (
+            "the margin or the loss is cut off, as F.binary_cross_entropy does at 100: it must grow with any margin",
+            each(lambda m, e, cut=cut: _weighted(max(-cut, min(cut, m)), 1 - e, e)),
+        )
+        for cut in CUTS
+    ],
+    (
+        "the margin or the loss is cut off, as F.binary_cross_entropy does at 100: it must grow with any margin",
+        each(lambda m, e: (1 - e) * min(100.0, minus_log_sigmoid(m)) + e * min(100.0, minus_log_sigmoid(-m))),
+    ),
+    ("the margin is smoothed instead of the loss", each(lambda m, e: minus_log_sigmoid((1 - e) * m))),
+    ("e is added to the margin", each(lambda m, e: minus_log_sigmoid(m + e))),
+    (
+        "the probability is smoothed instead of the loss: the logarithm of a sum is not the sum of logarithms",
+        each(lambda m, e: -math.log((1 - e) * sigmoid(m) + e * sigmoid(-m) or 1e-300)),
+    ),
+    ("the flipped label's loss is e times -log sigmoid(-m), not e times m", each(
+        lambda m, e: (1 - e) * minus_log_sigmoid(m) + e * m)),
+    ("the flipped label's loss is e times -log sigmoid(-m), not e times that of the label as given", each(
+        lambda m, e: (1 + e) * minus_log_sigmoid(m))),
+    ("a constant instead of the flipped label's loss", each(lambda m, e: (1 - e) * minus_log_sigmoid(m) - e)),
+]  # fmt: skip
 
 
 # ---- accuracy ----
 
 
+TELLING = 17  # a seed with which 60 pairs give another share for every known mistake; found by search
+
+
 def accuracy_case(draw, number):
-    """Multiples of 1/2, so that every difference is exact. A third of the pairs are ties, in case 0 all of them."""
-    B = draw.randint(4, 8)
+    """Multiples of 1/2, so that every difference is exact. A third of the pairs are ties, in case 0 all of them.
+
+    Case 1 has the same pairs each time, moved by one number: every known mistake gives another share.
+    """
+    shift = draw.randint(-20, 20) / 2
+    B, draw = (60, random.Random(TELLING)) if number == 1 else (draw.randint(4, 8), draw)
     policy_chosen, policy_rejected, reference_chosen = ([draw.randint(-80, -40) / 2 for _ in range(B)] for _ in "abc")
-    gaps = [
-        0.0 if number == 0 else draw.choice((0.0, draw.randint(1, 60) / 2, draw.randint(-60, -1) / 2)) for _ in "." * B
-    ]
+    gaps = [draw.choice((0.0, draw.randint(1, 60) / 2, draw.randint(-60, -1) / 2)) * (number > 0) for _ in range(B)]
+    gaps[0] = 0.5 if number == 2 else gaps[0]  # nearly a tie
     # choose the last one so that the chosen log-ratio minus the rejected log-ratio is the gap
     reference_rejected = [
         gap - (pc - rc) + pr
         for gap, pc, pr, rc in zip(gaps, policy_chosen, policy_rejected, reference_chosen, strict=True)
     ]
-    return [floats(x, number) for x in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)]
+    columns = policy_chosen, policy_rejected, reference_chosen, reference_rejected
+    return [floats([x + shift for x in column], number) for column in columns]
 
 
 def share(wins):
@@ -499,6 +854,14 @@ ACCURACY_MISTAKES = [
             lambda pc, pr, rc, rr: _win(pc - pr, 1.0),
         )
     ],
+    *[
+        ("the policy is missing: this is the reference's own preference", share(wins))
+        for wins in (lambda pc, pr, rc, rr: _win(rc - rr), lambda pc, pr, rc, rr: _win(rc - rr, 0.0))
+    ],
+    *[
+        ("the chosen response is compared with its reference; compare the two rewards of the pair", share(wins))
+        for wins in (lambda pc, pr, rc, rr: _win(pc - rc), lambda pc, pr, rc, rr: _win(pc - rc, 0.0))
+    ],
     (
         "the sides are swapped: this is the share of losses",
         share(lambda pc, pr, rc, rr: _win((pr - rr) - (pc - rc))),
@@ -507,20 +870,46 @@ ACCURACY_MISTAKES = [
         "the sides are swapped, and ties count as losses",
         share(lambda pc, pr, rc, rr: _win((pr - rr) - (pc - rc), 0.0)),
     ),
-    ("the reference is added instead of subtracted", share(lambda pc, pr, rc, rr: _win((pc + rc) - (pr + rr)))),
+    *[
+        ("the reference is added instead of subtracted, or the two references are swapped", share(wins))
+        for wins in (
+            lambda pc, pr, rc, rr: _win((pc + rc) - (pr + rr)),
+            lambda pc, pr, rc, rr: _win((pc + rc) - (pr + rr), 0.0),
+        )
+    ],
     (
         "this is the number of wins: divide it by the number of pairs",
         lambda *columns: (accuracy(*columns)[0] * len(columns[0]),),
     ),
     ("this is in per cent; a share from 0 to 1 is expected", lambda *columns: (accuracy(*columns)[0] * 100,)),
-]
+    (
+        "this is the number of wins: divide it by the number of pairs",
+        lambda *columns: (sum(_win((pc - rc) - (pr - rr), 0.0) for pc, pr, rc, rr in zip(*columns, strict=True)),),
+    ),
+    ("this is in per cent; a share from 0 to 1 is expected", share(
+        lambda pc, pr, rc, rr: 100 * _win((pc - rc) - (pr - rr), 0.0))),
+    ("this is the mean of sigmoid(margin); count the wins", share(
+        lambda pc, pr, rc, rr: sigmoid((pc - rc) - (pr - rr)))),
+    ("this is the mean margin; count the wins", share(lambda pc, pr, rc, rr: (pc - rc) - (pr - rr))),
+    ("losses count as -1: they count 0", share(lambda pc, pr, rc, rr: 2 * _win((pc - rc) - (pr - rr)) - 1)),
+    ("the rewards are differences of log-probabilities, not ratios", share(
+        lambda pc, pr, rc, rr: _win(pc / (rc or 1e-300) - pr / (rr or 1e-300)))),
+    ("the rewards are differences of log-probabilities, not ratios", share(
+        lambda pc, pr, rc, rr: _win(pc / (rc or 1e-300) - pr / (rr or 1e-300), 0.0))),
+    ("a tie is where the rewards are equal, not the policy's log-probabilities", share(
+        lambda pc, pr, rc, rr: float((pc - rc) > (pr - rr)) + 0.5 * (pc == pr))),
+]  # fmt: skip
 
 
 # ---- kl_estimates ----
 
 
 def kl_estimates_case(draw, number):
-    N, T, V = draw.randint(1, 3), draw.randint(3, 6), draw.randint(3, 5)
+    N, T, V = (
+        (1, 3)[number] if number < 2 else draw.randint(1, 3),
+        draw.randint(4, 6) if number else 6,
+        draw.randint(3, 5),
+    )
     policy = normal(draw, (N, T, V), 1.5, draw.choice((0.0, -50.0)))
     reference = normal(draw, (N, T, V), 1.5, draw.choice((0.0, 5.0)))
     targets = [[draw.randrange(V) for _ in range(T)] for _ in range(N)]
@@ -600,6 +989,26 @@ KL_MISTAKES = [
         "plain and exact are swapped",
         lambda *arguments: kl_estimates(*arguments)[::-1],
     ),
+    *[(words, lambda p, q, t, mask, move=move: kl_estimates(p, q, t, move(mask))) for words, move in MOVED_MASKS],
+    ("the absolute value: plain can be negative", estimates(lambda p, q: abs(p - q), _full)),
+    ("this is another estimator, (log r)^2 / 2, not the plain one", estimates(lambda p, q: (p - q) ** 2 / 2, _full)),
+    (
+        "this is another estimator, (r - 1) - log r with r = pi / pi_ref, not the plain one",
+        estimates(lambda p, q: math.expm1(p - q) - (p - q), _full),
+    ),
+    ("the logarithm has base 2; nats have base e", estimates(
+        lambda p, q: (p - q) / math.log(2), lambda p, q: _full(p, q) / math.log(2))),
+    ("the absolute value: terms of the sum may be negative", estimates(
+        _drawn, _over(lambda p, q: math.exp(p) * abs(p - q)))),
+    ("plain is not weighted: the sample was drawn with pi already", estimates(
+        lambda p, q: math.exp(p) * (p - q), _full)),
+    ("the reference is missing", estimates(lambda p, q: p, _over(lambda p, q: math.exp(p) * p))),
+    ("this is the entropy: the reference is missing", estimates(_drawn, _over(lambda p, q: -math.exp(p) * p))),
+    ("the logarithm is missing", estimates(lambda p, q: math.exp(p) - math.exp(q),
+        _over(lambda p, q: math.exp(p) * (math.exp(p) - math.exp(q))))),
+    ("the logarithm is missing", estimates(_drawn, _over(lambda p, q: math.exp(p) * math.exp(p - q)))),
+    ("divided by the length of the row: the KL of the response is a sum", lambda p, q, t, mask: [
+        [x / len(mask[0]) for x in column] for column in kl_estimates(p, q, t, mask)]),
 ]  # fmt: skip
 
 
@@ -607,28 +1016,33 @@ KL_MISTAKES = [
 
 
 def pick_beta_case(draw, number):
-    """Runs of four betas with falling mean KL, and a budget.
+    """Runs of four betas, the first with the highest mean KL, and a budget.
 
     The first beta has the highest mean reward. Its mean KL is over the budget, but one of its runs is within. The best
     beta within the budget is the second in even cases, with one run over the budget, and the third in odd cases. The
-    beta after the best has a lower mean reward, but the best single run of all. In the last case no beta is within the
+    beta after the best has a lower mean reward, but the best single run of all. In cases 2 and 3 the best beta has the
+    best and the worst run instead, and the worst comes first. In cases 4 and 5 the mean KL of the
+    best beta is exactly the budget. In cases 6 and 7 KL does not fall with beta. In the last case no beta is within the
     budget.
     """
-    budget = draw.uniform(1.0, 4.0)
+    budget = draw.randint(8, 32) / 8  # multiples of 1/8, and 1/4 times that, have exact means
     best = 1 + number % 2
     rewards = [draw.uniform(0.0, 0.3) - rank for rank in (-2, *((0, 1, 2) if best == 1 else (2, 0, 1)))]
+    betas = sorted(draw.sample((0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0), 4))
+    if number in (6, 7):
+        betas = [betas[i] for i in ((1, 2, 3, 0) if number == 6 else (1, 3, 2, 0))]
     frontier = []
-    for i, beta in enumerate(sorted(draw.sample((0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0), 4))):
-        kl, kl_spread = ((1.5, 0.8), (0.9, 0.3), (0.6, 0.1), (0.3, 0.1))[i]
-        reward_spread = draw.uniform(5.0, 6.0) if i == best + 1 else draw.uniform(0.1, 0.3)
+    for i, beta in enumerate(betas):
+        kl, kl_spread = ((1.5, 0.75), (0.875, 0.25), (0.625, 0.125), (0.25, 0.125))[i]
+        kl = 1.0 if number in (4, 5) and i == best else kl
+        wide = best if number in (2, 3) else best + 1
+        reward_spread = draw.uniform(5.0, 6.0) if i == wide else draw.uniform(0.1, 0.3)
         around = draw.choice(((1, -1), (1, -0.5, -0.5)))  # of the seeds, with mean 0
         for seed, (x, y) in enumerate(zip(around, reversed(around), strict=True)):
-            run = dict(
-                beta=beta, seed=seed, kl=budget * (kl + kl_spread * x), reward=3 + rewards[i] + reward_spread * y
-            )
-            frontier.append({key: round(value, 3) for key, value in run.items()})
+            reward = round(3 + rewards[i] + reward_spread * y, 3)
+            frontier.append(dict(beta=beta, seed=seed, kl=budget * (kl + kl_spread * x), reward=reward))
     draw.shuffle(frontier)
-    return [frontier, round(budget / 10 if number == CASES - 1 else budget, 3)]
+    return [frontier, budget / 16 if number == CASES - 1 else budget]
 
 
 def _means(frontier, keep=lambda run: True):
@@ -671,6 +1085,18 @@ PICK_MISTAKES = [
         lambda f, budget: _best({b: -b for b, (kl, _) in _means(f).items() if kl <= budget}),
     ),
     (
+        "this is the largest beta within the budget, not the one with the highest mean reward",
+        lambda f, budget: _best({b: b for b, (kl, _) in _means(f).items() if kl <= budget}),
+    ),
+    (
+        "this is the beta with the largest KL within the budget, not the one with the highest mean reward",
+        lambda f, budget: _best({b: kl for b, (kl, _) in _means(f).items() if kl <= budget}),
+    ),
+    (
+        "a mean KL that equals the budget is within it: <= instead of <",
+        lambda f, budget: _best({b: reward for b, (kl, reward) in _means(f).items() if kl < budget}),
+    ),
+    (
         "this is the beta with the smallest KL, not the one with the highest mean reward",
         lambda f, budget: _best({b: -kl for b, (kl, _) in _means(f).items() if kl <= budget}),
     ),
@@ -688,7 +1114,46 @@ PICK_MISTAKES = [
             }
         ),
     ),
-]
+    *[
+        (
+            "a single run of each beta counts here, the first or the worst: average over the seeds first",
+            lambda f, budget, kl=kl: _best(
+                {
+                    b: next(run["reward"] for run in f if run["beta"] == b and run["seed"] == 0)
+                    for b in _means(f)
+                    if kl(b, f) <= budget
+                }
+            ),
+        )
+        for kl in (
+            lambda b, f: _means(f)[b][0],
+            lambda b, f: next(run["kl"] for run in f if run["beta"] == b and run["seed"] == 0),
+        )
+    ],
+    (
+        "a single run of each beta counts here, the first or the worst: average over the seeds first",
+        lambda f, budget: _best(
+            {
+                b: min(run["reward"] for run in f if run["beta"] == b)
+                for b, (kl, _) in _means(f).items()
+                if kl <= budget
+            }
+        ),
+    ),
+    (
+        "the KL is subtracted from the reward: within the budget only the reward counts",
+        lambda f, budget: _best({b: reward - kl for b, (kl, reward) in _means(f).items() if kl <= budget}),
+    ),
+    ("None is expected if no beta is within the budget", lambda f, b: (pick_beta(f, b)[0] or min(_means(f)),)),
+    ("None is expected if no beta is within the budget", lambda f, b: (pick_beta(f, b)[0] or max(_means(f)),)),
+    ("None is expected if no beta is within the budget", lambda f, b: (pick_beta(f, b)[0] or 0.0,)),
+    (
+        "this is the best mean reward: return its beta",
+        lambda f, b: (max((r for kl, r in _means(f).values() if kl <= b), default=None),),
+    ),
+    ("this is the beta whose KL is nearest to the budget", lambda f, budget: _best(
+        {b: -abs(kl - budget) for b, (kl, _) in _means(f).items()})),
+]  # fmt: skip
 
 
 EXERCISES = [
@@ -703,14 +1168,16 @@ EXERCISES = [
     ),
     Exercise("gather_logps", gather_logps_case, gather_logps, {"logps": "float"}, GATHER_MISTAKES, ("logps",)),
     Exercise("sum_logps", sum_logps_case, sum_logps, {"logps": "float"}, SUM_MISTAKES, ("logps",)),
-    Exercise("implicit_reward", implicit_reward_case, implicit_reward, {"rewards": "float"}, REWARD_MISTAKES),
+    Exercise(
+        "implicit_reward", implicit_reward_case, implicit_reward, {"rewards": "float"}, REWARD_MISTAKES, ("rewards",),
+    ),
     Exercise(
         "margin_and_loss", rewards_case, margin_and_loss,
-        {"margins": "float", "losses": "float"}, LOSS_MISTAKES, ("losses",),
+        {"margins": "float", "losses": "float"}, LOSS_MISTAKES, ("losses",), inputs=2,
     ),
     Exercise(
         "gradient_weight", gradient_weight_case, gradient_weight,
-        {"by chosen": "float", "by rejected": "float"}, GRADIENT_MISTAKES,
+        {"by chosen": "float", "by rejected": "float"}, GRADIENT_MISTAKES, by_hand=True,
     ),
     Exercise(
         "smoothed_loss", smoothed_loss_case, smoothed_loss, {"losses": "float"}, SMOOTHING_MISTAKES, ("losses",),

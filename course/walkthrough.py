@@ -6,6 +6,7 @@
 #
 # Run the cells from top to bottom. This takes less than five minutes on two cores. Nothing is downloaded once the
 # project is installed. The outputs are stored in the notebook, so you can also read it without running it.
+# `course/README.md` says how to open it.
 #
 # The theory is at the top of `train_dpo.py`; read that first. The functions in this notebook are the project's own.
 # Add `??` to a name to see its code, for example `train_dpo.dpo_loss??`.
@@ -25,7 +26,8 @@ from pathlib import Path
 
 REPOSITORY = "https://..."  # only for a hosted notebook: the address for `git clone`
 
-root = next((folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "train_dpo.py").exists()), None)
+places = [Path.cwd() / "minidpo", Path.cwd(), *Path.cwd().parents]  # the first: downloaded before the kernel restarted
+root = next((folder for folder in places if (folder / "train_dpo.py").exists()), None)
 if root is None:
     root = Path.cwd() / "minidpo"
     subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, root], check=True)
@@ -33,8 +35,11 @@ if importlib.util.find_spec("tiktoken") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-e", f"{root}[plot]"], check=True)
 os.chdir(root)
 sys.path.insert(0, str(root))
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars: an exported notebook would keep every state of them
 
 # %%
+import shutil
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -181,6 +186,7 @@ plt.plot(margins, losses, label="loss = -log sigmoid(margin)")
 plt.plot(margins, losses[40] - margins / 2, "--", label="its tangent at the start: slope -1/2")
 plt.plot(0, losses[40], "ko", label="every pair at the start: (0, ln 2)")
 plt.xlabel("margin = chosen reward - rejected reward")
+plt.ylabel("loss of the pair, nats")
 plt.grid(alpha=0.25)
 legend = plt.legend()
 
@@ -205,9 +211,13 @@ print("\n".join(explain.terminal(found, asked, train, source, tokenizer, colour=
 # DPO trains on every pair once, 64 pairs per step. Before training, it computes the reference's log-probabilities of
 # all pairs and stores them. After that, the reference model is no longer needed. Look for the line
 # `before the first update`.
+#
+# `BETA` is the price of one nat of KL: a larger beta keeps the policy closer to the reference. 0.7 is the toy's own.
 
 # %%
-show.call(train_dpo.main, f"--data toy --init {SFT} --out {DPO} --epochs {DPO_EPOCHS} --overwrite")
+BETA = 0.7
+shutil.rmtree(RUNS / "reference_logps", ignore_errors=True)  # so that you see them computed, also the second time
+show.call(train_dpo.main, f"--data toy --init {SFT} --out {DPO} --beta {BETA} --epochs {DPO_EPOCHS} --overwrite")
 
 # %% [markdown]
 # ## 8. The curves
@@ -226,7 +236,7 @@ show.picture(DPO / "curves.png")
 # ## 9. What it writes
 #
 # The curves on the pairs do not show whether the policy improved. Its samples do. Here are samples for prompts that are
-# not in the training data, before DPO (reference) and after it (policy).
+# not in the training data, before DPO (reference) and after it (policy), with the reward of each.
 
 # %%
 policy, *_ = checkpoint.load(DPO)
@@ -239,7 +249,10 @@ def reward(prompts, texts):
 
 
 figures, shown, texts = evaluate.evaluate(policy, sft, tokenizer, prompts, reward, judged)
-show.markdown(samples_table({"prompt": shown[:6], **{name: texts[name][:6] for name in ("reference", "policy")}}))
+columns = {"prompt": shown[:8]}
+for name in ("reference", "policy"):
+    columns[name] = [f"**{grammar.reward(text):+d}** {text}" for text in texts[name][:8]]
+show.markdown(samples_table(columns))
 
 # %% [markdown]
 # The reward is what we want, and the KL is what it costs, in nats per response. `grammatical` is the share of samples
@@ -270,6 +283,6 @@ print(figure.summary(points, curve))
 # %% [markdown]
 # ## What next
 #
-# * Add `--beta 0.1` to the command in section 7 and run sections 7 to 9 again. Which number warns you?
+# * Set `BETA = 0.1` in section 7 and run sections 7 to 9 again. Which number warns you?
 # * Write the twelve functions: `course/README.md` explains how. The grader names the mistake in a wrong answer.
 # * Do the three open tasks: `course/tasks/README.md`.

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from minidpo.files.writing import atomic, atomic_write
 
-PANELS = (  # metrics that share one picture
-    ("loss",),
-    ("rewards/chosen", "rewards/rejected", "rewards/margins"),
-    ("rewards/accuracies",),
-    ("logps/chosen", "logps/rejected"),
-    ("grad_norm",),
-    ("lr",),
-)
+PANELS = {  # metrics that share one picture, and their unit
+    ("loss",): "nats",
+    ("rewards/chosen", "rewards/rejected", "rewards/margins"): "beta x nats per response",
+    ("rewards/accuracies",): "share of the pairs",
+    ("logps/chosen", "logps/rejected"): "nats per response",
+    ("grad_norm",): "L2 norm",
+    ("lr",): "",
+}
 
 
 def read_metrics(folder):
@@ -68,7 +68,7 @@ def draw_curves(folder):
     figure = Figure(figsize=(12.6, 3 * rows), layout="constrained")
     for i, panel in enumerate(panels):
         title = panel[0] if len(panel) == 1 else panel[0].split("/")[0]
-        axes = figure.add_subplot(rows, 3, i + 1, title=title, xlabel="optimiser steps")
+        axes = figure.add_subplot(rows, 3, i + 1, title=title, xlabel="optimiser steps", ylabel=PANELS[panel])
         for name, colour in zip(panel, ("C0", "C1", "C2"), strict=False):
             steps, values = zip(*((m["step"], m[name]) for m in metrics if name in m), strict=True)
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)

@@ -130,11 +130,12 @@ def test_the_distance_by_hand():
 def test_curves_of_another_length_are_refused(tmp_path, capsys):
     run = write_run(tmp_path / "short", raw_curves("a")[:5])
     assert "has 5 steps and the curves have 79" in fails(capsys, tasks.main, "curves", "--which", "a", "--run", run)
-    assert "has 0 steps" in fails(capsys, tasks.main, "curves", "--which", "a", "--run", tmp_path / "none")
+    assert "not found" in fails(capsys, tasks.main, "curves", "--which", "a", "--run", tmp_path / "none")
 
 
-def evaluation(chosen, accuracy, step=157):
-    return {"step": step, "eval/rewards/chosen": chosen, "eval/rewards/accuracies": accuracy}
+def evaluation(chosen, accuracy, step=157, margin=0.25):
+    margin = {"eval/rewards/margins": margin}
+    return {"step": step, "eval/rewards/chosen": chosen, "eval/rewards/accuracies": accuracy, **margin}
 
 
 def test_displacement(tmp_path, capsys):
@@ -144,13 +145,15 @@ def test_displacement(tmp_path, capsys):
     assert code == 0 and [line.split()[-4:] for line in lines] == [
         ["-4.000", "<=", "-2", "reached"],
         ["-0.400", ">=", "-0.5", "reached"],
+        ["2.500", ">=", "2", "reached"],
         ["-0.010", ">=", "-0.02", "reached"],
         ["0.000", ">=", "0", "reached"],
     ]
     for name, metrics, n in (
         ("fell", evaluation(-0.06, 0.8), 1),
-        ("worse", evaluation(0.1, 0.7), 2),
-        ("shorter", evaluation(0.1, 0.8, step=50), 3),
+        ("lazy", evaluation(0.01, 0.79, margin=0.02), 2),
+        ("worse", evaluation(0.1, 0.7), 3),
+        ("shorter", evaluation(0.1, 0.8, step=50), 4),
     ):
         code, lines = measured(
             capsys, "displacement", "--shown", shown, "--repaired", write_run(tmp_path / name, [metrics], beta=0.1)
@@ -159,18 +162,25 @@ def test_displacement(tmp_path, capsys):
     other = write_run(tmp_path / "other", [evaluation(0.1, 0.8)], beta=0.7)
     both = ("displacement", "--shown", shown, "--repaired")
     assert "beta is 0.1" in fails(capsys, tasks.main, *both, other)
+    slower = write_run(tmp_path / "slower", [evaluation(0.1, 0.8)], beta=0.1, lr=0.00003)
+    assert "the same lr" in fails(capsys, tasks.main, *both, slower)
     unfinished = write_run(tmp_path / "unfinished", [{"step": 3}], beta=0.1)
     assert "no finished DPO run" in fails(capsys, tasks.main, *both, unfinished)
     assert "settings.json" in fails(capsys, tasks.main, *both, tmp_path / "nowhere")
 
 
-def test_budget(monkeypatch, capsys):
+def test_budget(monkeypatch, capsys, tmp_path):
     """Compares invented figures with the goals; experiments.evaluate, which measures them, has its own tests."""
     import data
     from experiments import common, evaluate
 
     monkeypatch.setattr(common, "load_models", lambda *folders: ([None, None], None))
     monkeypatch.setattr(data, "find", lambda name, file: mistakes.ROOT / "data" / "toy_sentiment" / f"{file}.jsonl")
+    sft = write_run(tmp_path / "sft", [], data="toy")
+    policy = write_run(tmp_path / "policy", [], beta=1.0, init=str(sft))
+    worse = write_run(tmp_path / "worse", [], beta=1.0, init=str(sft))
+    both = ("budget", "--policy", policy, "--reference")
+    assert "must be that run, an SFT model" in fails(capsys, tasks.main, *both, worse)
     for reward, kl, code in ((2.0, 1.0, 0), (1.7, 1.0, 1), (3.0, 1.2, 1)):
         figures = {"reward_mean": reward + 0.5, "reference": {"reward_mean": 0.5}, "kl_exact": kl}
 
@@ -179,4 +189,4 @@ def test_budget(monkeypatch, capsys):
             return figures, prompts, {}
 
         monkeypatch.setattr(evaluate, "evaluate", evaluated)
-        assert measured(capsys, "budget", "--policy", "x", "--reference", "y")[0] == code
+        assert measured(capsys, *both, sft)[0] == code

@@ -1,6 +1,7 @@
 """The grader: right answers get full marks, wrong ones are named, and a bad function costs only its own points."""
 
 import json
+import os
 import random
 import sys
 import textwrap
@@ -171,6 +172,49 @@ def as_reply(exercise, function, plain, dtypes):
     return {"answers": answers}
 
 
+EDGES = [  # (exercise, a wrong answer that only an edge of the stub tells, part of the message)
+    (
+        "smoothed_loss",
+        lambda m, e: -(1 - e) * torch.sigmoid(m).log() - e * (1 - torch.sigmoid(m)).log(),
+        "in two steps is infinite",
+    ),
+    (
+        "smoothed_loss",
+        lambda m, e: -(1 - e) * (torch.sigmoid(m) + 1e-8).log() - e * (torch.sigmoid(-m) + 1e-8).log(),
+        "eps",
+    ),
+    ("gather_logps", lambda x, t: x.softmax(-1).log().gather(-1, t[..., None])[..., 0], "log(softmax(x)) in two steps"),
+    ("gather_logps", lambda x, t: x.log_softmax(-1).gather(-1, t[..., None]).squeeze(), "logps has shape"),
+    ("pick_beta", lambda f, budget: _pick(f, lambda kl: kl < budget), "<= instead of <"),
+    ("pick_beta", lambda f, budget: _pick(f, lambda kl: kl <= budget, by="kl"), "the largest KL within the budget"),
+    ("implicit_reward", lambda p, r, beta: beta * (p.detach() - r), "has lost a gradient"),
+    ("implicit_reward", lambda p, r, beta: beta**2 * (p - r), "beta is used twice"),
+    ("margin_and_loss", lambda c, r: (c - r, (1 - c + r).relu()), "the hinge loss"),
+    ("margin_and_loss", lambda c, r: (c - r, 1 - (c - r).sigmoid()), "1 - sigmoid(margin)"),
+    ("sum_logps", lambda logps, mask: (logps * mask.roll(1, 1)).sum(-1), "one position too late"),
+    ("sum_logps", lambda logps, mask: (logps * mask).sum(-1).exp(), "the probability of the response"),
+    (
+        "gradient_weight",
+        lambda c, r, beta: (-(beta**2) * (r - c).sigmoid(), beta**2 * (r - c).sigmoid()),
+        "beta is used twice",
+    ),
+]
+
+
+def _pick(frontier, allowed, by="reward"):
+    means = {}
+    for beta in {run["beta"] for run in frontier}:
+        runs = [run for run in frontier if run["beta"] == beta]
+        means[beta] = {key: sum(run[key] for run in runs) / len(runs) for key in ("kl", "reward")}
+    return max((b for b in means if allowed(means[b]["kl"])), key=lambda b: means[b][by], default=None)
+
+
+@pytest.mark.parametrize("name,wrong,said", EDGES, ids=range(len(EDGES)))
+def test_a_wrong_answer_that_only_an_edge_tells(name, wrong, said):
+    score, words_ = points({name: wrong}, only=name)[name]
+    assert score < CASES and said in words_
+
+
 def test_for_an_unknown_mistake_the_first_case_is_shown():
     functions = solution() | {"implicit_reward": lambda policy, reference, beta: beta * (policy - reference) + 1}
     score, said = points(functions, only="implicit_reward")["implicit_reward"]
@@ -275,9 +319,13 @@ BAD = [  # (code of a function, part of the grader's message)
     ),
     # access to the grader, other processes and programs
     ("def shift(row): from course import oracles; return oracles.shift(row)", "it imports the grader (course.oracles)"),
-    ("def shift(row): return open('course/oracles.py').read()", "it opens the grader's files (oracles.py)"),
     (
-        "def shift(row):\n try: open('course/grade.py')\n except OSError: pass\n return row[:-1], row[1:]",
+        "def shift(row): return open(train_dpo.__file__[:-12] + 'course/oracles.py').read()",
+        "it opens the grader's files (oracles.py)",
+    ),
+    (
+        "def shift(row):\n try: open(train_dpo.__file__[:-12] + 'course/grade.py')\n except OSError: pass\n"
+        " return row[:-1], row[1:]",
         "grader's files",
     ),
     ("def shift(row): import inspect, sys; return inspect.getsource(sys.modules['course.child'])", "OSError"),
@@ -285,6 +333,26 @@ BAD = [  # (code of a function, part of the grader's message)
     ("def shift(row): import os; os.kill(os.getppid(), 9)", "it sends signals to other processes"),
     ("def shift(row): import subprocess; subprocess.run(['ls'])", "it starts or calls other programs"),
     ("def shift(row): import os; return os.fork()", "it starts or calls other programs"),
+    # files of others, and what Python's own checks do not see
+    ("def shift(row): import os; return os.link(train_dpo.__file__, 'mine.py')", "your code makes a link"),
+    (
+        "def shift(row): open('mine.txt', 'w').write('x'); return open('../mine.txt', 'w')",
+        "writes outside its own folder",
+    ),
+    ("def shift(row): import os; os.remove(train_dpo.__file__)", "changes files outside its own folder (os.remove)"),
+    ("def shift(row): import os; return os.open(os.path.dirname(torch.__file__), 0)", "your code opens a folder"),
+    ("def shift(row): import os; os.killpg(os.getpgid(os.getppid()), 9)", "it sends signals to other processes"),
+    ("def shift(row): import socket; socket.socket().sendto(b'x', ('127.0.0.1', 9))", "it uses the network"),
+    ("def shift(row): import ctypes; ctypes.CDLL(None).kill(1, 0)", "by ctypes"),
+    # texts that a terminal would obey, and what JSON or UTF-8 cannot hold
+    (r"def shift(row): raise ValueError('\x1b[2J\udcff\u202e')", r"ValueError: \x1b[2J\udcff\u202e (line "),
+    (
+        "def gradient_weight(c, r, beta):\n c, r = c.clone().requires_grad_(), r.clone().requires_grad_()\n"
+        " return torch.autograd.grad(-torch.nn.functional.logsigmoid(c - r).sum() * beta, (c, r))",
+        "it uses autograd; write the derivative as a formula",
+    ),
+    ("def implicit_reward(p, r, beta): return beta * (p.detach() - r)", "rewards has lost a gradient"),
+    ("def gather_logps(x, t): return x.log_softmax(-1).gather(-1, t.unsqueeze(-1)).squeeze()", "logps has shape"),
     # its process ends
     ("def shift(row): import os; os._exit(0)", "its process ended (exit code 0)"),
     ("def shift(row): import ctypes; ctypes.string_at(0)", "its process ended (exit code -11)"),
@@ -405,17 +473,111 @@ def test_a_wrapper_of_the_students_own_is_told(tmp_path, cases):
     assert words(grade(write(tmp_path, code), cases, time_limit=LONG), "shift") == "it replaces torch.log"
 
 
-def test_a_function_that_writes_to_the_pipe_gets_no_points(tmp_path, cases):
-    code = """
+FORGED = [
+    '{"answers": [{"values": 3}, 7, null]}',
+    '{"imports": 5}',
+    '{"answers": [[{"dtype": "int64", "shape": [1], "values": [%s]}]], "imports": []}' % ("9" * 400),
+    '{"failed": 5, "missing": true, "imports": [{}]}',
+    '{"failed": "\\ud800", "imports": []}',
+    "[" * 5000,
+    "5",
+]
+
+
+@pytest.mark.parametrize("forged", FORGED, ids=range(len(FORGED)))
+def test_a_function_that_writes_to_the_pipe_costs_only_its_own_points(forged, tmp_path, cases):
+    code = f"""
     def shift(row):
         import gc
         from multiprocessing.connection import Connection
         for thing in gc.get_objects():
             if isinstance(thing, Connection) and thing.writable:
-                thing.send_bytes(b'{"answers": [{"values": 3}, 7, null]}')
+                thing.send_bytes({forged!r}.encode())
         return row[:-1], row[1:]
     """
-    assert scores(grade(write(tmp_path, code), cases, time_limit=LONG))["shift"] == 0
+    result = grade(write(tmp_path, code), cases, time_limit=LONG)
+    only_loses(result, "shift")
+    assert words(result, "shift") == "the reply of its process cannot be read"
+
+
+def test_half_a_reply_does_not_stop_the_grader(tmp_path, cases, monkeypatch):
+    monkeypatch.setattr(command, "TRANSFER_LIMIT", 0.2)
+    code = """
+    import gc, os, time
+    from multiprocessing.connection import Connection
+    def shift(row):
+        for thing in gc.get_objects():
+            if isinstance(thing, Connection) and thing.writable:
+                os.write(thing.fileno(), b"\\0\\0\\x10\\0 less than 4,096 bytes")
+        time.sleep(99)
+    """
+    only_loses(grade(write(tmp_path, code), cases, time_limit=LONG), "shift")
+
+
+@pytest.mark.parametrize(
+    "reply", [None, 5, {}, {"imports": 5}, {"failed": {}}, {"answers": 5, "imports": [], "id": "x"}]
+)
+def test_a_reply_is_data_to_be_checked(reply):
+    assert command.checked(reply, "x")["failed"] == command.UNREADABLE
+    right = command.checked({"answers": [], "imports": ["train_dpo", 3, "os"], "id": "x"}, "x")
+    assert right == {"failed": None, "died": False, "missing": False, "imports": ["train_dpo"], "answers": []}
+
+
+def test_each_file_is_alone_and_harms_nothing(tmp_path, cases):
+    """Also where the code that reads and writes is not Python: the kernel refuses it, if it can."""
+    (tmp_path / "neighbour.py").write_text(SOURCE, encoding="utf-8")
+    code = f"""
+    import os, pathlib
+    def shift(row):
+        import neighbour
+    def accuracy(*logps):
+        return pathlib.Path({str(tmp_path)!r}, "neighbour.py").read_text()
+    def pick_beta(frontier, kl_budget):
+        return -float(os.listdir(".") == ["submission.py"])
+    def gather_logps(logits, targets):
+        torch.save(logits, {str(tmp_path / "neighbour.py")!r})
+    """
+    path = write(tmp_path, code, without=("sum_logps",))
+    result = grade(path, cases, time_limit=LONG)
+    only_loses(result, "shift", "accuracy", "pick_beta", "gather_logps", "sum_logps")
+    assert "No module named 'neighbour'" in words(result, "shift")
+    assert "opens files outside its own folder" in words(result, "accuracy")
+    assert words(result, "pick_beta").startswith("case 1: got -1, ")
+    if sys.platform == "linux":
+        assert (tmp_path / "neighbour.py").read_text(encoding="utf-8") == SOURCE
+    assert sorted(os.listdir(tmp_path)) == ["mine.py", "neighbour.py"]
+
+
+def test_a_link_to_the_solution_and_a_hidden_import_are_told(tmp_path, cases):
+    os.link(SOLUTION, tmp_path / "hard.py") if SOLUTION.stat().st_dev == tmp_path.stat().st_dev else None
+    os.symlink(SOLUTION, tmp_path / "soft.py")
+    for path in tmp_path.iterdir():
+        result = grade(path, cases, time_limit=LONG)
+        assert (result["score"], result["output"]) == (0, "the file is a link to a file of the course")
+    path = write(tmp_path, "import sys\ndel sys.modules['train_dpo'], sys.modules['minidpo.dataset']")
+    assert grade(path, cases, time_limit=LONG)["output"] == "imports data, experiments, minidpo, train_dpo"
+
+
+@pytest.mark.parametrize(
+    "source,said",
+    [
+        ("# größe\nx = 1\n".encode("latin-1"), "not in utf-8: save the file as UTF-8"),
+        ("# -*- coding: latin-1 -*-\nx = 'größe'\n".encode("latin-1"), ""),
+        ("x = 'größe'\n".encode("utf-16"), ""),
+        ("x = 'größe'\n".encode("utf-8-sig"), ""),
+        (b"import torch\n%matplotlib inline\n", "delete the lines that begin with %, ! or get_ipython"),
+        (b"get_ipython().run_line_magic('matplotlib', 'inline')\n", "delete the lines that begin with %, ! or"),
+        (b'{"cells": [], "metadata": {"x": true}}', "this is a notebook: export it as a .py file"),
+        (b"x" * 2_000_000, "the file has 2,000,000 bytes"),
+    ],
+    ids=["latin-1", "declared", "utf-16", "bom", "magic", "exported magic", "notebook", "large"],
+)
+def test_encodings_and_notebooks(source, said, tmp_path, cases):
+    path = tmp_path / "x.py"
+    path.write_bytes(source)
+    result = grade(path, cases, time_limit=LONG)
+    assert result["score"] == 0 and said in result["output"]
+    assert said or {test["output"] for test in result["tests"]} == {"not defined"}
 
 
 # ---- the command ----

@@ -47,6 +47,7 @@ def executed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "find", lambda name, file: SHIPPED / f"{file}.jsonl")
         patch.chdir(notebook.ROOT)
+        patch.setenv("TQDM_DISABLE", "1")  # the notebook sets it; this takes it back
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(
             subprocess, "run", lambda *command, **how: pytest.fail(f"{command}, although everything is installed")
@@ -73,7 +74,7 @@ def test_it_runs_and_shows_what_the_text_describes(executed):
     scored = [line.split()[-1] for line in printed(shown[code("boundary =")]).splitlines()[1:]]
     assert scored == ["no", "no", "yes", "yes", "yes", "yes"]
     assert "-log sigmoid(0.000)" in printed(shown[code("asked =")])
-    assert "loss 0.693147 (ln 2 = 0.693147)" in printed(shown[code("show.call(train_dpo.main")])
+    assert "loss 0.693147 (ln 2 = 0.693147)" in printed(shown[code("BETA =")])
     assert "kl_exact" in printed(shown[code("print(f\"{'':14}")])
 
 
@@ -121,6 +122,7 @@ def test_in_a_hosted_notebook_the_first_cell_downloads_and_installs(tmp_path, mo
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     notebook.execute([("code", code("import importlib.util"))])
     root = str(tmp_path / "minidpo")
     assert [command[0] for command in ran] == ["git", sys.executable]
@@ -178,3 +180,33 @@ def test_tokens_in_colour_are_those_of_the_mask():
         ("scored", "C"), ("scored", "D"), ("scored", "E"), ("scored", "∎"),
     ]  # fmt: skip
     assert rows.mask.sum() == 6 and torch.equal(rows.mask[0], torch.tensor([False, True, True, False]))
+
+
+def test_jupyter_runs_it(tmp_path):
+    """The stored notebook with smaller runs, in a real kernel beside a downloaded project, exported to HTML."""
+    need(
+        importlib.util.find_spec("nbconvert") and importlib.util.find_spec("ipykernel"), "it needs nbconvert, ipykernel"
+    )
+    text = notebook.NOTEBOOK.read_text(encoding="utf-8")
+    smaller = {
+        "SFT_EPOCHS = 1.0": "SFT_EPOCHS = 0.02",
+        "DPO_EPOCHS = 1.0": "DPO_EPOCHS = 0.02",
+        "PROMPTS = 200": "PROMPTS = 4; data.find = lambda name, file: Path(f'data/toy_sentiment/{file}.jsonl')",
+        "runs/walkthrough": tmp_path.as_posix() + "/runs",
+    }
+    for old, new in smaller.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "small.ipynb").write_text(text, encoding="utf-8")
+    (tmp_path / "minidpo").symlink_to(notebook.ROOT)  # what the first cell downloads, before the kernel was restarted
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", "--execute", str(tmp_path / "small.ipynb")]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "small.html").read_text(encoding="utf-8")
+    assert "(ln 2 = 0.693147)" in page and page.count("image/png") >= 3
+    assert page.count("\n") < 20_000 and "Traceback" not in page
+
+
+def test_its_mathematics_needs_no_network():
+    """nbconvert's HTML loads MathJax from a server, so the text cells contain no LaTeX."""
+    assert not [text for kind, text in CELLS if kind == "markdown" and "$" in text]

@@ -1,7 +1,7 @@
 """The exercises, answered by the project's own functions. The grader must give this file full marks.
 
-Each answer only calls the project, so that there is no second implementation. Students should write the formulas
-themselves: the grader reports a file that imports these modules.
+All answers but `gradient_weight` call the project, so that there is no second implementation. Students should write
+the formulas themselves: the grader reports a file that imports these modules.
 """
 
 from types import SimpleNamespace
@@ -39,7 +39,8 @@ def sum_logps(logps, mask):
 
 
 def implicit_reward(policy_logps, reference_logps, beta):
-    return train_dpo.dpo_loss(policy_logps, policy_logps, reference_logps, reference_logps, beta)[1]
+    rewards = train_dpo.dpo_loss(policy_logps, policy_logps, reference_logps, reference_logps, beta)[1]
+    return rewards + beta * (policy_logps - policy_logps.detach())  # dpo_loss detaches its rewards; this adds 0
 
 
 def margin_and_loss(chosen_rewards, rejected_rewards):
@@ -48,8 +49,8 @@ def margin_and_loss(chosen_rewards, rejected_rewards):
 
 
 def gradient_weight(chosen_rewards, rejected_rewards, beta):
-    logps = [(rewards / beta).requires_grad_() for rewards in (chosen_rewards, rejected_rewards)]
-    return torch.autograd.grad(train_dpo.dpo_loss(*logps, 0.0, 0.0, beta)[0].sum(), logps)
+    weights = beta * torch.sigmoid(rejected_rewards - chosen_rewards)  # the project leaves this to autograd
+    return -weights, weights
 
 
 def smoothed_loss(margins, label_smoothing):

@@ -20,10 +20,15 @@ from minidpo.settings import UserError, run_main
 CURVES = Path(__file__).parent / "curves.csv"
 SMOOTH = 10  # steps on each side in a running mean
 STEPS = 79  # length of the runs in curves.csv
+SAME = ("beta", "lr", "optimizer", "warmup_steps", "decay", "grad_clip", "batch_size", "loss_type", "label_smoothing")
+SAME += ("reference_free", "data", "eval_data", "init")  # settings that both runs of task 3 share
 
 
 def budget(args):
     """Measures how far the mean reward is above the reference's, and the KL."""
+    init = read_settings(args.policy).get("init", "")
+    if Path(init).resolve() != Path(args.reference).resolve() or "beta" in read_settings(args.reference):
+        raise UserError(f"{args.policy} started from {init}. The reference must be that run, an SFT model.")
     from experiments import common, evaluate
     from experiments.rewards import load_reward
 
@@ -39,6 +44,8 @@ def budget(args):
 
 def curves(args):
     """Measures the distance of a run from run a, b or c; the healthy run has distance 1."""
+    if not Path(args.run, "metrics.jsonl").exists():
+        raise UserError(f"{args.run}: not found, or not the folder of a run (it has no metrics.jsonl).")
     metrics = read_metrics(Path(args.run))
     if len(metrics) != STEPS:
         raise UserError(
@@ -80,29 +87,41 @@ def apart(one, other, scale):
 
 def displacement(args):
     """Measures how log pi of the held-out chosen responses changes in two runs, and whether the repair is fair."""
-    shown, beta = last_evaluation(args.shown)
-    repaired, other_beta = last_evaluation(args.repaired)
-    if beta != other_beta:
-        raise UserError(
-            f"beta is {beta} in {args.shown} and {other_beta} in {args.repaired}. Train both with the same beta."
-        )
-    accuracy = "eval/rewards/accuracies"
+    shown, settings = last_evaluation(args.shown)
+    repaired, others = last_evaluation(args.repaired)
+    for name in SAME:
+        if settings.get(name) != others.get(name):
+            raise UserError(
+                f"{name} is {settings.get(name)} in {args.shown} and {others.get(name)} in {args.repaired}. "
+                f"Train both with the same {name}."
+            )
+    accuracy, margin, beta = "eval/rewards/accuracies", "eval/rewards/margins", settings["beta"]
     return [
         ("shown: change of log pi(chosen), nats", shown["eval/rewards/chosen"] / beta, "<=", -2.0),
         ("repaired: change of log pi(chosen), nats", repaired["eval/rewards/chosen"] / beta, ">=", -0.5),
+        ("repaired: change of the margin, nats", repaired[margin] / beta, ">=", 2.0),
         ("repaired: accuracy minus that of shown", repaired[accuracy] - shown[accuracy], ">=", -0.02),
         ("repaired: steps minus those of shown", repaired["step"] - shown["step"], ">=", 0),
     ]
 
 
 def last_evaluation(folder):
-    """Run folder -> (its last metrics, its beta)."""
+    """Run folder -> (its last metrics, its settings)."""
+    settings = read_settings(folder)
+    names = ("step", *(f"eval/rewards/{name}" for name in ("chosen", "margins", "accuracies")))
     try:
-        beta = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))["beta"]
         metrics = read_metrics(Path(folder))[-1]
-        return {name: metrics[name] for name in ("step", "eval/rewards/chosen", "eval/rewards/accuracies")}, beta
+        return {name: metrics[name] for name in names}, {"beta": settings["beta"], **settings}
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{folder} holds no finished DPO run with held-out pairs ({error}).") from error
+
+
+def read_settings(folder):
+    """Run folder -> its settings, a dict."""
+    try:
+        return json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not found, or not the folder of a run ({error}).") from error
 
 
 def main():

@@ -124,7 +124,9 @@ def draw(path, rows):
         below.barh(y, row["peak_mb"] / 1e3, **style)
         below.plot([row["libraries_mb"] / 1e3] * 2, [y - 0.18, y + 0.18], color="0.2")
     for column, shape in enumerate(shapes):
-        axes[0, column].set(title=shape, xlabel="seconds per step (whisker: min to max)")
+        tokens = "{pairs} pairs, prompt {prompt[0]}-{prompt[1]},\nresponse {response[0]}-{response[1]} tokens"
+        title = f"{shape}: {tokens.format(**SHAPES[shape])}" if shape in SHAPES else shape
+        axes[0, column].set(title=title, xlabel="seconds per step (whisker: min to max)")
         axes[1, column].set(xlabel="peak memory, GB (stroke: libraries)")
     for cell in axes.flat:
         cell.grid(axis="x", alpha=0.25)

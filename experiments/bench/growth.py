@@ -65,7 +65,8 @@ def draw(path, result):
         cell.grid(alpha=0.25)
         cell.set(xlim=(0, None), ylim=(0, None))
     for cell in axes[:, 0]:
-        cell.legend(frameon=False)
+        cell.set_ylim(0, 1.3 * cell.get_ylim()[1])  # room for the legend above the curves
+        cell.legend(frameon=False, loc="upper left")
     save_figure(path, picture)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 from experiments.mistakes import GALLERY, caught, curves
 from minidpo.settings import knob, parse_settings, run_main, unknown
@@ -10,7 +11,8 @@ from minidpo.settings import knob, parse_settings, run_main, unknown
 @dataclasses.dataclass
 class Settings:
     only: str = knob("", "the name of one mistake; empty: all")
-    curves: str = knob("", "train with each mistake into this folder instead, and write docs/mistakes.md")
+    curves: str = knob("", "train with each mistake into this folder instead, and write the page")
+    page: str = knob("docs/mistakes.md", "with --curves: the page with the figures; its picture goes beside it")
     init: str = knob("runs/toy/sft", "with --curves: the SFT run of the toy to start from")
 
 
@@ -22,7 +24,7 @@ def main():
     mistakes = [mistake for mistake in GALLERY if settings.only in ("", mistake.name)]
     if settings.curves:
         curves.train_all(mistakes, settings.init, settings.curves)
-        curves.write_page(settings.curves)
+        curves.write_page(settings.curves, Path(settings.page))
         return
 
     missed = []

@@ -109,6 +109,7 @@ def draw(path, mistakes, folder):
             axes.set_title(metric, fontsize=8, loc="right", pad=2)
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.25)
+            axes.set_xlabel("optimiser steps" if axes.get_subplotspec().is_last_row() else "", fontsize=7)
             if "stopped" in read(folder, mistake):
                 axes.text(0.5, 0.1, "the run stopped", transform=axes.transAxes, ha="center", color="C3", fontsize=8)
     common.save_figure(path, figure, dpi=90)
@@ -132,8 +133,8 @@ def measured(mistake, folder):
     return ["\n".join(lines)]
 
 
-def write_page(folder):
-    """Writes what was measured into the sections of docs/mistakes.md, and its picture. The rest stays as it is."""
+def write_page(folder, page):
+    """Writes docs/mistakes.md with what was measured in its sections to `page`, and the picture beside it."""
     above, sections = read_page(PAGE)
     folder, trained = Path(folder), []
     for i, section in enumerate(sections):
@@ -143,7 +144,7 @@ def write_page(folder):
             paragraphs = section.rstrip("\n").split("\n\n")
             kept = [text for text in paragraphs if not text.startswith(("| ", "Measured:", "> "))]
             sections[i] = "\n\n".join([*kept[:-1], *measured(mistake, folder), kept[-1]]) + "\n"
-    atomic_write(PAGE, "\n## ".join([above, *sections]))
-    print(f"{PAGE}: {len(trained)} mistakes trained")
+    atomic_write(page, "\n## ".join([above, *sections]))
+    print(f"{page}: {len(trained)} mistakes trained")
     print(f"samples of the SFT model: {read(folder, healthy(trained[0]))['start']}")
-    draw(PAGE.with_suffix(".png"), trained, folder)
+    draw(page.with_suffix(".png"), trained, folder)
