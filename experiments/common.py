@@ -35,10 +35,8 @@ def load_models(*names, device="cpu"):
     models, tokenizers = zip(*(checkpoint.load(name)[:2] for name in names), strict=True)
     for name, tokenizer in zip(names, tokenizers, strict=True):
         if tokenizer.fingerprint != tokenizers[0].fingerprint:
-            raise UserError(
-                f"{names[0]} and {name} have different tokenizers, so their token ids mean different texts. "
-                "Give models that were trained from the same start."
-            )
+            how = "Give models that were trained from the same start."
+            raise UserError(f"{names[0]} and {name} have different tokenizers. {how}")
     return [model.to(device).eval() for model in models], tokenizers[0]
 
 

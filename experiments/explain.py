@@ -21,7 +21,6 @@ a DPO run, they are the defaults of train_dpo.py. Everything is computed in the 
 
 import copy
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -36,7 +35,7 @@ from experiments import common
 from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
 from minidpo.optim import make_optimizer
-from minidpo.settings import UserError, knob, parse_settings, run_main
+from minidpo.settings import UserError, knob, parse_settings, run_main, settings_of
 
 
 @dataclasses.dataclass
@@ -58,12 +57,8 @@ def training_settings(settings):
 
     Raises UserError if settings.json is damaged or names no data, or `formulas` does not know the loss of the run.
     """
-    path = Path(settings.policy) / "settings.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        name = settings.data or saved.get("eval_data") or saved.get("data")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Restore it.") from error
+    saved = settings_of(settings.policy)
+    name = settings.data or saved.get("eval_data") or saved.get("data")
     if not name:
         raise UserError(f"{settings.policy} has no settings.json that names its data. Give --data, toy or FILE.jsonl.")
     flags = ["--data", saved.get("data", name), "--init", settings.reference, "--out", settings.policy]
@@ -76,7 +71,7 @@ def training_settings(settings):
         if unknown:
             what = ", ".join(f"{name} {saved.get(name)!r}" for name in unknown)
             raise UserError(
-                f"{path}: the run was trained with a loss that explain does not know ({what}). It shows the losses "
+                f"{settings.policy} was trained with a loss that explain does not know ({what}). It shows the losses "
                 f"{' and '.join(LOSSES)} of train_dpo.py. Add the new loss to `formulas` in experiments/explain.py."
             )
     given = {k: getattr(settings, k) for k in ("beta", "lr") if getattr(settings, k)}

@@ -22,11 +22,10 @@ from minidpo.device import DEVICES, DTYPES, pick_device, pick_dtype
 from minidpo.files.writing import atomic_write, claim
 from minidpo.report import draw_curves, read_metrics, write_report
 from minidpo.scale import parallel
-from minidpo.settings import UserError, at_end, knob
+from minidpo.settings import NEW, UserError, at_end, knob
 
 # What a run writes: --overwrite replaces these files and nothing else. The first four are there after the first save.
 WRITTEN = ("settings.json", "bpe.json", "metrics.jsonl", FILE, "samples.md", "curves.png", "report.md")
-NEW = "new"  # folder in the run folder: files of a run that will replace the one there when it has saved
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,7 +110,7 @@ class Run:
     def _claim(self):
         """Keeps other processes out of the folder, and clears what a killed process has left there."""
         claim(self.path)
-        for part in self.path.glob("*.part"):
+        for part in [part for name in WRITTEN for part in self.path.glob(f"{name}.*.part")]:
             part.unlink()
         self._replace()
         at_end.callback(self._replace)

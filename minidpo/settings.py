@@ -1,6 +1,7 @@
 """Settings as a dataclass that is also a command line, and errors that say what to do."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 at_end = contextlib.ExitStack()  # at_end.callback(f, ...): what a command must do at its end, even after an error
+atexit.register(at_end.close)
+NEW = ".new-run"  # folder in a run folder: files of a run that will replace the one there when it has saved
 
 
 class UserError(ValueError):
@@ -122,7 +125,7 @@ def fitting_set(given, sets):
     set of its data, if it has that set's own shape. Everything else takes the paper's settings for GPT-2.
     """
     if given.get("init"):
-        name = _settings_of(given["init"]).get("settings")
+        name = settings_of(given["init"]).get("settings")
     else:
         name = {"toy": "toy", "imdb": "imdb-small"}.get(given["data"])
         name = name if given.get("preset") in (None, sets.get(name, {}).get("preset")) else None
@@ -131,9 +134,9 @@ def fitting_set(given, sets):
     return "paper-tldr" if given["data"] == "tldr" and "paper-tldr" in sets else "paper"
 
 
-def _settings_of(folder):
+def settings_of(folder):
     """The settings of a run, {field: value}, or {} if the folder has none. Raises UserError for a damaged file."""
-    path, new = Path(folder) / "settings.json", Path(folder) / "new"
+    path, new = Path(folder) / "settings.json", Path(folder) / NEW
     if (new / "checkpoint.pt").exists() and (new / "settings.json").exists():
         path = new / "settings.json"  # killed while it replaced an older run: the next process will go on
     try:
@@ -154,7 +157,7 @@ def _resumed(given, fields):
 
     Of a path only the last name is compared, since the folder may have moved. The checkpoint knows its data.
     """
-    saved = _settings_of(given["out"])
+    saved = settings_of(given["out"])
     path = Path(given["out"]) / "settings.json"
     if not saved:
         raise UserError(f"{path} not found: there is no run to resume. Leave out --resume to start one.")

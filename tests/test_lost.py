@@ -36,7 +36,7 @@ import train_sft
 from minidpo import checkpoint
 from minidpo.files.writing import atomic, atomic_write, claim
 from minidpo.report import read_metrics
-from minidpo.settings import UserError, at_end
+from minidpo.settings import NEW, UserError, at_end
 
 SHORT = ("--batch-size", 6, "--warmup-steps", 2, "--samples", 1, "--sample-tokens", 3)
 MAINS = {"sft": train_sft.main, "dpo": train_dpo.main}
@@ -86,13 +86,16 @@ def test_a_run_that_fails_before_its_first_save_leaves_the_old_one(home, old, ca
 
 def test_a_run_that_is_killed_before_its_first_save_leaves_the_old_one(home, old):
     stage, out = old
+    for mine in ("new/settings.json", "download.part"):  # the user's own: nobody touches them
+        (out / mine).parent.mkdir(exist_ok=True)
+        (out / mine).write_text("mine")
     before, log = contents(out), out.parent / "log"
     flags = flags_of(stage, home, out, "--overwrite", "--seed", 1)
     assert start_stage(stage, flags, log, doom=("step", 3, 0)).join() == -signal.SIGKILL
-    assert {name: data for name, data in contents(out).items() if not name.startswith("new")} == before
+    assert {name: data for name, data in contents(out).items() if not name.startswith(NEW)} == before
     assert start_stage(stage, flags, log).join() == 0, log.read_text(encoding="utf-8")
     assert set(contents(out)) == set(before) and json.loads((out / "settings.json").read_text())["seed"] == 1
-    assert not (out / "new").exists() and not list(out.parent.glob("*.lock"))
+    assert not (out / NEW).exists() and not list(out.parent.glob("*.lock"))
 
 
 @pytest.mark.parametrize("moment", range(7))
@@ -103,7 +106,7 @@ def test_a_run_that_is_killed_while_it_replaces_the_old_one_goes_on(home, old, m
 
     def deadly(function):
         def call_or_die(path, *args):
-            if out in path.parents and ("new" in path.parts or not args) and next(calls) == moment:
+            if out in path.parents and (NEW in path.parts or not args) and next(calls) == moment:
                 raise KeyboardInterrupt
             return function(path, *args)
 
@@ -125,7 +128,7 @@ def test_a_run_that_is_killed_while_it_replaces_the_old_one_goes_on(home, old, m
     monkeypatch.undo()
     call(MAINS[stage], "--out", out, "--resume", "--max-steps", 3)
     assert json.loads((out / "settings.json").read_text())["seed"] == 1
-    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3] and not (out / "new").exists()
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3] and not (out / NEW).exists()
 
 
 # ---- two processes ----
