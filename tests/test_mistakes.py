@@ -108,7 +108,7 @@ def test_curves_train_once_and_the_page_holds_what_was_measured(tmp_path, monkey
     monkeypatch.setattr(curves, "PROMPTS", 3)
     shipped = ROOT / "data" / "toy_sentiment"
     monkeypatch.setattr(curves.data, "find", lambda name, file: shipped / f"{file}.jsonl")
-    flags = ("--init", tmp_path / "sft", "--curves", tmp_path / "runs")
+    flags = ("--init", tmp_path / "sft", "--curves", tmp_path / "runs", "--page", tmp_path / "page.md")
     sections = [section for section in read_page(PAGE)[1] if read_section(section).name in names]
     sections[2] = sections[2].replace("\nCaught by", "\n| mistake | gone |\n\n> gone\n\nCaught by")
     page = "\n## ".join(["# By hand\n\nThis stays.\n", *sections])

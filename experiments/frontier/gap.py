@@ -180,8 +180,9 @@ def draw(path, runs):
         shown = [run for run in runs if run.cause == cause]
         if sizes := sorted({run.pairs for run in shown}):
             means = [statistics.mean(run.gap for run in shown if run.pairs == size) for size in sizes]
-            axes.plot(sizes, [100 * gap for gap in means], "o-", color=f"C{i}", label=f"{cause} (dots: single runs)")
+            axes.plot(sizes, [100 * gap for gap in means], "o-", color=f"C{i}", label=cause)
             axes.plot([run.pairs for run in shown], [100 * run.gap for run in shown], ".", color=f"C{i}", alpha=0.5)
+    axes.plot([], [], ".", color="0.3", alpha=0.5, label="single runs; lines: their means")
     axes.axhline(100 * TARGET, color="black", linewidth=0.8, linestyle="--", label=f"a gap of {TARGET:.0%}")
     axes.set(xscale="log", xlabel="pairs", ylabel="gap to the limit at equal KL, %", ylim=(0, None))
     axes.set_xticks(PAIRS, [f"{n:,}" for n in PAIRS])
