@@ -601,6 +601,22 @@ def test_several_files_a_table_and_one_json(tmp_path, capsys):
     assert table[4].split() == ["mean", "40.0"] + ["3.3"] * 12
 
 
+def test_a_class_goes_on_whatever_one_file_does(tmp_path, capsys):
+    bad = {
+        "name\x1b[2J.py": "raise ValueError('\\x1b[2J\\udcff')",
+        "killer.py": "import os\nos.killpg(os.getpgid(os.getppid()), 9)",
+        "forger.py": "import gc\nfrom multiprocessing.connection import Connection\n"
+        "[c.send_bytes(b'5') for c in gc.get_objects() if isinstance(c, Connection) and c.writable]",
+    }
+    for name, code in bad.items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    files = [*(tmp_path / name for name in bad), SOLUTION]
+    call(command.main, *files, "--json", tmp_path / "all.json", "--time-limit", LONG)
+    assert [r["score"] for r in json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))] == [0, 0, 0, 120]
+    out = capsys.readouterr().out
+    assert "mean" in out and all(c.isprintable() or c == "\n" for c in out)
+
+
 def test_bad_commands(tmp_path, capsys):
     assert "is not a file" in fails(capsys, command.main, tmp_path / "nobody.py")
     assert "It is a folder; write" in fails(capsys, command.main, tmp_path)
