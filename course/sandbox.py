@@ -76,17 +76,21 @@ def limit_resources():
 # ---- the kernel's wall ----
 
 
+def landlock_version():
+    """The version of the kernel's Landlock, 0 where there is none."""
+    if sys.platform != "linux":
+        return 0
+    return max(0, ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1))
+
+
 def landlock(readable, folder):
     """Asks the kernel to refuse files outside `readable` and `folder`, TCP, and signals to other processes.
 
     Returns whether it does. An older kernel refuses less, another system nothing. The numbers are those of
     linux/landlock.h; the three system calls have the same numbers on every processor.
     """
-    if sys.platform != "linux":
-        return False
-    system = ctypes.CDLL(None, use_errno=True)
-    version = system.syscall(444, None, ctypes.c_size_t(0), 1)
-    if version < 1:
+    system, version = ctypes.CDLL(None), landlock_version()
+    if not version:
         return False
     actions = (1 << (13 if version == 1 else 14 if version == 2 else 15)) - 1  # on files and folders
     of_files = 0b111 | actions & 1 << 14  # execute, write, read and truncate

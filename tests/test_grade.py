@@ -14,7 +14,7 @@ from tiny import call, fails
 from tqdm import tqdm
 
 import course.grade as command
-from course import child
+from course import child, sandbox
 from course.grade import close, draw_cases, grade, judge, request
 from course.oracles import CASES, EXERCISES
 from experiments import mistakes
@@ -185,6 +185,7 @@ EDGES = [  # (exercise, a wrong answer that only an edge of the stub tells, part
     ),
     ("gather_logps", lambda x, t: x.softmax(-1).log().gather(-1, t[..., None])[..., 0], "log(softmax(x)) in two steps"),
     ("gather_logps", lambda x, t: x.log_softmax(-1).gather(-1, t[..., None]).squeeze(), "logps has shape"),
+    ("gather_logps", lambda x, t: (x - x.exp().sum(-1, keepdim=True).log()).gather(-1, t[..., None])[..., 0], ""),
     ("pick_beta", lambda f, budget: _pick(f, lambda kl: kl < budget), "<= instead of <"),
     ("pick_beta", lambda f, budget: _pick(f, lambda kl: kl <= budget, by="kl"), "the largest KL within the budget"),
     ("implicit_reward", lambda p, r, beta: beta * (p.detach() - r), "has lost a gradient"),
@@ -543,7 +544,7 @@ def test_each_file_is_alone_and_harms_nothing(tmp_path, cases):
     assert "No module named 'neighbour'" in words(result, "shift")
     assert "opens files outside its own folder" in words(result, "accuracy")
     assert words(result, "pick_beta").startswith("case 1: got -1, ")
-    if sys.platform == "linux":
+    if sandbox.landlock_version():
         assert (tmp_path / "neighbour.py").read_text(encoding="utf-8") == SOURCE
     assert sorted(os.listdir(tmp_path)) == ["mine.py", "neighbour.py"]
 
