@@ -40,7 +40,7 @@ def serve(path, connection):
     tqdm.monitor_interval = 0  # no thread of tqdm, which would look like a thread of the student's
     for name in ("grad", "backward"):
         setattr(torch.autograd, name, counted(getattr(torch.autograd, name)))
-    refused, imports = close_walls(os.path.dirname(path))
+    refused, imports = close_walls(os.path.dirname(path), connection.fileno())
     before = Globals()
     try:
         source = read_source(path)

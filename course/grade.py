@@ -22,6 +22,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import statistics
 import tempfile
 import threading
@@ -144,22 +145,35 @@ class Student:
         except OSError as error:
             self._remove_folder()
             return f"the file cannot be read: {error.strerror}"
-        self.connection, theirs = _PROCESSES.Pipe()
-        self.process = _PROCESSES.Process(target=_serve, args=(str(copy), theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-        if "ready" not in (self._receive(START_LIMIT) or {}):  # torch is imported; the student's file is imported next
-            self.stop(wait=0)
-            raise UserError(
-                f"The grader could not start a process within {START_LIMIT} seconds. "
-                "Try again when the machine is less busy."
-            )
+        if not (self._fork(copy) or self._fork(copy, afresh=True)):
+            self._remove_folder()
+            return f"no process could be started within {START_LIMIT} seconds; grade the file again"
         reply = checked(self._receive(self.time_limit))
         if reply["failed"]:
             self.stop(wait=0)
             return f"the file does not import: {reply['failed']}" if reply["died"] else reply["failed"]
         self.imports = reply["imports"]
         return None
+
+    def _fork(self, copy, afresh=False):
+        """Starts the process and waits until it has imported torch; returns whether it did. It imports `copy` next."""
+        if afresh:
+            forget_forkserver()
+        self.connection, theirs = _PROCESSES.Pipe()
+        self.process = _PROCESSES.Process(target=_serve, args=(str(copy), theirs), daemon=True)
+        try:
+            with silent():
+                self.process.start()
+            theirs.close()
+            if "ready" in (self._receive(START_LIMIT) or {}):
+                return True
+            self.process.kill()
+            self.process.join()
+        except (OSError, EOFError):  # the process that forks has ended
+            theirs.close()
+        self.connection.close()
+        self.process = None
+        return False
 
     def ask(self, request):
         """Sends a request and returns the reply; kills the process unless it may continue with the next function."""
@@ -206,6 +220,29 @@ class Student:
     def _remove_folder(self):
         with contextlib.suppress(RecursionError):  # folders in folders in folders
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def silent():
+    """Discards stderr, which a process that starts here keeps: its messages may contain what a student's file sent."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def forget_forkserver():
+    """Ends the process from which the others are forked, so that the next start makes a new one."""
+    if _METHOD == "forkserver":
+        from multiprocessing.forkserver import _forkserver
+
+        with contextlib.suppress(OSError, TypeError):  # it has ended, or was never started
+            os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+            _forkserver._stop()
 
 
 def checked(reply, number=None):

@@ -5,6 +5,7 @@ everywhere and names what was tried, but Python code that knows it can go round 
 find in its own memory. Grade files from strangers in a container without a network.
 """
 
+import contextlib
 import ctypes
 import linecache
 import os
@@ -29,10 +30,12 @@ CHANGES |= {"os.chown", "os.utime", "os.setxattr", "os.removexattr", "os.chflags
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def close_walls(folder):
+def close_walls(folder, reply):
     """Confines this process to `folder`; returns two lists that grow: what was refused, and the project's files read.
 
-    `folder` becomes the current folder, the home folder and the folder for temporary files.
+    `folder` becomes the current folder, the home folder and the folder for temporary files. `reply` is the descriptor by
+    which the process answers. Every other one becomes os.devnull: some are pipes of multiprocessing's own processes,
+    which no wall confines.
     """
     if hasattr(os, "setsid"):
         os.setsid()  # away from the terminal, and from the grader's process group
@@ -45,7 +48,7 @@ def close_walls(folder):
     # some libraries read the source of the functions on the stack; with these entries they do not open the files
     for file in COURSE.rglob("*.py"):
         linecache.cache[str(file)] = (0, None, [], str(file))
-    silence()
+    silence(reply)
     limit_resources()
     readable = [*SYSTEM, sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
     readable += [ROOT / name if (ROOT / name).is_dir() else ROOT / f"{name}.py" for name in PROJECT]
@@ -54,11 +57,13 @@ def close_walls(folder):
     return watch(readable, folder)
 
 
-def silence():
-    """Discards stdout and stderr, including what C code writes."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def silence(reply):
+    """Discards stdout and stderr, including what C code writes, and all that goes to a descriptor other than `reply`."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(1, 1024):
+        with contextlib.suppress(OSError):  # nothing is open there
+            if descriptor != reply and os.fstat(descriptor):
+                os.dup2(nowhere, descriptor, inheritable=descriptor < 3)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 

@@ -549,6 +549,31 @@ def test_each_file_is_alone_and_harms_nothing(tmp_path, cases):
     assert sorted(os.listdir(tmp_path)) == ["mine.py", "neighbour.py"]
 
 
+def test_the_grader_and_its_helpers_cannot_be_written_to(tmp_path, cases, capfd):
+    """Pipes of the resource tracker and of the fork server came with the process: none but the reply's is left."""
+    code = """
+    import os, stat
+    for i in range(3, 64):
+        try:
+            if stat.S_ISFIFO(os.fstat(i).st_mode):
+                os.write(i, b"REGISTER:x:\\x1b[31mHELLO\\x07\\n")
+                raise SystemExit("a pipe")
+        except OSError:
+            pass
+    """
+    only_loses(grade(write(tmp_path, code), cases, time_limit=LONG))
+    assert "HELLO" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(command._METHOD != "forkserver", reason="this system has no fork server")
+def test_if_the_fork_server_ends_a_new_one_is_started(tmp_path, cases):
+    from multiprocessing.forkserver import _forkserver
+
+    grade(write(tmp_path, "1 / 0"), cases, time_limit=LONG)
+    _forkserver._forkserver_address = str(tmp_path / "nobody")  # as if it had just ended
+    only_loses(grade(write(tmp_path, ""), cases, time_limit=LONG))
+
+
 def test_a_link_to_the_solution_and_a_hidden_import_are_told(tmp_path, cases):
     os.link(SOLUTION, tmp_path / "hard.py") if SOLUTION.stat().st_dev == tmp_path.stat().st_dev else None
     os.symlink(SOLUTION, tmp_path / "soft.py")
