@@ -38,8 +38,7 @@ def serve(path, connection):
     """Imports the file, reports whether that worked, then answers requests until the grader ends or kills it."""
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread of tqdm, which would look like a thread of the student's
-    for name in ("grad", "backward"):
-        setattr(torch.autograd, name, counted(getattr(torch.autograd, name)))
+    count_autograd()
     refused, imports = close_walls(os.path.dirname(path), connection.fileno())
     before = Globals()
     try:
@@ -94,15 +93,30 @@ def hint(error, path):
     return ""
 
 
-def counted(function):
-    """The function, which in addition notes each call in `autograd_calls`."""
+def count_autograd():
+    """From now on, each use of autograd is noted in `autograd_calls`: backward, forward, and by hand along the graph."""
 
-    @functools.wraps(function)
-    def counting(*args, **kwargs):
-        autograd_calls.append(function.__name__)
-        return function(*args, **kwargs)
+    class Engine(type(torch.autograd.Variable._execution_engine)):
+        def run_backward(self, *args, **kwargs):
+            autograd_calls.append("backward")
+            return super().run_backward(*args, **kwargs)
 
-    return counting
+    forward, graph = torch.autograd.forward_ad.make_dual, torch.Tensor.grad_fn
+
+    @functools.wraps(forward)
+    def make_dual(*args, **kwargs):
+        autograd_calls.append("forward")
+        return forward(*args, **kwargs)
+
+    def grad_fn(tensor):
+        node = graph.__get__(tensor)
+        if node is not None:
+            autograd_calls.append("graph")
+        return node
+
+    torch.autograd.Variable._execution_engine = Engine()
+    torch.autograd.forward_ad.make_dual = make_dual
+    torch.Tensor.grad_fn = property(grad_fn)
 
 
 def send(connection, reply):
@@ -127,7 +141,7 @@ def answer(function, request, path):
         except NotImplementedError:
             return {"failed": "not done yet", "missing": True}
         except BaseException as error:  # a student's function may raise anything, even SystemExit
-            return {"failed": describe(error, path)}
+            return {"failed": changes_in_place(error) + describe(error, path)}
         if request["by_hand"] and autograd_calls:
             return {"failed": "it uses autograd; write the derivative as a formula"}
         changes = before.changes()
@@ -139,8 +153,15 @@ def answer(function, request, path):
         try:
             answers.append(encode(value, [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]))
         except RuntimeError as error:  # the gradient cannot be computed
-            return {"failed": describe(error, path)}
+            return {"failed": changes_in_place(error) + describe(error, path)}
     return {"answers": answers}
+
+
+def changes_in_place(error):
+    """What PyTorch's errors about changes in place mean here, or ""."""
+    if "leaf Variable" in str(error):
+        return "it changes its argument in place: "
+    return "it changes in place what the gradient needs: " * ("modified by an inplace operation" in str(error))
 
 
 def takes(function, arguments):
@@ -190,11 +211,11 @@ def changed(argument, given):
 
 
 def encode(value, inputs=()):
-    """Encodes a returned value for JSON. "gradient" says whether a gradient flows from it to all of `inputs`."""
+    """Encodes a returned value for JSON. "gradient" is that of its sum by each of `inputs`, or None."""
     if isinstance(value, torch.Tensor):
         tensor = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         if value.numel() <= LARGEST:
-            tensor |= {"values": value.tolist(), "gradient": reaches(value, inputs)}
+            tensor |= {"values": value.tolist(), "gradient": gradient_of(value, inputs)}
         return tensor
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:  # a numpy scalar is the number that it holds
         value = float(value) if isinstance(value, np.floating) else value.item()
@@ -207,11 +228,12 @@ def encode(value, inputs=()):
     return {"other": type(value).__name__}
 
 
-def reaches(value, inputs):
+def gradient_of(value, inputs):
+    """The gradient of the sum of `value` by each of the inputs, as lists. None if it does not reach all of them."""
     if not (value.requires_grad and inputs):
-        return False
+        return None
     gradients = torch.autograd.grad(value.sum(), inputs, retain_graph=True, allow_unused=True)
-    return all(gradient is not None for gradient in gradients)
+    return None if any(gradient is None for gradient in gradients) else [gradient.tolist() for gradient in gradients]
 
 
 # ---- what a file may change ----

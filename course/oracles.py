@@ -36,8 +36,10 @@ class Exercise:
     returns: dict  # {name of a returned value: its kind}, in order; the kinds are
     # "ids" (a list of int), "int64", "bool" or "float" (a tensor), "number" and "number or None"
     mistakes: list  # of (message, function with the oracle's signature)
-    gradient: tuple = ()  # names of the returned values that must have a gradient
-    inputs: int = 1  # the first `inputs` arguments are those that the gradient must reach
+    # {name of a returned value that must have a gradient: function of the arguments -> the gradient of its sum, a list
+    # with one item for each of the first `inputs` arguments}
+    gradient: dict = dataclasses.field(default_factory=dict)
+    inputs: int = 1
     by_hand: bool = False  # whether autograd is forbidden
 
 
@@ -1166,21 +1168,32 @@ EXERCISES = [
         "build_batch", build_batch_case, build_batch,
         {"ids": "int64", "targets": "int64", "mask": "bool"}, BUILD_MISTAKES,
     ),
-    Exercise("gather_logps", gather_logps_case, gather_logps, {"logps": "float"}, GATHER_MISTAKES, ("logps",)),
-    Exercise("sum_logps", sum_logps_case, sum_logps, {"logps": "float"}, SUM_MISTAKES, ("logps",)),
     Exercise(
-        "implicit_reward", implicit_reward_case, implicit_reward, {"rewards": "float"}, REWARD_MISTAKES, ("rewards",),
+        "gather_logps", gather_logps_case, gather_logps, {"logps": "float"}, GATHER_MISTAKES,
+        {"logps": lambda logits, targets: [[[[(v == i) - math.exp(log) for v, log in enumerate(log_softmax(x))]
+            for x, i in zip(*row, strict=True)] for row in zip(logits, targets, strict=True)]]},
+    ),
+    Exercise(
+        "sum_logps", sum_logps_case, sum_logps, {"logps": "float"}, SUM_MISTAKES,
+        {"logps": lambda logps, mask: [nested(float, mask)]},
+    ),
+    Exercise(
+        "implicit_reward", implicit_reward_case, implicit_reward, {"rewards": "float"}, REWARD_MISTAKES,
+        {"rewards": lambda policy, reference, beta: [[beta] * len(policy)]},
     ),
     Exercise(
         "margin_and_loss", rewards_case, margin_and_loss,
-        {"margins": "float", "losses": "float"}, LOSS_MISTAKES, ("losses",), inputs=2,
+        {"margins": "float", "losses": "float"}, LOSS_MISTAKES,
+        {"margins": two(lambda c, r: 1.0, lambda c, r: -1.0), "losses": lambda c, r: gradient_weight(c, r, 1.0)},
+        inputs=2,
     ),
     Exercise(
         "gradient_weight", gradient_weight_case, gradient_weight,
         {"by chosen": "float", "by rejected": "float"}, GRADIENT_MISTAKES, by_hand=True,
     ),
     Exercise(
-        "smoothed_loss", smoothed_loss_case, smoothed_loss, {"losses": "float"}, SMOOTHING_MISTAKES, ("losses",),
+        "smoothed_loss", smoothed_loss_case, smoothed_loss, {"losses": "float"}, SMOOTHING_MISTAKES,
+        {"losses": each(lambda m, e: e * sigmoid(m) - (1 - e) * sigmoid(-m))},
     ),
     Exercise("accuracy", accuracy_case, accuracy, {"accuracy": "number"}, ACCURACY_MISTAKES),
     Exercise("kl_estimates", kl_estimates_case, kl_estimates, {"plain": "float", "exact": "float"}, KL_MISTAKES),

@@ -45,7 +45,8 @@ def implicit_reward(policy_logps, reference_logps, beta):
 
 def margin_and_loss(chosen_rewards, rejected_rewards):
     losses, chosen, rejected = train_dpo.dpo_loss(chosen_rewards, rejected_rewards, 0.0, 0.0, beta=1.0)
-    return chosen - rejected, losses
+    margins = chosen_rewards - rejected_rewards
+    return chosen - rejected + margins - margins.detach(), losses  # dpo_loss detaches its rewards; this adds 0
 
 
 def gradient_weight(chosen_rewards, rejected_rewards, beta):
