@@ -94,7 +94,7 @@ def hint(error, path):
 
 
 def count_autograd():
-    """From now on, each use of autograd is noted in `autograd_calls`: backward, forward, and by hand along the graph."""
+    """From now on, each use of autograd is noted in `autograd_calls`: backward, forward, by hand along the graph."""
 
     class Engine(type(torch.autograd.Variable._execution_engine)):
         def run_backward(self, *args, **kwargs):

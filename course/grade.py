@@ -45,6 +45,7 @@ START_LIMIT = 120  # seconds for a process to import torch
 REPLY_LIMIT = 50 * 1024**2  # bytes in one reply
 TRANSFER_LIMIT = 10  # seconds to send a request, or to receive a reply that has begun
 FILE_LIMIT = 1024**2  # bytes in a student's file
+NAN = ": 0/0, 0 * inf or inf - inf, after exp or log in two steps?"
 UNREADABLE = "the reply of its process cannot be read"
 COURSE = Path(__file__).resolve().parent
 
@@ -280,7 +281,8 @@ def _serve(path, connection):
 def judge(exercise, cases, reply):
     """The child's reply -> (points, message for the student)."""
     if reply.get("failed"):
-        return 0, reply["failed"]
+        hints = [hint for part, hint in exercise.hints.items() if part in reply["failed"]]
+        return 0, "; ".join([reply["failed"], *hints])
     plain = [[a.values if hasattr(a, "values") else a for a in case] for case in cases]
     dtypes = [next((a.dtype for a in case if getattr(a, "dtype", "").startswith("float")), None) for case in cases]
     if all(kind.startswith("number") for kind in exercise.returns.values()):
@@ -332,9 +334,12 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
         return alike(answers[n][part], made[i, n][part], dtypes[n])
 
     def likely_mistake(part):
-        for i, (words, _) in enumerate(exercise.mistakes):
-            if all(agrees(i, n, part) for n in range(len(cases))):
-                return f"likely mistake: {words}"
+        """The name of the first mistake that agrees in all cases, or else in all of float64, where it is not exact."""
+        for exact in (range(len(cases)), [n for n, dtype in enumerate(dtypes) if dtype == "float64"]):
+            wrong = any(not alike(answers[n][part], expected[n][part], dtypes[n]) for n in exact)
+            for i, (words, _) in enumerate(exercise.mistakes * wrong):
+                if all(agrees(i, n, part) for n in exact):
+                    return f"likely mistake: {words}"
         return ""
 
     whole = likely_mistake(slice(None))
@@ -345,14 +350,20 @@ def diagnosis(exercise, cases, answers, expected, dtypes):
         part = slice(i, i + 1)
         wrong = [n for n in range(len(cases)) if not alike(answers[n][part], expected[n][part], dtypes[n])]
         if wrong:
-            words = likely_mistake(part) or shown(wrong[0] + 1, answers[wrong[0]][i], expected[wrong[0]][i])
+            words = likely_mistake(part) or shown(
+                wrong[0] + 1, answers[wrong[0]][i], expected[wrong[0]][i], dtypes[wrong[0]]
+            )
             said.append(f"{name}: {words}" if len(exercise.returns) > 1 else words)
     return "; ".join(said)
 
 
-def shown(number, answer, right):
-    """A wrong answer beside the right one; `number` is that of the case."""
-    words = f"case {number}: got {short(answer)}, expected {short(right)}"
+def shown(number, answer, right, dtype):
+    """A wrong answer beside the right one, or where both are cut, the first place that differs."""
+    place, x, y = "", answer, right
+    while short(x) == short(y) and isinstance(x, list) and len(x) == len(y):
+        i = next(i for i, pair in enumerate(zip(x, y, strict=True)) if not close(*pair, dtype))
+        place, x, y = f"{place}[{i}]", x[i], y[i]
+    words = f"case {number}{place and f', at {place}'}: got {short(x)}, expected {short(y)}"
     infinite = [math.isinf(x) for x in flat(answer) if type(x) is float]
     return (
         f"{words} (infinite where the right value is finite: exp, log or division in two steps?)" * any(infinite)
@@ -402,7 +413,7 @@ def malformed(exercise, answer, expected, dtype):
             if number == "no" or number is None and kind == "number":
                 return f"{name} is {kind_of(item)}; expected a number"
             if type(number) is float and math.isnan(number):
-                return f"{name} is NaN"
+                return f"{name} is NaN{NAN}"
             continue
         if not isinstance(item, dict) or "dtype" not in item:
             return f"{name} is {kind_of(item)}; expected a torch.Tensor"
@@ -412,7 +423,7 @@ def malformed(exercise, answer, expected, dtype):
         if item["shape"] != shape(right):
             return f"{name} has shape {tuple(item['shape'])}; expected {tuple(shape(right))}"
         if kind == "float" and any(math.isnan(v) for v in flat(item["values"])):
-            return f"{name} contains NaN"
+            return f"{name} contains NaN{NAN}"
         if name in exercise.gradient and not item["gradient"]:
             return f"{name} has lost a gradient, so it cannot train (.item(), .detach(), torch.tensor(...) or no_grad?)"
     return ""

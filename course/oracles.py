@@ -41,6 +41,7 @@ class Exercise:
     gradient: dict = dataclasses.field(default_factory=dict)
     inputs: int = 1
     by_hand: bool = False  # whether autograd is forbidden
+    hints: dict = dataclasses.field(default_factory=dict)  # {part of an error's message: what to do about it}
 
 
 def floats(values, number):
@@ -94,15 +95,18 @@ def tokenise_pair_case(draw, number):
         return first + "".join(draw.choice("aab b") for _ in range(draw.randint(least, 6)))
 
     # In odd cases the text is "...a" + "b...", so that the token "ab" could cross the boundary. Case 0 has no prompt.
-    prompt = "" if number == 0 else text("", 1).strip() + "a"
-    chosen = text("b" if number % 2 else " ", 4) + "y"
-    rejected = text("b" if number % 2 else " ", 4) + "x"
+    prompt = "" if number == 0 else "A" + text("", 1).strip() + "a"
+    chosen = text("b" if number % 2 else " ", 4) + "Y"
+    rejected = text("b" if number % 2 else " ", 4) + "aX"
     return [Tokenizer(tokens), prompt, chosen, rejected]
 
 
 def tokenise_pair(tokenizer, prompt, chosen, rejected):
     eot, encode = tokenizer.eot, tokenizer.encode
     return [eot, *encode(prompt)], [*encode(chosen), eot], [*encode(rejected), eot]
+
+
+EOT_TEXT = "<|endoftext|>"
 
 
 def _merged(tokenizer, prompt, chosen, rejected):
@@ -140,6 +144,13 @@ TOKENISE_MISTAKES = [
         *tokenise_pair(t, p, *x)[1:])),
     ("the end-of-text token is tokenizer.eot, not 0", lambda t, *x: [[0 if i == t.eot else i for i in ids]
         for ids in tokenise_pair(t, *x)]),
+    ("upper case is lost", lambda t, *x: _changed(t, x, str.lower)),
+    ("the end-of-text token is tokenizer.eot, not 257", lambda t, *x: [[257 if i == t.eot else i for i in ids]
+        for ids in tokenise_pair(t, *x)]),
+    ("the text <|endoftext|> is not the token: use tokenizer.eot", lambda t, p, w, l: [
+        t.encode(x) for x in (EOT_TEXT + p, w + EOT_TEXT, l + EOT_TEXT)]),
+    ("the longer response is cut to the length of the shorter one", lambda t, p, *both: (tokenise_pair(t, p, "", "")[0],
+        *([*t.encode(x)[: min(len(t.encode(y)) for y in both)], t.eot] for x in both))),
     ("an empty prompt needs its eot too", lambda t, p, *x: (tokenise_pair(t, p, *x)[0] if p else [],
         *tokenise_pair(t, p, *x)[1:])),
     ("these are the bytes of the text: use tokenizer.encode", lambda t, *x: [[t.eot, *x[0].encode()],
@@ -172,9 +183,11 @@ def shift(row):
 SHIFT_MISTAKES = [
     ("not shifted: each position predicts its own token", lambda row: (row[:-1], row[:-1])),
     ("shifted the wrong way: each position predicts the token before it", lambda row: (row[1:], row[:-1])),
+    ("shifted the wrong way: each position predicts the token before it",
+        lambda row: (row[:-1], row[-1:] + row[:-2])),
     ("the row is reversed", lambda row: (row[:-1][::-1], row[1:][::-1])),
     ("ids and targets are the same", lambda row: (row[1:], row[1:])),
-]
+]  # fmt: skip
 
 
 # ---- build_batch ----
@@ -259,6 +272,20 @@ BUILD_MISTAKES = [
         _scored(lambda p, n, T, targets: [t for t in range(p - 1, n) if targets[t] != 0]),
     ),
     (
+        "the mask is made from the ids: every 0 is treated as padding",
+        _scored(lambda p, n, T, targets: [t for t in range(p - 1, n) if t == 0 or targets[t - 1] != 0]),
+    ),
+    (
+        "the mask ends at the first eot: eot may occur inside a response",
+        _scored(lambda p, n, T, targets: range(p - 1, p + targets[p - 1 :].index(EOT))),
+    ),
+    (
+        "every row gets the prompt's length of the first row",
+        lambda prompts, responses: build_batch(
+            prompts, responses, scored=lambda p, n, T, targets: range(len(prompts[0]) - 1, n)
+        ),
+    ),
+    (
         "the targets are not shifted: each position predicts its own token",
         lambda prompts, responses: build_batch(prompts, responses, target=0),
     ),
@@ -285,7 +312,10 @@ BUILD_MISTAKES = [
         _other(lambda p, r, T: padded((p + r)[:-1], T, EOT), lambda p, r, T: padded((p + r)[1:], T, EOT)),
     ),
     ("the ids are shifted too: they start at the first token", _other(ids=lambda p, r, T: padded((p + r)[1:], T))),
-    ("the last token is an input too: it is only a target", _other(ids=lambda p, r, T: padded(p + r, T))),
+    (
+        "shift before padding: the last token of a shorter row is not an input",
+        _other(ids=lambda p, r, T: padded(p + r, T)),
+    ),
     (
         "the response stands before the prompt",
         _other(lambda p, r, T: padded((r + p)[:-1], T), lambda p, r, T: padded((r + p)[1:], T)),
@@ -299,15 +329,18 @@ BUILD_MISTAKES = [
 def gather_logps_case(draw, number):
     """The first cases have one row, one token, or both.
 
-    Cases 4 and 5 have a target whose logit is 1000 lower. In cases 6 to 9 all logits are far from 0.
+    Cases 4 and 5 have a target whose logit is 1000 lower. In cases 6 to 9 all logits are far from 0, and in cases 6 and
+    7 those of one position are 1600 lower than the others.
     """
     B, T = ((1, 3), (1, 1), (3, 1))[number] if number < 3 else (draw.randint(2, 3), draw.randint(2, 4))
     V = draw.randint(3, 6)
-    mean = draw.choice((0.0, -100.0)) if number < 6 else (-800.0, 800.0)[number // 2 % 2]
+    mean = draw.choice((0.0, 0.0 if number % 2 else -100.0)) if number < 6 else (-800.0, 800.0)[number // 2 % 2]
     logits = normal(draw, (B, T, V), scale=3.0, mean=mean)
     targets = [[draw.randrange(V) for _ in range(T)] for _ in range(B)]
     if number in (4, 5):
         logits[0][1][targets[0][1]] -= 1000.0
+    if number in (6, 7):
+        logits[0][0] = [x - 1600.0 for x in logits[0][0]]
     return [floats(logits, number), Tensor("int64", targets)]
 
 
@@ -318,6 +351,37 @@ def gather_logps(logits, targets):
 def _over_positions(logits, targets):
     columns = [[log_softmax(column) for column in zip(*row, strict=True)] for row in logits]  # (B, V, T)
     return ([[log[i][t] for t, i in enumerate(row)] for log, row in zip(columns, targets, strict=True)],)
+
+
+def exp(x):
+    """e^x as PyTorch computes it: infinite, not an error, where it is too large."""
+    return math.exp(x) if x < 709 else math.inf
+
+
+def log(x):
+    return math.log(x) if x > 0 else -math.inf
+
+
+def _rows_with_largest(logits, targets):
+    """Subtracts the largest logit of all positions before exp."""
+    largest = max(x for row in logits for position in row for x in position)
+    return _by_hand([[[x - largest for x in position] for position in row] for row in logits], targets)
+
+
+def _by_hand(logits, targets):
+    return (
+        [
+            [x[i] - log(sum(map(exp, x))) for x, i in zip(*row, strict=True)]
+            for row in zip(logits, targets, strict=True)
+        ],
+    )
+
+
+def _reshaped(logits, targets):
+    """Reads the numbers of each (T, V) as (V, T)."""
+    T = len(targets[0])
+    rows = [[x for position in row for x in position] for row in logits]
+    return gather_logps([[row[t::T] for t in range(T)] for row in rows], targets)
 
 
 GATHER_MISTAKES = [
@@ -367,6 +431,17 @@ GATHER_MISTAKES = [
         lambda logits, targets: ([[log_softmax([row[t][i] for row in logits])[b] for t, i in enumerate(ids)]
             for b, ids in enumerate(targets)],),
     ),
+    ("exp, sum and log by hand overflow or underflow; F.log_softmax does not", _by_hand),
+    ("the largest logit of the whole batch is subtracted, so other rows underflow; F.log_softmax takes each row's own",
+        _rows_with_largest),
+    ("softmax is applied twice", lambda logits, targets: gather_logps(
+        [[list(map(math.exp, log_softmax(position))) for position in row] for row in logits], targets)),
+    ("reshape and view do not swap dimensions: use transpose", _reshaped),
+    ("target 0 is a token like any other", lambda logits, targets: (
+        [[x * (i > 0) for x, i in zip(*row, strict=True)]
+        for row in zip(gather_logps(logits, targets)[0], targets, strict=True)],)),
+    ("every row gets the targets of the first row", lambda logits, targets: gather_logps(
+        logits, [targets[0]] * len(targets))),
     (
         "the targets are shifted a second time",
         lambda logits, targets: gather_logps(logits, [row[1:] + row[:1] for row in targets]),
@@ -426,7 +501,8 @@ MOVED_MASKS = [  # (message, function of a mask)
 
 def sum_logps_case(draw, number):
     B, T = (1, 3)[number] if number < 2 else draw.randint(1, 4), draw.randint(4 if number else 6, 8)
-    logps = nested(lambda x: -0.1 - abs(x), normal(draw, (B, T), scale=3.0))
+    # in case 8 the probability of the response is too small for float64
+    logps = nested(lambda x: (-400.0 if number == 8 else -0.1) - abs(x), normal(draw, (B, T), scale=3.0))
     return [floats(logps, number), random_mask(draw, B, T)]
 
 
@@ -472,6 +548,14 @@ SUM_MISTAKES = [
         "logsumexp adds probabilities; log-probabilities are added with sum",
         _of_rows(lambda response, row, rest: math.log(sum(map(math.exp, response)) + len(rest))),
     ),
+    (
+        "the product of the probabilities is 0 for a long response: add the log-probabilities",
+        _of_rows(lambda response, row, rest: log(math.prod(map(math.exp, response)))),
+    ),
+    (
+        "the sum is divided by the root of the length",
+        _of_rows(lambda response, row, rest: sum(response) / len(response) ** 0.5),
+    ),
     ("this is the largest one, not the sum", _of_rows(lambda response, row, rest: max(response))),
     *[
         (
@@ -506,7 +590,8 @@ BETAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.5, 2.0)
 
 def implicit_reward_case(draw, number):
     B = draw.randint(1, 5)
-    policy, reference = normal(draw, (B,), 3.0, -40.0), normal(draw, (B,), 3.0, -40.0)
+    mean = -800.0 if number == 8 else -40.0
+    policy, reference = normal(draw, (B,), 3.0, mean), normal(draw, (B,), 3.0, mean)
     return [floats(policy, number), floats(reference, number), draw.choice(BETAS)]
 
 
@@ -553,7 +638,15 @@ REWARD_MISTAKES = [
         one(lambda policy, reference, beta: -minus_log_sigmoid(beta * (policy - reference))),
     ),
     ("the difference is squared", one(lambda policy, reference, beta: beta * (policy - reference) ** 2)),
-    ("beta is an argument; this always uses 0.1", one(lambda policy, reference, beta: 0.1 * (policy - reference))),
+    *[
+        (
+            f"beta is an argument; this always uses {always}",
+            one(lambda policy, reference, beta, always=always: always * (policy - reference)),
+        )
+        for always in (0.1, 0.5)
+    ],
+    ("negative rewards are cut off", one(lambda policy, reference, beta: max(0.0, beta * (policy - reference)))),
+    ("log beta is added: beta multiplies", one(lambda policy, reference, beta: math.log(beta) + policy - reference)),
     (
         "the mean of the batch is subtracted",
         lambda p, r, beta: ([beta * (a - b - (sum(p) - sum(r)) / len(p)) for a, b in zip(p, r, strict=True)],),
@@ -644,6 +737,14 @@ LOSS_MISTAKES = [
     ("the log-sigmoid is missing: this is the absolute margin", two(minus, lambda c, r: abs(c - r))),
     ("the margin is the difference of the rewards, not their ratio", two(minus, lambda c, r: minus_log_sigmoid(c / r))),
     ("beta is used again: the rewards contain it", two(minus, lambda c, r: minus_log_sigmoid(0.1 * (c - r)))),
+    (
+        "margins and losses are swapped: return (margins, losses)",
+        lambda c, r: margin_and_loss(c, r)[::-1],
+    ),
+    (
+        "log_softmax over the pairs of the batch (dim 0): it belongs over the two rewards of a pair",
+        lambda c, r: (pairwise(minus)(c, r), [-x for x in log_softmax(c)]),
+    ),
     (
         "the margin is the difference itself, without sigmoid",
         two(lambda c, r: sigmoid(c - r), lambda c, r: minus_log_sigmoid(c - r)),
@@ -806,6 +907,16 @@ SMOOTHING_MISTAKES = [
     ("the flipped label's loss is e times -log sigmoid(-m), not e times that of the label as given", each(
         lambda m, e: (1 + e) * minus_log_sigmoid(m))),
     ("a constant instead of the flipped label's loss", each(lambda m, e: (1 - e) * minus_log_sigmoid(m) - e)),
+    *[
+        ("log(sigmoid(x) + eps) stops growing at large margins; F.logsigmoid does not",
+            each(lambda m, e, cut=cut: -(1 - e) * math.log(min(max(sigmoid(m), cut), 1 - cut))
+                - e * math.log(1 - min(max(sigmoid(m), cut), 1 - cut))))
+        for cut in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-12)
+    ],
+    ("the flipped label's loss is -log sigmoid(-m), not 1 - log sigmoid(m)", each(
+        lambda m, e: (1 - e) * minus_log_sigmoid(m) - e * (1 + minus_log_sigmoid(m)))),
+    ("the margin of the flipped label is -m, not 1 - m", each(
+        lambda m, e: (1 - e) * minus_log_sigmoid(m) + e * minus_log_sigmoid(1 - m))),
 ]  # fmt: skip
 
 
@@ -818,13 +929,15 @@ TELLING = 17  # a seed with which 60 pairs give another share for every known mi
 def accuracy_case(draw, number):
     """Multiples of 1/2, so that every difference is exact. A third of the pairs are ties, in case 0 all of them.
 
-    Case 1 has the same pairs each time, moved by one number: every known mistake gives another share.
+    Case 1 has the same pairs each time, moved by one number: every known mistake gives another share. In cases 2 and 3
+    the log-ratios are so large that exp is infinite, and in case 2 one pair is nearly a tie.
     """
     shift = draw.randint(-20, 20) / 2
     B, draw = (60, random.Random(TELLING)) if number == 1 else (draw.randint(4, 8), draw)
     policy_chosen, policy_rejected, reference_chosen = ([draw.randint(-80, -40) / 2 for _ in range(B)] for _ in "abc")
     gaps = [draw.choice((0.0, draw.randint(1, 60) / 2, draw.randint(-60, -1) / 2)) * (number > 0) for _ in range(B)]
-    gaps[0] = 0.5 if number == 2 else gaps[0]  # nearly a tie
+    gaps[0] = 2.0**-13 if number == 2 else gaps[0]  # about 1e-4, and exact in float32
+    reference_chosen = [x - 800.0 * (number in (2, 3)) for x in reference_chosen]
     # choose the last one so that the chosen log-ratio minus the rejected log-ratio is the gap
     reference_rejected = [
         gap - (pc - rc) + pr
@@ -844,6 +957,13 @@ def _win(margin, tie=0.5):
 
 
 accuracy = share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr)))
+
+
+def _without_ties(pc, pr, rc, rr):
+    gaps = [(a - c) - (b - d) for a, b, c, d in zip(pc, pr, rc, rr, strict=True)]
+    wins, ties = sum(gap > 0 for gap in gaps), gaps.count(0)
+    return (wins / (len(gaps) - ties) if ties < len(gaps) else 0.5,)
+
 
 ACCURACY_MISTAKES = [
     ("ties count as losses", share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr), 0.0))),
@@ -898,6 +1018,20 @@ ACCURACY_MISTAKES = [
         lambda pc, pr, rc, rr: _win(pc / (rc or 1e-300) - pr / (rr or 1e-300)))),
     ("the rewards are differences of log-probabilities, not ratios", share(
         lambda pc, pr, rc, rr: _win(pc / (rc or 1e-300) - pr / (rr or 1e-300), 0.0))),
+    ("a tie counts one half, not one and a half", share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr), 1.5))),
+    ("ties are left out: each counts one half", _without_ties),
+    ("ties count as losses, unless all pairs are ties", lambda *columns: (
+        share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr), 0.0))(*columns)[0] or accuracy(*columns)[0],)),
+    ("a tie is where the rewards are equal (==), not nearly equal", share(
+        lambda pc, pr, rc, rr: 0.5 if abs((pc - rc) - (pr - rr)) < 1e-3 else _win((pc - rc) - (pr - rr)))),
+    ("rounded down: divide with /, not //", lambda *columns: (
+        float(int(share(lambda pc, pr, rc, rr: _win((pc - rc) - (pr - rr), 0.0))(*columns)[0])),)),
+    ("the share is rounded", lambda *columns: (round(accuracy(*columns)[0], 1),)),
+    ("the share is rounded", lambda *columns: (round(accuracy(*columns)[0], 2),)),
+    ("the mean rewards are compared; compare the rewards of each pair", lambda pc, pr, rc, rr: (
+        float(sum(pc) - sum(rc) > sum(pr) - sum(rr)),)),
+    ("the rewards are differences of log-probabilities, not ratios", share(
+        lambda pc, pr, rc, rr: _win(pr / (rr or 1e-300) - pc / (rc or 1e-300)))),
     ("a tie is where the rewards are equal, not the policy's log-probabilities", share(
         lambda pc, pr, rc, rr: float((pc - rc) > (pr - rr)) + 0.5 * (pc == pr))),
 ]  # fmt: skip
@@ -915,7 +1049,11 @@ def kl_estimates_case(draw, number):
     policy = normal(draw, (N, T, V), 1.5, draw.choice((0.0, -50.0)))
     reference = normal(draw, (N, T, V), 1.5, draw.choice((0.0, 5.0)))
     targets = [[draw.randrange(V) for _ in range(T)] for _ in range(N)]
-    return [floats(policy, number), floats(reference, number), Tensor("int64", targets), random_mask(draw, N, T)]
+    mask = random_mask(draw, N, T)
+    if number == 4:  # a token that the policy never draws
+        t = mask.values[0].index(True)
+        policy[0][t][targets[0][t] - 1] -= 1000.0
+    return [floats(policy, number), floats(reference, number), Tensor("int64", targets), mask]
 
 
 def estimates(plain, exact, masked=True, mean=False, normalised=True):
@@ -960,6 +1098,24 @@ def _over(function):
 
 
 kl_estimates = estimates(_drawn, _full)
+
+
+def _raw_terms(policy, reference, targets, mask):
+    """The terms are differences of logits; the weights are right."""
+    columns = [], []
+    for sample in zip(policy, reference, targets, mask, strict=True):
+        sums = [0.0, 0.0]
+        for p, q, i, scored in zip(*sample, strict=True):
+            sums[0] += (p[i] - q[i]) * scored
+            sums[1] += sum(math.exp(w) * (a - b) for w, a, b in zip(log_softmax(p), p, q, strict=True)) * scored
+        for column, total in zip(columns, sums, strict=True):
+            column.append(total)
+    return columns
+
+
+def _over_rows(logits):
+    return [list(zip(*map(log_softmax, zip(*row, strict=True)), strict=True)) for row in logits]
+
 
 KL_MISTAKES = [
     ("averaged over the tokens: the KL of the whole response is a sum", estimates(_drawn, _full, mean=True)),
@@ -1009,6 +1165,13 @@ KL_MISTAKES = [
     ("the logarithm is missing", estimates(lambda p, q: math.exp(p) - math.exp(q),
         _over(lambda p, q: math.exp(p) * (math.exp(p) - math.exp(q))))),
     ("the logarithm is missing", estimates(_drawn, _over(lambda p, q: math.exp(p) * math.exp(p - q)))),
+    ("plain is cut off at 0: it can be negative", lambda *case: [
+        [max(0.0, x) for x in kl_estimates(*case)[0]], kl_estimates(*case)[1]]),
+    ("the log-softmax is missing: these are raw logits", _raw_terms),
+    ("plain takes the token that was drawn, not the likeliest one", lambda p, q, t, mask: kl_estimates(
+        p, q, [[position.index(max(position)) for position in row] for row in p], mask)),
+    ("normalised over the positions (dim 1) instead of the vocabulary (dim -1)", lambda p, q, t, mask: estimates(
+        _drawn, _full, normalised=False)(_over_rows(p), _over_rows(q), t, mask)),
     ("divided by the length of the row: the KL of the response is a sum", lambda p, q, t, mask: [
         [x / len(mask[0]) for x in column] for column in kl_estimates(p, q, t, mask)]),
 ]  # fmt: skip
@@ -1024,8 +1187,8 @@ def pick_beta_case(draw, number):
     within. The best beta within the budget is the second in even cases, with one run over the budget, and the third in
     odd cases. The beta after the best has a lower mean reward, but the best single run of all. In cases 2 and 3 the
     best beta has the best and the worst run instead, and the worst comes first. In cases 4 and 5 the mean KL of the
-    best beta is exactly the budget. In cases 6 and 7 KL does not fall with beta. In the last case no beta is within the
-    budget.
+    best beta is exactly the budget. In cases 6 and 7 KL does not fall with beta. In case 8 all rewards are negative. In
+    the last case no beta is within the budget.
     """
     budget = draw.randint(8, 32) / 8 if number != 2 else 4.0  # multiples of 1/8, and 1/4 times that, have exact means
     best = 1 + number % 2
@@ -1040,8 +1203,9 @@ def pick_beta_case(draw, number):
         wide = best if number in (2, 3) else best + 1
         reward_spread = draw.uniform(5.0, 6.0) if i == wide else draw.uniform(0.1, 0.3)
         around = draw.choice(((1, -1), (1, -0.5, -0.5)) if number > 1 else ((1, -1),))  # of the seeds, with mean 0
+        around = (1, -0.5, -0.5) if number == 3 and i == best else around  # its median is not its mean
         for seed, (x, y) in enumerate(zip(around, reversed(around), strict=True)):
-            reward = round(3 + rewards[i] + reward_spread * y, 3)
+            reward = round(3 - 20 * (number == 8) + rewards[i] + reward_spread * y, 3)
             frontier.append(dict(beta=beta, seed=seed, kl=budget * (kl + kl_spread * x), reward=reward))
     draw.shuffle(frontier)
     return [frontier, budget / 16 if number == CASES - 1 else budget]
@@ -1153,6 +1317,12 @@ PICK_MISTAKES = [
         "this is the best mean reward: return its beta",
         lambda f, b: (max((r for kl, r in _means(f).values() if kl <= b), default=None),),
     ),
+    ("the best reward starts at 0, so negative rewards are never chosen: start without one", lambda f, budget: _best(
+        {b: reward for b, (kl, reward) in _means(f).items() if kl <= budget and reward > 0})),
+    ("a single run of each beta counts here, the last: average over the seeds first", lambda f, budget: pick_beta(
+        list({run["beta"]: run for run in f}.values()), budget)),
+    ("this is the highest reward per KL; within the budget only the reward counts", lambda f, budget: _best(
+        {b: reward / kl for b, (kl, reward) in _means(f).items() if kl <= budget})),
     ("this is the beta whose KL is nearest to the budget", lambda f, budget: _best(
         {b: -abs(kl - budget) for b, (kl, _) in _means(f).items()})),
 ]  # fmt: skip
@@ -1197,5 +1367,8 @@ EXERCISES = [
     ),
     Exercise("accuracy", accuracy_case, accuracy, {"accuracy": "number"}, ACCURACY_MISTAKES),
     Exercise("kl_estimates", kl_estimates_case, kl_estimates, {"plain": "float", "exact": "float"}, KL_MISTAKES),
-    Exercise("pick_beta", pick_beta_case, pick_beta, {"beta": "number or None"}, PICK_MISTAKES),
+    Exercise(
+        "pick_beta", pick_beta_case, pick_beta, {"beta": "number or None"}, PICK_MISTAKES,
+        hints={"empty": "nothing is within the budget: return None"},
+    ),
 ]  # fmt: skip

@@ -33,8 +33,8 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def close_walls(folder, reply):
     """Confines this process to `folder`; returns two lists that grow: what was refused, and the project's files read.
 
-    `folder` becomes the current folder, the home folder and the folder for temporary files. `reply` is the descriptor by
-    which the process answers. Every other one becomes os.devnull: some are pipes of multiprocessing's own processes,
+    `folder` becomes the current folder, the home folder and the folder for temporary files. `reply` is the descriptor
+    by which the process answers. Every other one becomes os.devnull: some are pipes of multiprocessing's own processes,
     which no wall confines.
     """
     if hasattr(os, "setsid"):
@@ -58,7 +58,7 @@ def close_walls(folder, reply):
 
 
 def silence(reply):
-    """Discards stdout and stderr, including what C code writes, and all that goes to a descriptor other than `reply`."""
+    """Discards stdout, stderr (what C code writes, too) and all that goes to a descriptor other than `reply`."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(1, 1024):
         with contextlib.suppress(OSError):  # nothing is open there

@@ -290,7 +290,10 @@ BAD = [  # (code of a function, part of the grader's message)
         "prompt_ids is a list that contains a value of type int with 1329 bits",
     ),
     ("def implicit_reward(p, r, beta): return (beta * (p - r)).mean()", "rewards has shape (); expected"),
-    ("def implicit_reward(p, r, beta): return (p - r) * float('nan')", "rewards contains NaN (case 1)"),
+    (
+        "def implicit_reward(p, r, beta): return (p - r) * float('nan')",
+        "rewards contains NaN: 0/0, 0 * inf or inf - inf, after exp or log in two steps? (case 1)",
+    ),
     ("def implicit_reward(p, r, beta): return (p - r).half()", "rewards has dtype float16; expected float64"),
     ("def implicit_reward(p, r, beta): return torch.zeros(400, 400).to(p)", "rewards has shape (400, 400)"),
     ("def sum_logps(logps, mask): return (logps * mask).detach().sum(-1)", "logps has lost a gradient"),
