@@ -143,7 +143,10 @@ def test_two_processes_on_one_folder(home, tmp_path, capsys, monkeypatch):
     for spelled in (out, f"{out}/", tmp_path / "link", ".", "../run"):
         for stage, *flags in (("dpo", "--overwrite"), ("sft", "--resume"), ("dpo",)):
             message = fails(capsys, MAINS[stage], *flags_of(stage, home, spelled, *flags))
-            assert f"{spelled}".rstrip("/") in message and f"in use by process {first.pid}. Wait" in message
+            assert (
+                f"{spelled}".rstrip("/") in message
+                and f"in use by process {first.pid} on {os.uname().nodename}. Wait" in message
+            )
     os.kill(first.pid, signal.SIGTERM)
     first.join()
     state = checkpoint.load(out)[2]
