@@ -21,10 +21,15 @@ from children import start, start_stage
 from tiny import call, contents, fails, write_data
 
 import experiments.bench.__main__
+import experiments.evaluate
 import experiments.frontier.__main__
+import experiments.frontier.accuracy
 import experiments.frontier.gap
+import experiments.frontier.limit
 import experiments.frontier.unit
 import experiments.make_pairs
+import experiments.mistakes.__main__
+import experiments.rewards
 import experiments.winrate.__main__
 import minidpo.dataset
 import minidpo.files.writing
@@ -175,6 +180,15 @@ def hold(path, seconds):
             "--method dpo --setting 0.7 --out out --sft start",
         ),
         (experiments.frontier.gap.main, "gap.csv", "--csv gap.csv"),
+        (experiments.frontier.limit.main, "limit.csv", "--out limit.csv --reference start --data toy --reward toy"),
+        (
+            experiments.frontier.accuracy.main,
+            "a.json",
+            "--json a.json --policy x --reference x --reward-model x --data x",
+        ),
+        (experiments.evaluate.main, "e.json", "--json e.json --policy x --reference x --data toy --reward toy"),
+        (experiments.rewards.main, "out", "--out out --train x.jsonl"),
+        (experiments.mistakes.__main__.main, "out", "--curves out"),
         (experiments.winrate.__main__.main, "out", "--out out --run start --data toy --judge toy"),
         (experiments.bench.__main__.main, "cache", "--cache cache --shapes trial"),
         (experiments.make_pairs.main, "out.jsonl", "--out out.jsonl --policy start --prompts toy --reward toy"),

@@ -58,7 +58,7 @@ def claim(path):
     Windows and some network file systems have no such locks; there, the call does nothing.
     """
     lock = Path(f"{Path(path).resolve()}.lock")
-    if fcntl is None or lock in _claimed:
+    if fcntl is None or lock in _claimed or not path:  # "": there is no such file to write
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = open(lock, "a+", encoding="utf-8")  # the lock ends when this file is closed
