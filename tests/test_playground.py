@@ -1,10 +1,14 @@
-"""course/playground.html in a real browser: its numbers against dpo_loss and enumeration, its looks at four widths."""
+"""course/playground.html in a real browser: its numbers against dpo_loss and enumeration, its looks at four widths.
+
+`python tests/test_playground.py docs/playground.png` makes the picture of the course page.
+"""
 
 import importlib.util
 import math
 import random
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -24,8 +28,7 @@ VARIANTS = {
 LOSSES = ("sigmoid", *VARIANTS, "mean", "forgotten", "swapped")
 
 
-@pytest.fixture(scope="module")
-def browser():
+def start_browser():
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     need(importlib.util.find_spec("selenium"), "the page is tested with selenium: pip install selenium")
     need(chromium and driver, "the page is tested in Chromium: apt-get install chromium chromium-driver")
@@ -36,7 +39,12 @@ def browser():
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = start_browser()
     yield found
     found.quit()
 
@@ -534,3 +542,11 @@ def test_colours_that_stand_side_by_side_differ_for_colour_blind_people(blind):
                 linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
                 seen.append(lab((torch.tensor(BLIND[blind]) @ linear).clamp(0, 1)))
             assert (seen[0] - seen[1]).norm() > 15, (a, b)
+
+
+if __name__ == "__main__":
+    found = start_browser()
+    show(found, PAGE.as_uri() + "#scene=beta", 1280, 740)
+    found.execute_script("playground.advance(1e5)")  # until nothing moves
+    found.save_screenshot(sys.argv[1])
+    found.quit()
