@@ -25,7 +25,7 @@ from data.toy_sentiment.grammar import grammatical
 from experiments.common import by_length, load_models, prompt_ids, prompt_mean_se, read_prompts, sample
 from experiments.rewards import load_reward
 from minidpo.device import DEVICES, pick_device
-from minidpo.files.writing import atomic_write
+from minidpo.files.writing import atomic_write, claim
 from minidpo.report import samples_table
 from minidpo.settings import knob, parse_settings, run_main
 
@@ -118,6 +118,7 @@ def evaluate(policy, reference, tokenizer, prompts, reward, settings):
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
+    claim(settings.json)
     device = pick_device(settings.device)
     reward = load_reward(settings.reward)
     (policy, reference), tokenizer = load_models(settings.policy, settings.reference, device=device)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.toy_sentiment import grammar
 from minidpo import checkpoint
 from minidpo.dataset import read_jsonl
-from minidpo.files.writing import atomic
+from minidpo.files.writing import atomic, claim
 from minidpo.settings import UserError, knob, parse_settings, run_main, unknown
 
 NAMES = ("labelling", "reporting")  # trained on rows 0, 2, 4, ... and on rows 1, 3, 5, ...
@@ -196,6 +196,7 @@ def report(classifiers, texts, labels):
 
 def main(argv=None):
     settings = parse_settings(Settings, __doc__, argv)
+    claim(settings.out)
     if not settings.train and not settings.test:
         raise UserError("nothing to do: give --train FILE, --test FILE, or both.")
     paths = [Path(settings.out) / f"{name}.pt" for name in NAMES]

@@ -206,6 +206,8 @@ def main():
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default 3)")
     parser.add_argument("--max-length", type=int, default=1024, help="context without --run, in tokens (default 1024)")
     args = parser.parse_args()
+    if args.rows < 0 or args.max_length < 2:
+        raise UserError("--rows must be at least 0 and --max-length at least 2.")
     from minidpo.checkpoint import load
     from minidpo.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ import experiments.make_pairs
 import minidpo.sampling
 import train_dpo
 import train_sft
-from minidpo import checkpoint
+from minidpo import checkpoint, dataset
 from minidpo.files import jsonl
 from minidpo.model import GPT, GPTConfig
 from minidpo.report import read_metrics
@@ -472,6 +472,12 @@ EVALUATE = (experiments.evaluate.main, ("--policy", "sft", "--reference", "sft",
 def test_numbers_of_other_commands_out_of_range(home, capsys, command, flags):
     message = refused(capsys, home, command[0], *command[1], *flags)
     assert flags[0] in message and "must be a finite number" in message
+
+
+@pytest.mark.parametrize("flags", [("--rows", -1), ("--max-length", 1)])
+def test_numbers_of_the_look_at_a_file(home, capsys, flags):
+    message = refused(capsys, home, dataset.main, home / "pairs.jsonl", *flags)
+    assert "--rows must be at least 0 and --max-length at least 2" in message
 
 
 def test_dropout_and_smoothing_that_dpo_does_not_have(home, capsys):

@@ -344,7 +344,6 @@ BAD = [  # (code of a function, part of the grader's message)
         "writes outside its own folder",
     ),
     ("def shift(row): import os; os.remove(train_dpo.__file__)", "changes files outside its own folder (os.remove)"),
-    ("def shift(row): import os; return os.open(os.path.dirname(torch.__file__), 0)", "your code opens a folder"),
     ("def shift(row): import os; os.killpg(os.getpgid(os.getppid()), 9)", "it sends signals to other processes"),
     ("def shift(row): import socket; socket.socket().sendto(b'x', ('127.0.0.1', 9))", "it uses the network"),
     ("def shift(row): import ctypes; ctypes.CDLL(None).kill(1, 0)", "by ctypes"),
@@ -355,8 +354,6 @@ BAD = [  # (code of a function, part of the grader's message)
         " return torch.autograd.grad(-torch.nn.functional.logsigmoid(c - r).sum() * beta, (c, r))",
         "it uses autograd; write the derivative as a formula",
     ),
-    ("def implicit_reward(p, r, beta): return beta * (p.detach() - r)", "rewards has lost a gradient"),
-    ("def gather_logps(x, t): return x.log_softmax(-1).gather(-1, t.unsqueeze(-1)).squeeze()", "logps has shape"),
     # its process ends
     ("def shift(row): import os; os._exit(0)", "its process ended (exit code 0)"),
     ("def shift(row): import ctypes; ctypes.string_at(0)", "its process ended (exit code -11)"),
@@ -478,13 +475,9 @@ def test_a_wrapper_of_the_students_own_is_told(tmp_path, cases):
 
 
 FORGED = [
-    '{"answers": [{"values": 3}, 7, null]}',
     '{"imports": 5}',
     '{"answers": [[{"dtype": "int64", "shape": [1], "values": [%s]}]], "imports": []}' % ("9" * 400),
-    '{"failed": 5, "missing": true, "imports": [{}]}',
-    '{"failed": "\\ud800", "imports": []}',
     "[" * 5000,
-    "5",
 ]
 
 

@@ -21,10 +21,15 @@ from children import start, start_stage
 from tiny import call, contents, fails, write_data
 
 import experiments.bench.__main__
+import experiments.evaluate
 import experiments.frontier.__main__
+import experiments.frontier.accuracy
 import experiments.frontier.gap
+import experiments.frontier.limit
 import experiments.frontier.unit
 import experiments.make_pairs
+import experiments.mistakes.__main__
+import experiments.rewards
 import experiments.winrate.__main__
 import minidpo.dataset
 import minidpo.files.writing
@@ -143,7 +148,10 @@ def test_two_processes_on_one_folder(home, tmp_path, capsys, monkeypatch):
     for spelled in (out, f"{out}/", tmp_path / "link", ".", "../run"):
         for stage, *flags in (("dpo", "--overwrite"), ("sft", "--resume"), ("dpo",)):
             message = fails(capsys, MAINS[stage], *flags_of(stage, home, spelled, *flags))
-            assert f"{spelled}".rstrip("/") in message and f"in use by process {first.pid}. Wait" in message
+            assert (
+                f"{spelled}".rstrip("/") in message
+                and f"in use by process {first.pid} on {os.uname().nodename}. Wait" in message
+            )
     os.kill(first.pid, signal.SIGTERM)
     first.join()
     state = checkpoint.load(out)[2]
@@ -172,6 +180,15 @@ def hold(path, seconds):
             "--method dpo --setting 0.7 --out out --sft start",
         ),
         (experiments.frontier.gap.main, "gap.csv", "--csv gap.csv"),
+        (experiments.frontier.limit.main, "limit.csv", "--out limit.csv --reference start --data toy --reward toy"),
+        (
+            experiments.frontier.accuracy.main,
+            "a.json",
+            "--json a.json --policy x --reference x --reward-model x --data x",
+        ),
+        (experiments.evaluate.main, "e.json", "--json e.json --policy x --reference x --data toy --reward toy"),
+        (experiments.rewards.main, "out", "--out out --train x.jsonl"),
+        (experiments.mistakes.__main__.main, "out", "--curves out"),
         (experiments.winrate.__main__.main, "out", "--out out --run start --data toy --judge toy"),
         (experiments.bench.__main__.main, "cache", "--cache cache --shapes trial"),
         (experiments.make_pairs.main, "out.jsonl", "--out out.jsonl --policy start --prompts toy --reward toy"),

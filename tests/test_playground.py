@@ -1,10 +1,14 @@
-"""course/playground.html in a real browser: its numbers against dpo_loss and enumeration, its looks at four widths."""
+"""course/playground.html in a real browser: its numbers against dpo_loss and enumeration, its looks at four widths.
+
+`python tests/test_playground.py docs/playground.png` makes the picture of the course page.
+"""
 
 import importlib.util
 import math
 import random
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -24,8 +28,7 @@ VARIANTS = {
 LOSSES = ("sigmoid", *VARIANTS, "mean", "forgotten", "swapped")
 
 
-@pytest.fixture(scope="module")
-def browser():
+def start_browser():
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     need(importlib.util.find_spec("selenium"), "the page is tested with selenium: pip install selenium")
     need(chromium and driver, "the page is tested in Chromium: apt-get install chromium chromium-driver")
@@ -36,7 +39,12 @@ def browser():
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = start_browser()
     yield found
     found.quit()
 
@@ -345,6 +353,49 @@ def test_it_runs_pauses_and_resets_and_a_frame_takes_less_than_a_sixtieth_of_a_s
     assert sorted(driver.execute_script(frames))[12] < 1000 / 60  # the machine may be busy with other tests
 
 
+def test_run_stops_by_itself_and_a_change_resets_and_stops(page):
+    driver = page("#scene=beta&speed=1000")
+    run = driver.find_element("id", "run")
+    run.click()
+    deadline = time.monotonic() + 10
+    while run.text == "Pause" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    steps = driver.execute_script("return playground.run.steps")
+    assert run.text == "Run" and 1000 < steps < 3000
+    assert driver.find_element("id", "now-loss").text == f"0.311 at step {steps}: finished"
+    some = dict(beta=2, loss="ipo", labels="hard", pairs=20, words="shared", seed=4, lr=0.03, speed=2)
+    change = """
+    playground.go(true);
+    playground.advance(2);
+    playground.change({[arguments[0]]: arguments[1]});
+    return [playground.run.steps, playground.run.trace.length, document.getElementById("run").textContent];
+    """
+    for name, value in some.items():
+        driver.execute_script("playground.apply(playground.parse('scene=beta'))")
+        kept = name in ("lr", "speed")
+        assert driver.execute_script(change, name, value) == ([2, 3, "Pause"] if kept else [0, 1, "Run"]), name
+
+
+def test_the_paths_are_smooth_after_a_long_run(page):
+    """The longest chord over more than one step, as a part of the range of its chart."""
+    chords = """
+    playground.apply(playground.parse(arguments[0]));
+    for (let i = 0; i < 15000; i++) {
+      playground.train_step(playground.run);
+      playground.record(playground.measure(playground.run));
+    }
+    const {trace} = playground.run, all = name => trace.map(t => t[name]);
+    const range = name => Math.max(...all(name)) - Math.min(...all(name));
+    const far = (name, a, b) => b.step > a.step + 1 ? Math.abs(b[name] - a[name]) / range(name) : 0;
+    const names = ["loss", "chosen_reward", "rejected_reward", "kl", "reward"];
+    const chords = names.flatMap(name => trace.slice(1).map((t, i) => far(name, trace[i], t)));
+    return [trace.length, trace[0].step, Math.max(...chords)];
+    """
+    for address in ("scene=beta", "words=own", "scene=hard&lr=0.3"):
+        length, first, longest = page().execute_script(chords, address)
+        assert length <= 1000 and first == 0 and longest < 0.015, (address, length, longest)
+
+
 def test_a_scene_is_a_link_and_the_address_keeps_what_was_changed(page):
     driver = page("#scene=mean&beta=0.7")
     get = "const s = playground.run.settings; return [s.scene, s.loss, s.beta]"
@@ -378,7 +429,10 @@ def test_each_scene_shows_what_its_sentences_say(page, scene):
         (one,) = after([3000, {"lr": 1}])
         assert one["p"] == pytest.approx(one["best"], abs=1e-3)
     elif scene == "ln2":
-        (one,) = after([1, {}])
+        one, ipo = after([1, {}], [100, {"loss": "ipo"}])
+        assert (
+            ipo["start"]["loss"] == pytest.approx(0.25) and ipo["loss"] < 0.2 and max(map(abs, ipo["gradient"])) < 1e-9
+        )
         assert {(pair["margin"], pair["weight"]) for pair in one["start"]["each"]} == {(0, 0.5)}
         assert one["start"]["loss"] == pytest.approx(math.log(2)) and one["loss"] < one["start"]["loss"]
     elif scene == "beta":
@@ -386,6 +440,11 @@ def test_each_scene_shows_what_its_sentences_say(page, scene):
         assert small["p"] == pytest.approx(small["best"], abs=1e-3)
         assert large["p"] == pytest.approx(large["best"], abs=1e-3)
         assert small["kl"] > large["kl"] and small["reward"] > large["reward"]
+        rewards, pairs = driver.execute_script("return [playground.run.language.rewards, playground.run.pairs]")
+        for pair, a, b in zip(pairs, small["each"], large["each"], strict=True):
+            difference = rewards[pair["chosen"]] - rewards[pair["rejected"]]
+            assert [a["margin"], b["margin"]] == pytest.approx([difference] * 2, abs=0.02)
+        assert small["chosen_reward"] < 0
     elif scene == "hard":
         early, late = after([300, {}], [3000, {}])
         assert early["loss"] > late["loss"] and early["kl"] < late["kl"]
@@ -395,12 +454,16 @@ def test_each_scene_shows_what_its_sentences_say(page, scene):
         assert first["rejected_reward"] < first["chosen_reward"] < 0 < own["chosen_reward"]
         assert later["chosen_reward"] < first["chosen_reward"]
         assert later["p"][e] > 0.5 and later["p"][f] < 0.1
+        assert later["reward"] > 1.8 and abs(own["reward"]) < 0.3
     elif scene == "free":
         forgets, keeps = after([3000, {}], [3000, {"loss": "sigmoid"}])
+        assert abs(forgets["start"]["loss"] - math.log(2)) > 0.5
         assert forgets["p"][e] == pytest.approx(forgets["p"][h], abs=0.01) and keeps["p"][e] < 0.02
     else:
         mean, total = after([5000, {}], [5000, {"loss": "sigmoid"}])
         assert mean["p"][h] > 1.5 * mean["p"][a] and total["p"][h] < total["p"][a]
+        assert mean["reward"] > total["reward"] + 0.1 and mean["kl"] > total["kl"] + 0.1  # `total` is at the optimum
+        assert total["p"] == pytest.approx(total["best"], abs=1e-3)
 
 
 def test_it_asks_no_server(page):
@@ -479,3 +542,11 @@ def test_colours_that_stand_side_by_side_differ_for_colour_blind_people(blind):
                 linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
                 seen.append(lab((torch.tensor(BLIND[blind]) @ linear).clamp(0, 1)))
             assert (seen[0] - seen[1]).norm() > 15, (a, b)
+
+
+if __name__ == "__main__":
+    found = start_browser()
+    show(found, PAGE.as_uri() + "#scene=beta", 1280, 740)
+    found.execute_script("playground.advance(1e5)")  # until nothing moves
+    found.save_screenshot(sys.argv[1])
+    found.quit()

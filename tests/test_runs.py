@@ -819,26 +819,6 @@ def test_second_ctrl_c_stops_at_once():
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_kill_9_leaves_a_checkpoint_that_resumes_to_the_same_run(home, tmp_path):
-    """Killed twice, wherever it happens to be; it saves at every step, so that a kill often meets a save."""
-    for more in ((), ("--resume",)):
-        process = start(home, tmp_path / "run", *LONG, "--save-every", 1, *more)
-        reached = len(read_metrics(tmp_path / "run"))
-        wait_for(lambda at=reached: len(read_metrics(tmp_path / "run")) > at + 5, process)
-        process.kill()
-        process.wait()
-        process.stderr.close()
-        # by load: a kill between a save's two renames leaves the checkpoint before it
-        _, _, state = checkpoint.load(tmp_path / "run")
-        assert state["step"] >= reached
-    steps = state["step"] + 3
-    call_long = ("--data", home / "pairs.jsonl", "--init", home / "sft", *LONG, "--max-steps", steps)
-    call(train_dpo.main, *call_long, "--out", tmp_path / "run", "--resume")
-    call(train_dpo.main, *call_long, "--out", tmp_path / "whole")
-    assert same_run(tmp_path / "run", tmp_path / "whole")
-    assert not list((tmp_path / "run").glob("*.part"))
-
-
 @STAGES
 def test_nan_stops_and_names_the_batch(home, tmp_path, stage, monkeypatch, capsys):
     module, poisoned = (train_sft, "response_loss") if stage is sft else (train_dpo, "logps_of")

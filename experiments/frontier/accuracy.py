@@ -24,7 +24,7 @@ from experiments.frontier.baselines import reward_model
 from experiments.rewards import load_reward
 from minidpo import dataset
 from minidpo.device import DEVICES, pick_device
-from minidpo.files.writing import atomic_write
+from minidpo.files.writing import atomic_write, claim
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 
@@ -80,11 +80,11 @@ def scores_of(pairs, policy, reference, reward, tokenizer, true_reward, batch_si
 
 def main():
     settings = parse_settings(Settings, __doc__)
+    claim(settings.json)
     device = pick_device(settings.device)
     true_reward = load_reward(settings.reward) if settings.reward else None
     (policy, reference), tokenizer = common.load_models(settings.policy, settings.reference, device=device)
-    reward, _ = reward_model.load(settings.reward_model, tokenizer)
-    reward.to(device)
+    reward = reward_model.load(settings.reward_model, tokenizer)[0].to(device)
     max_length = min(model.config.block_size for model in (policy, reference, reward))
     held_out = data.find(settings.data, "pairs_test")
     pairs = dataset.load_rows(held_out, dataset.PAIR, tokenizer, max_length)

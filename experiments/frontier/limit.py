@@ -33,7 +33,7 @@ from experiments import common
 from experiments.rewards import load_reward
 from minidpo import checkpoint
 from minidpo.device import DEVICES, pick_device
-from minidpo.files.writing import atomic
+from minidpo.files.writing import atomic, claim
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from train_dpo import token_logps
 
@@ -252,6 +252,7 @@ def share_of_gain(points, kl, reward):
 
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
+    claim(settings.out)
     reward = load_reward(settings.reward)
     names = [settings.reference, *(settings.proposal or [])]
     if settings.samples < 4 * len(names):

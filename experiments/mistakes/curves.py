@@ -21,7 +21,7 @@ from experiments import common, evaluate
 from experiments.mistakes import PAGE, Mistake, copy, read_page, read_section
 from experiments.rewards import load_reward
 from minidpo import checkpoint
-from minidpo.files.writing import atomic_write
+from minidpo.files.writing import atomic_write, claim
 from minidpo.report import read_metrics, running_mean
 from train_dpo import SETS
 
@@ -37,6 +37,7 @@ def healthy(mistake):
 
 def train_all(mistakes, init, folder):
     """Trains with each mistake and, for its flags, without. A run that is finished is not repeated."""
+    claim(folder)
     folder, init = Path(folder).resolve(), Path(init).resolve()
     model, tokenizer, _ = checkpoint.load(init)
     pairs = data.find("toy", "pairs_train").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -54,27 +54,27 @@ _claimed = {}  # lock file -> the open file
 def claim(path):
     """Until this command ends or its process dies, no other process can claim `path`, a file or a folder to write.
 
-    The lock is the file `path`.lock, which holds the number of the process. Raises UserError if another process has
-    it. Windows and some network file systems have no such locks; there, the call does nothing.
+    The lock is the file `path`.lock, which says which process holds it. Raises UserError if another process does.
+    Windows and some network file systems have no such locks; there, the call does nothing.
     """
     lock = Path(f"{Path(path).resolve()}.lock")
-    if fcntl is None or lock in _claimed:
+    if fcntl is None or lock in _claimed or not path:  # "": there is no such file to write
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
-    file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115  the lock ends when the file is closed
+    file = open(lock, "a+", encoding="utf-8")  # the lock ends when this file is closed
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        other = f"process {file.read()}"
-        raise UserError(f"{path} is in use by {other}. Wait until it ends, or give another name.") from error
+        how = "Wait until it ends, or give another name."
+        raise UserError(f"{path} is in use by process {file.read()}. {how}") from error
     except OSError:
         return
     if not lock.exists() or not os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
         file.close()  # its owner has just ended and removed it
         return claim(path)
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(f"{os.getpid()} on {os.uname().nodename}")
     file.flush()
     _claimed[lock] = file
     at_end.callback(_release, lock)
