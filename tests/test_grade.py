@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_mistakes import load
 from tiny import call, fails
 from tqdm import tqdm
@@ -199,6 +200,16 @@ EDGES = [  # (exercise, a wrong answer that only an edge of the stub tells, part
         lambda c, r, beta: (-(beta**2) * (r - c).sigmoid(), beta**2 * (r - c).sigmoid()),
         "beta is used twice",
     ),
+    # the values are right, and a gradient is there, but not the right one
+    ("gather_logps", lambda x, t: x.gather(-1, t[..., None])[..., 0] - x.logsumexp(-1).detach(), "gradient"),
+    ("sum_logps", lambda logps, mask: (logps.detach() * mask).sum(-1) + 0 * logps.sum(), "gradient"),
+    ("implicit_reward", lambda p, r, beta: beta * (p.detach() - r) + 0 * p, "gradient"),
+    ("margin_and_loss", lambda c, r: (c - r, torch.where(c - r < -50, r - c, (r - c).exp().log1p())), "gradient"),
+    (
+        "smoothed_loss",
+        lambda m, e: -(1 - e) * F.logsigmoid(m) - e * F.logsigmoid(-m).detach(),
+        "gradient",
+    ),
 ]
 
 
@@ -352,6 +363,18 @@ BAD = [  # (code of a function, part of the grader's message)
     (
         "def gradient_weight(c, r, beta):\n c, r = c.clone().requires_grad_(), r.clone().requires_grad_()\n"
         " return torch.autograd.grad(-torch.nn.functional.logsigmoid(c - r).sum() * beta, (c, r))",
+        "it uses autograd; write the derivative as a formula",
+    ),
+    (
+        "def gradient_weight(c, r, beta):\n"
+        " c = c.detach().requires_grad_(); y = -torch.nn.functional.logsigmoid(c - r) * beta\n"
+        " g = y.grad_fn(torch.ones_like(y))[0]; return g, -g",
+        "it uses autograd; write the derivative as a formula",
+    ),
+    (
+        "def gradient_weight(c, r, beta):\n"
+        " f = lambda c: -torch.nn.functional.logsigmoid(c - r) * beta\n"
+        " g = torch.func.jvp(f, (c,), (torch.ones_like(c),))[1]; return g, -g",
         "it uses autograd; write the derivative as a formula",
     ),
     # its process ends
