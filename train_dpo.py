@@ -199,7 +199,6 @@ class Settings(RunSettings):
     decay: bool = knob(False, "let the learning rate fall linearly to 0 after the warm-up")
     grad_clip: float = knob(10.0, "largest L2 norm of the gradient, as in the authors' code; 0: no limit")
     dropout: float = knob(0.0, "must stay 0: policy and reference must agree on the same row")
-    fast: bool = knob(False, "minidpo/scale/fast.py in place of response_logps: less time and memory")
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:

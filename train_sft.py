@@ -23,7 +23,7 @@ from minidpo.model import GPT, PRESETS, GPTConfig
 from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer, set_learning_rate
 from minidpo.run import Run, RunSettings, place
 from minidpo.sampling import complete
-from minidpo.scale import memory, parallel
+from minidpo.scale import fast, memory, parallel
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from minidpo.tokenizer import Tokenizer
 
@@ -59,6 +59,10 @@ class Settings(RunSettings):
     eval_every: int = knob(200, "optimiser steps between evaluations on the held-out rows; 0: at the end only")
     save_every: int = knob(200, "optimiser steps between checkpoints", least=1)
 
+    def __post_init__(self):
+        if self.fast and self.dropout:
+            raise UserError("--fast has no dropout: leave out --fast, or --dropout.")
+
 
 # ---- 2. The pieces of the loop. rows: a list of (prompt_ids, response_ids) ----
 
@@ -81,6 +85,8 @@ def response_loss(model, rows, indices, settings):
     """Cross-entropy of the rows `indices`, in nats, summed over their response tokens."""
     batch = dataset.sft_batch([rows[i] for i in indices], settings.device)
     with autocast(settings.device, settings.dtype):
+        if settings.fast:
+            return -fast.row_logps(model, batch).sum()
         hidden = model.hidden(batch.ids)[batch.mask]  # (n, C): logits are needed only where a token is scored
     return F.cross_entropy(model.logits(hidden), batch.targets[batch.mask], reduction="sum")
 

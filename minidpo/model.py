@@ -49,6 +49,18 @@ class GPTConfig:
         return cls(**{**PRESETS[name], **overrides})
 
 
+def causal_attention(q, k, v, dropout=0.0):
+    """q, k, v (B, H, T, D) -> (B, H, T, D): softmax(q k^T / sqrt(D)) v, without the keys of later positions."""
+    T, D = q.shape[-2:]
+    if q.device.type != "cpu" or T > (512 if q.dtype == torch.bfloat16 else 64) or dropout:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    # The same, written out: for short rows on a CPU the fused kernel is slower, above all its backward pass in bf16.
+    # For long rows it saves memory, because it does not keep the scores.
+    later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(later, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=D**-0.5)  # (B H, T, T)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
+
+
 class Attention(nn.Module):
     """Causal self-attention with H heads of C / H channels."""
 
@@ -65,8 +77,7 @@ class Attention(nn.Module):
         # q, k, v: (B, H, T, C/H)
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
-            p = self.dropout if self.training else 0.0  # this dropout ignores train and eval mode
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:
             k, v, mask = cache.extend(self, k, v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

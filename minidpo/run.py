@@ -37,6 +37,7 @@ class RunSettings:
     micro_batch_size: int = knob(0, "rows per forward pass, to save memory; 0: all rows of the step")
     micro_tokens: int = knob(0, "input tokens per forward pass, padding counted, to save memory; 0: no limit")
     recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
+    fast: bool = knob(False, "less time and memory: log-probabilities by minidpo/scale/fast.py")
     compile: bool = knob(False, "torch.compile the blocks: faster on a GPU, after a minute of compiling")
     max_length: int = knob(0, "longest row in tokens; 0: the model's context")
     max_steps: int = knob(0, "stop early, after this many optimiser steps; 0: no early stop")

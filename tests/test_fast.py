@@ -111,9 +111,9 @@ def test_the_comparison_goes_red_for_a_small_mistake(mistake, monkeypatch):
     """Each is a mistake that could be made in fast.py."""
     pack, attention = fast.pack, fast.causal_attention
     mistakes = [
-        ("pack", lambda batch: (p := pack(batch))._replace(positions=torch.arange(len(p.ids)) % 48)),
-        ("pack", lambda batch: (p := pack(batch))._replace(targets=p.targets.roll(1))),
-        ("pack", lambda batch: (p := pack(batch))._replace(again_at=p.again_at[:0], again_of=p.again_of[:0])),
+        ("pack", lambda *sides: (p := pack(*sides))._replace(positions=torch.arange(len(p.ids)) % 48)),
+        ("pack", lambda *sides: (p := pack(*sides))._replace(targets=p.targets.roll(1))),
+        ("pack", lambda *sides: (p := pack(*sides))._replace(again_at=p.again_at[:0], again_of=p.again_of[:0])),
         ("causal_attention", lambda q, k, v: attention(q, k, v.flip(0))),
     ]
     monkeypatch.setattr(fast, *mistakes[mistake])

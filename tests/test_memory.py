@@ -75,7 +75,7 @@ def test_activations_of_the_fast_path_are_what_autograd_keeps(dtype, monkeypatch
     kernel = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
     monkeypatch.setattr(fast, "causal_attention", kernel)
     model, rows = GPT(GPTConfig(**SHAPE)), pairs_of([(20, 12, 30), (9, 25, 6), (30, 4, 4)])
-    packed, block = fast.pack(preference_batch(rows)), model.h[0]
+    packed, block = fast.pack(*preference_batch(rows)), model.h[0]
     x = torch.randn(len(packed.ids), model.config.n_embd, requires_grad=True) + 0
     with autocast("cpu", dtype):
         kept = kept_by(block, fast.through, block, x, packed, slice(None))

@@ -58,7 +58,7 @@ def dense_embedding():
 
 
 WITHOUT = {  # idea: takes it out of the running process
-    "shared prompts": lambda: replace(shared_prefix=lambda ids, real: torch.zeros_like(real[0])),
+    "shared prompts": lambda: replace(shared_prefix=lambda ids, real: torch.zeros_like(real)),
     "padding left out": lambda: replace(real_positions=torch.ones_like),
     "head at scored tokens only": head_at_all_tokens,
     "last block at scored tokens only": last_block_at_all_tokens,

@@ -1,10 +1,12 @@
-"""The log-probabilities of train_dpo.response_logps in less time and memory (--fast).
+"""The log-probabilities of both stages in less time and memory (--fast).
 
-`response_logps` at the end returns the same numbers, but skips work on which they do not depend. Tokens that both rows
-of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has rows and padding.
-Logits are computed only where a response token is predicted. There is no dropout. docs/fast.md measures each idea.
+`response_logps` at the end returns the numbers of train_dpo.response_logps, but skips work on which they do not depend.
+Tokens that both rows of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has
+rows and padding. Logits are computed only where a response token is predicted. There is no dropout. `row_logps` does the
+same for the rows of SFT, of which no two belong together. docs/fast.md measures each idea.
 
-Shapes: B pairs, R = 2B rows, T positions per row, N different tokens, n scored tokens, C channels, V vocabulary.
+Shapes: B pairs, R = 2B rows, T positions per row, N different tokens, n scored tokens, C channels, V vocabulary. In SFT,
+B = R rows.
 """
 
 import ctypes
@@ -15,6 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
+
+from minidpo.model import causal_attention
 
 CHUNK = 2**22  # number of logits that are computed at a time, in fp32
 
@@ -45,17 +49,17 @@ class Packed(NamedTuple):
     row: torch.Tensor  # (n,): the row of each scored target
 
 
-def pack(batch):
-    """PreferenceBatch -> Packed."""
-    T = max(rows.ids.shape[1] for rows in batch)
-    sides = [[F.pad(tensor, (0, T - tensor.shape[1])) for tensor in rows] for rows in batch]
-    ids, targets, scored = map(torch.stack, zip(*sides, strict=True))  # each (2, B, T)
+def pack(*sides):
+    """Rows -> Packed; for pairs the Rows of the chosen and the Rows of the rejected responses."""
+    T = max(rows.ids.shape[1] for rows in sides)
+    padded = [[F.pad(tensor, (0, T - tensor.shape[1])) for tensor in rows] for rows in sides]
+    ids, targets, scored = map(torch.stack, zip(*padded, strict=True))  # each (sides, B, T)
     real = real_positions(scored)
-    shared = shared_prefix(ids, real)  # (B, T)
-    own = torch.stack([real[0], real[1] & ~shared])
+    shared = shared_prefix(ids, real)
+    own = real & ~shared
     number = own.flatten().cumsum(0).view_as(own) - 1
-    place = torch.stack([number[0], torch.where(shared, number[0], number[1])]).clamp(min=0).view(-1, T)
-    again = torch.stack([torch.zeros_like(shared), shared]).flatten().nonzero().squeeze(-1)
+    place = torch.where(shared, number[0], number).clamp(min=0).view(-1, T)
+    again = shared.flatten().nonzero().squeeze(-1)
     scored = scored.view(-1, T)
     return Packed(
         ids=ids[own],
@@ -72,13 +76,14 @@ def pack(batch):
 
 
 def real_positions(scored):
-    """scored (2, B, T) -> true where a token is (2, B, T). Everything after the last scored position is padding."""
+    """scored (sides, B, T) -> true where a token is. Everything after the last scored position is padding."""
     return scored.flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def shared_prefix(ids, real):
-    """ids, real (2, B, T) -> true while the rows of a pair are equal (B, T), be it in the prompt or the responses."""
-    return ((ids[0] == ids[1]) & real[0] & real[1]).cumprod(-1).bool()
+    """ids, real (sides, B, T) -> true (sides, B, T) where a later side still equals the first, in prompt or response."""
+    equal = ((ids == ids[0]) & real & real[0]).cumprod(-1).bool()
+    return equal.index_fill(0, torch.tensor(0, device=ids.device), False)
 
 
 class ToRows(torch.autograd.Function):
@@ -171,26 +176,20 @@ def compiled_through():
     return torch.compile(through, dynamic=True)
 
 
-def causal_attention(q, k, v):
-    """q, k, v (R, H, T, D) -> (R, H, T, D)."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # in bf16 on a CPU the backward of PyTorch's fused kernel is several times slower
-    R, H, T, D = q.shape
-    bias = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
-    q, k, v = (t.reshape(R * H, T, D) for t in (q, k, v))
-    return (torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).softmax(-1) @ v).view(R, H, T, D)
-
-
-def response_logps(model, batch):
-    """PreferenceBatch -> log pi(y|x) of the chosen and of the rejected responses (B,), (B,), summed per response."""
-    packed = pack(batch)
+def row_logps(model, *sides):
+    """Rows -> log pi(y|x) of each row (R,), summed over its response; for pairs the chosen, then the rejected."""
+    packed = pack(*sides)
     hidden = hidden_states(model, packed)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.wte.weight.dtype
     with torch.autocast(device, enabled=False):
         logps = ScoredLogps.apply(hidden, model.head, packed.targets, dtype)
-    return logps.new_zeros(len(packed.place)).index_add(0, packed.row, logps).chunk(2)
+    return logps.new_zeros(len(packed.place)).index_add(0, packed.row, logps)
+
+
+def response_logps(model, batch):
+    """PreferenceBatch -> log pi(y|x) of the chosen and of the rejected responses (B,), (B,), summed per response."""
+    return row_logps(model, batch.chosen, batch.rejected).chunk(2)
 
 
 def keep_freed_memory():
