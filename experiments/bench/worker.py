@@ -110,7 +110,7 @@ def minidpo(work, pairs, clock, micro_batch):
     policy.set_dropout(0.0)
     policy.prepare(settings.compile, settings.recompute).train()
     clock.loaded(policy)
-    clock.measured["plan_mb"] = memory.plan_of(policy.config, pairs, settings).peak / 1e6
+    clock.measured["plan_mb"] = memory.plan(policy.config, pairs, settings).peak / 1e6
     reference = train_dpo.reference_logps(policy, pairs, settings)
     optimizer = make_optimizer(policy, settings.optimizer, work["lr"])
     for step in range(work["steps"]):
@@ -253,7 +253,7 @@ def pairs_at_once(work, room):
     if room is None:
         return divisors
     config, pairs = GPTConfig(**work["model"]), random_pairs(work)
-    peaks = {n: memory.plan_of(config, pairs, train_settings(work, n)).peak for n in divisors}
+    peaks = {n: memory.plan(config, pairs, train_settings(work, n)).peak for n in divisors}
     return [n for n in divisors if peaks[n] <= 0.75 * room] or [1]
 
 
