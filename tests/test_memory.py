@@ -165,7 +165,7 @@ def run_of(folder, stage, shape, prompt, response, flags):
     model, tokenizer = GPT(GPTConfig(**shape)), Tokenizer([bytes([i]) for i in range(256)] + more)
     model.wte.weight.data[tokenizer.eot] *= 50  # half of all samples end at once
     checkpoint.save(folder, model, tokenizer)
-    flags = {"samples": 4, "sample_tokens": 20, "max_steps": 2, "warmup_steps": 0, **flags}
+    flags = {"samples": 4, "sample_tokens": 20, "max_steps": 2, "warmup_steps": 0, "lr": 0, **flags}
     texts = {"completion": "b" * (response - 1), "chosen": "b" * (response - 1), "rejected": "c" * (response - 1)}
     n = max(2 * flags["batch_size"], flags["samples"])
     rows = [{"prompt": "".join(chr(35 + (i + 7) * (j + 3) % 89) for j in range(prompt - 1)), **texts} for i in range(n)]
