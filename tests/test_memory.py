@@ -139,6 +139,8 @@ def test_tokens_and_positions_by_hand():
 DEEP = dict(vocab_size=2000, block_size=256, n_layer=8, n_head=4, n_embd=256)
 WIDE = dict(vocab_size=1000, block_size=64, n_layer=6, n_head=8, n_embd=512)
 WORDY = dict(vocab_size=25000, block_size=128, n_layer=2, n_head=4, n_embd=256)
+MANY_WORDS = dict(vocab_size=8000, block_size=64, n_layer=2, n_head=2, n_embd=64)
+TINY = dict(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=16)
 RMSPROP, ADAMW = (dict(optimizer=name, dtype="float32") for name in ("rmsprop", "adamw"))
 RUNS = [  # stage, shape, tokens of prompt and response, flags
     ("dpo", DEEP, (60, 61), dict(RMSPROP, batch_size=8)),  # activations
@@ -183,10 +185,9 @@ def measure_run(folder, number):
     # The C library keeps freed memory for later. So that this is not counted, it gives pieces above 64 KiB back, as
     # CUDA's allocator is counted, too
     ctypes.CDLL(None).mallopt(-3, 65536)
-    small = dict(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=16)
     stage, shape, lengths, flags = RUNS[number]
     with mock.patch.object(fast, "keep_freed_memory", lambda: None):
-        run_of(Path(folder) / "small", stage, small, 5, 5, dict(batch_size=4, dtype=flags["dtype"]))
+        run_of(Path(folder) / "small", stage, TINY, 5, 5, dict(batch_size=4, dtype=flags["dtype"]))
         print("measured", *run_of(Path(folder) / "large", stage, shape, *lengths, flags))
 
 
@@ -199,6 +200,30 @@ def test_the_plan_is_within_20_percent_of_the_peak_of_a_whole_run(number, tmp_pa
     print(f"plan {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB: {RUNS[number]}")
     assert measured > 100e6
     assert planned == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("fast_path", [False, True])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_peak_of_a_run_does_not_depend_on_the_batch(stage, fast_path, tmp_path):
+    """With one row at a time, through the check before the first update, reference, training, evaluation, samples."""
+    need(Path("/proc/self/clear_refs").exists(), "needs Linux, whose /proc tells a process's peak")
+    peaks = []
+    for size in (2, 64):
+        log = tmp_path / f"log{size}"
+        args = (tmp_path / str(size), stage, size, fast_path)
+        assert children.start(measure_batch, *args, log=log).join() == 0, log.read_text()
+        peaks.append(int(log.read_text().rpartition("measured")[2]))
+    assert 15e6 < peaks[1] < 1.25 * peaks[0]
+
+
+def measure_batch(folder, stage, size, fast_path):
+    ctypes.CDLL(None).mallopt(-3, 65536)  # as in measure_run
+    flags = dict(dtype="float32", batch_size=size, micro_batch_size=1, samples=min(size, 16))
+    flags |= {"fast": ""} if fast_path else {}
+    Path(folder).mkdir()
+    with mock.patch.object(fast, "keep_freed_memory", lambda: None):
+        run_of(Path(folder) / "small", stage, TINY, 5, 5, dict(flags, batch_size=2))
+        print("measured", run_of(Path(folder) / "large", stage, MANY_WORDS, 10, 31, flags)[1])
 
 
 # ---- before a run ----
