@@ -19,8 +19,8 @@ The rules:
 * Training needs the gradients through gather_logps, sum_logps, implicit_reward, margin_and_loss and smoothed_loss: do
   not use .item() or .detach() there.
 * Do not change the arguments.
-* Each function is graded alone and needs none of the others. You may call your own functions (`shift` in `build_batch`),
-  but a mistake in one then costs points in both.
+* Each function is graded alone and needs none of the others. You may call your own `shift` in `build_batch`, but then a
+  mistake in `shift` costs points in both.
 * Do not import the project's own functions. They are the answers, and the grader reports it.
 
 With PyTorch most of the functions take one to three lines. Loops are fine too.
@@ -129,9 +129,9 @@ def margin_and_loss(chosen_rewards, rejected_rewards):
 def gradient_weight(chosen_rewards, rejected_rewards, beta):
     """Implicit rewards (B,), (B,), beta -> (d loss / d log pi(chosen) (B,), d loss / d log pi(rejected) (B,)).
 
-    Differentiate the loss of `margin_and_loss` by hand and write the formula. Autograd is not allowed here. The rewards already
-    contain beta. The loss falls when the chosen response becomes likelier, so the first derivative is negative. The
-    margins here are 0 and ln 3, and beta is 0.5:
+    Differentiate the loss of `margin_and_loss` by hand and write the formula. Autograd is not allowed here. The rewards
+    already contain beta. The loss falls when the chosen response becomes likelier, so the first derivative is negative.
+    The margins here are 0 and ln 3, and beta is 0.5:
 
     >>> gradient_weight(torch.tensor([3.0, 3.0]).log(), torch.tensor([3.0, 1.0]).log(), 0.5)
     (tensor([-0.2500, -0.1250]), tensor([0.2500, 0.1250]))
