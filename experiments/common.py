@@ -75,7 +75,7 @@ def sample(
 ):  # fmt: skip
     """Samples `per_prompt` responses to each of `prompts` (texts) -> Samples.
 
-    The same seed, prompts and batch size give the same responses. `seed` is a number, or a torch.Generator on the
+    The same seed and prompts give the same responses. `seed` is a number, or a torch.Generator on the
     model's device to continue from. `ids` is what `prompt_ids` made of the prompts; None: it is called here. The other
     arguments are those of `generate`.
     """

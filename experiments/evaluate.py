@@ -39,7 +39,7 @@ class Settings:
     limit: int = knob(500, "use only the first N prompts; 0: all")
     samples_per_prompt: int = knob(1, "completions of each prompt", least=1)
     max_new_tokens: int = knob(64, "longest completion, in tokens", least=1)
-    batch_size: int = knob(128, "completions per forward pass of the KL", least=1)
+    batch_size: int = knob(128, "completions at a time, in sampling and for the KL", least=1)
     show: int = knob(10, "print the completions of the first N prompts, side by side")
     seed: int = knob(0, "seed of the sampling")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
@@ -102,8 +102,8 @@ def evaluate(policy, reference, tokenizer, prompts, reward, settings):
     per_prompt = settings.samples_per_prompt
     ids = prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy, reference)
     how = prompts, settings.max_new_tokens, settings.seed, per_prompt, ids
-    ours = sample(policy, tokenizer, *how, progress="sampling policy")
-    theirs = sample(reference, tokenizer, *how, progress="sampling reference")
+    ours = sample(policy, tokenizer, *how, batch_size=settings.batch_size, progress="sampling policy")
+    theirs = sample(reference, tokenizer, *how, batch_size=settings.batch_size, progress="sampling reference")
     rewards, reference_rewards = (reward(samples.prompts, samples.texts) for samples in (ours, theirs))
     figures = describe(ours, rewards, per_prompt, settings.reward == "toy")
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(rewards, reference_rewards, strict=True)]

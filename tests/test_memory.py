@@ -379,3 +379,37 @@ def test_available_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
     assert memory.available("cuda") == 3400  # what the card has free, and what PyTorch has but does not use
+
+
+# ---- the tables of the pages ----
+
+
+def gib(size, rows, settings_class, **how):
+    settings = settings_class(data="", init="", out="", device="cuda", dtype="bfloat16", **how)
+    return memory.plan(GPTConfig.preset(size), rows, settings)
+
+
+def test_the_table_of_the_four_sizes():
+    """docs/large.md: rows of 512 tokens, half of them response; the last column has 16 pairs at a time, else one."""
+    page = (Path(__file__).parent.parent / "docs/large.md").read_text(encoding="utf-8")
+    rows = [([0] * 257, [0] * 256, [0] * 256)] * 64
+    lean = dict(fast=True, recompute=True)
+    columns = [dict(), dict(fast=True), lean, dict(lean, micro_batch_size=16)]
+    for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        numbers = []
+        for how in columns:
+            for optimizer in ("rmsprop", "adamw"):
+                planned = gib(size, rows, train_dpo.Settings, optimizer=optimizer, **{"micro_batch_size": 1, **how})
+                numbers.append(f"{planned.peak / 2**30:.2f}")
+        assert f"| {size} | {' | '.join(numbers)} |" in page
+    assert str(gib("gpt2-large", rows, train_dpo.Settings, fast=True, micro_batch_size=1)) in page
+
+
+def test_the_memory_of_the_papers_set_up():
+    """docs/imdb.md: GPT-2-large, at most 1,024 tokens at once."""
+    page = (Path(__file__).parent.parent / "docs/imdb.md").read_text(encoding="utf-8")
+    how = dict(fast=True, micro_tokens=1024)
+    sft = gib("gpt2-large", [([0], [0] * 1024)] * 64, train_sft.Settings, **how)
+    dpo = gib("gpt2-large", [([0] * 8, [0] * 65, [0] * 65)] * 64, train_dpo.Settings, **how)
+    assert f"| SFT, one pass: 6.9 million tokens | {sft.peak / 2**30:.1f} |" in page
+    assert f"2,241 steps | {dpo.peak / 2**30:.1f} |" in page
