@@ -9,11 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from experiments.bench.shapes import count, mfu_flops, random_pairs
 from minidpo.files.writing import atomic_write, claim
+from minidpo.model import GPT, GPTConfig
 from minidpo.run import CatchInterrupt
+from minidpo.scale.weights import save_pretrained
 from minidpo.settings import UserError, knob
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # per second, dense bf16, by a part of the card's name
@@ -32,14 +35,19 @@ class Settings:
 
 
 def child(work):
-    """Runs worker.py on `work` in a process of its own -> what it measured, a dict; None for the work "weights"."""
+    """Runs worker.py on `work` in a process of its own -> what it measured, a dict."""
     command = [sys.executable, "-m", "experiments.bench.worker", json.dumps(work)]
     root, environment = Path(__file__).parents[2], {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, encoding="utf-8")
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-8:])
         raise UserError(f"{work['implementation']} ended with exit code {done.returncode}:\n{tail}")
-    return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def save_weights(model, folder):
+    """Writes random weights of GPT-2's kind in Hugging Face's layout. model: the fields of GPTConfig."""
+    save_pretrained(GPT(GPTConfig(**model), torch.Generator().manual_seed(0)), folder)
 
 
 def kept(path, work):
@@ -67,8 +75,8 @@ def measure_all(works, settings):
             bar.set_postfix_str(path.stem)
             work = works[turns[path]]
             folder = Path(weights) / "-".join(map(str, work.get("model", {}).values()))
-            if not folder.exists():  # random weights of each shape, made once
-                child({"implementation": "weights", "folder": str(folder), "model": work["model"]})
+            if not folder.exists():  # each model's weights are made once
+                save_weights(work["model"], folder)
             measured[path] = child({**work, "folder": str(folder)})
             atomic_write(path, json.dumps({"work": work, "measured": measured[path]}, indent=1) + "\n")
     return {cell: [measured[path] for path in turns if turns[path] == cell and path in measured] for cell in works}

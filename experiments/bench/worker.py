@@ -1,8 +1,9 @@
-"""One process of the benchmark: one implementation makes a few training steps of DPO.
+"""One process of the benchmark: one implementation makes a few training steps of DPO or SFT.
 
 `measure.child` starts it, so that each implementation has a process, and its memory, to itself. The last line of the
 output is JSON. Read `RUNNERS`, then the runners. All of them load the same weights, see the same pairs in the same
-order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
+order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree. At an SFT shape,
+`pairs` are rows (prompt_ids, response_ids).
 """
 
 import gc
@@ -22,16 +23,17 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import train_dpo
+import train_sft
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.shapes import IMPLEMENTATIONS, batch_of, random_pairs
 from minidpo.device import autocast, pick_dtype
-from minidpo.model import GPT, GPTConfig
+from minidpo.model import GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.scale import fast, memory
-from minidpo.scale.weights import load_pretrained, save_pretrained
+from minidpo.scale.weights import load_pretrained
 from minidpo.settings import UserError
 
-BETA, CLIP, BETAS = 0.1, 1.0, (0.9, 0.99)  # BETAS are AdamW's, those of minidpo.optim
+BETA, CLIP, BETAS = train_dpo.Settings.beta, 1.0, (0.9, 0.99)  # BETAS are AdamW's, those of minidpo.optim
 
 
 # ---- Time and memory ----
@@ -93,15 +95,15 @@ class Clock:
 
 
 def train_settings(work, micro_batch):
-    """Returns the settings of train_dpo.py for this work."""
-    return train_dpo.Settings(
+    """Returns the settings of the script for this work."""
+    return (train_sft if work.get("sft") else train_dpo).Settings(
         data="", init="", out="", device=work["device"], dtype=work["dtype"], optimizer=work["optimizer"],
-        batch_size=work["pairs"], micro_batch_size=micro_batch, beta=BETA, grad_clip=CLIP, **work.get("flags", {}),
+        batch_size=work["pairs"], micro_batch_size=micro_batch, grad_clip=CLIP, **work.get("flags", {}),
     )  # fmt: skip
 
 
 def minidpo(work, pairs, clock, micro_batch):
-    """`train_dpo.train_step` as the training loop calls it: making the batch and reading the metrics are timed too."""
+    """The script's `train_step` as its loop calls it: making the batch and reading the metrics are timed too."""
     clock.imported()
     settings = train_settings(work, micro_batch)
     if settings.fast:
@@ -110,13 +112,18 @@ def minidpo(work, pairs, clock, micro_batch):
     policy.set_dropout(0.0)
     policy.prepare(settings.compile, settings.recompute).train()
     clock.loaded(policy)
-    clock.measured["plan_mb"] = memory.plan_of(policy.config, pairs, settings).peak / 1e6
-    reference = train_dpo.reference_logps(policy, pairs, settings)
+    train_step = train_sft.train_step
+    if not work.get("sft"):
+        clock.measured["plan_mb"] = memory.plan_of(policy.config, pairs, settings).peak / 1e6
+        reference = train_dpo.reference_logps(policy, pairs, settings)
+
+        def train_step(policy, optimizer, pairs, indices, settings):
+            return train_dpo.train_step(policy, optimizer, pairs, reference, indices, settings)
+
     optimizer = make_optimizer(policy, settings.optimizer, work["lr"])
     for step in range(work["steps"]):
         clock.start()
-        metrics = train_dpo.train_step(policy, optimizer, pairs, reference, batch_of(step, work), settings)
-        clock.stop(metrics["loss"])
+        clock.stop(train_step(policy, optimizer, pairs, batch_of(step, work), settings)["loss"])
 
 
 def attention(work):
@@ -177,42 +184,56 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
         return trainer
 
 
-def hf_logps(model, pairs, device, dtype):
-    """Log-probabilities (2 B,) of a transformers model: of the chosen, then of the rejected responses."""
+def hf_batch(pairs, device):
+    """Pairs, or rows of SFT -> ids, attention mask and response mask (R, T), padded on the right; the chosen first."""
 
     def padded(rows):
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
-    rows = [(pair[0], pair[side]) for side in (1, 2) for pair in pairs]
+    rows = [(pair[0], pair[side]) for side in range(1, len(pairs[0])) for pair in pairs]
     ids = padded([prompt + response for prompt, response in rows])
     real = padded([[1] * len(prompt + response) for prompt, response in rows])
-    scored = padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows])
+    return ids, real, padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows])
+
+
+def hf_logps(model, pairs, device, dtype):
+    """Log-probabilities (2 B,) of a transformers model: of the chosen, then of the rejected responses."""
+    ids, real, scored = hf_batch(pairs, device)
     with autocast(device, dtype):
         logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
     each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     return (each * scored[:, 1:]).sum(-1)
 
 
+def hf_dpo_loss(policy, reference, *batch):
+    with torch.no_grad():
+        reference_logps = hf_logps(reference, *batch)
+    chosen, rejected = (hf_logps(policy, *batch) - reference_logps).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def hf_sft_loss(policy, rows, device, dtype):
+    """The loss of transformers itself: the mean over the labels that are not -100, with the logits in fp32."""
+    ids, real, scored = hf_batch(rows, device)
+    labels = ids.masked_fill(scored == 0, -100)
+    with autocast(device, dtype):
+        return policy(input_ids=ids, attention_mask=real, labels=labels, use_cache=False).loss
+
+
 def hf_plain(work, pairs, clock, _):
-    """A first version with transformers: chosen and rejected padded together, one forward of each model."""
+    """A first version with transformers: all rows of a step padded together, one forward pass of each model."""
     from transformers import AutoModelForCausalLM
 
     clock.imported()
-    device, kernel = work["device"], attention(work)
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(work["folder"], attn_implementation=kernel).to(device).eval()  # no dropout
-        for _ in range(2)
-    )
+    loss_of, copies = (hf_sft_loss, 1) if work.get("sft") else (hf_dpo_loss, 2)
+    how = dict(attn_implementation=attention(work))
+    models = [AutoModelForCausalLM.from_pretrained(work["folder"], **how).to(work["device"]) for _ in range(copies)]
+    policy = models[0]  # from_pretrained sets eval mode: no dropout
     clock.loaded(policy)
     optimizer = make_optimizer(policy, work["optimizer"], work["lr"])
-
     for step in range(work["steps"]):
         clock.start()
-        batch = [pairs[i] for i in batch_of(step, work)], device, work["dtype"]
-        with torch.no_grad():
-            reference_logps = hf_logps(reference, *batch)
-        chosen, rejected = (hf_logps(policy, *batch) - reference_logps).chunk(2)
-        loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
+        loss = loss_of(*models, [pairs[i] for i in batch_of(step, work)], work["device"], work["dtype"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
         optimizer.step()
@@ -250,7 +271,7 @@ def pairs_at_once(work, room):
     if "micro_batch" in work:
         return [work["micro_batch"]]
     divisors = [n for n in range(work["pairs"], 0, -1) if work["pairs"] % n == 0]
-    if room is None:
+    if room is None or work.get("sft"):  # the plan knows pairs only
         return divisors
     config, pairs = GPTConfig(**work["model"]), random_pairs(work)
     peaks = {n: memory.plan_of(config, pairs, train_settings(work, n)).peak for n in divisors}
@@ -289,9 +310,6 @@ def machine(device):
 def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets this process finish
     work = json.loads(sys.argv[1])
-    if work["implementation"] == "weights":  # random weights of GPT-2's kind, in Hugging Face's layout
-        model = GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0))
-        return save_pretrained(model, work["folder"])
     if work["threads"]:
         torch.set_num_threads(work["threads"])
     torch.manual_seed(0)
