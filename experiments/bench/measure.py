@@ -9,14 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from experiments.bench.shapes import count, mfu_flops, random_pairs
 from minidpo.files.writing import atomic_write, claim
-from minidpo.model import GPT, GPTConfig
 from minidpo.run import CatchInterrupt
-from minidpo.scale.weights import save_pretrained
 from minidpo.settings import UserError, knob
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # per second, dense bf16, by a part of the card's name
@@ -35,25 +32,14 @@ class Settings:
 
 
 def child(work):
-    """Runs worker.py on `work` in a process of its own -> what it measured, a dict."""
+    """Runs worker.py on `work` in a process of its own -> what it measured, a dict; None for the work "weights"."""
     command = [sys.executable, "-m", "experiments.bench.worker", json.dumps(work)]
     root, environment = Path(__file__).parents[2], {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, encoding="utf-8")
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-8:])
         raise UserError(f"{work['implementation']} ended with exit code {done.returncode}:\n{tail}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def save_weights(model, folder):
-    """Writes random weights of GPT-2's kind in Hugging Face's layout. model: the fields of GPTConfig."""
-    save_pretrained(GPT(GPTConfig(**model), torch.Generator().manual_seed(0)), folder)
-
-
-def kept(path, work):
-    """Returns what an earlier process measured on exactly this work and kept at `path`, or None."""
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return record["measured"] if record.get("work") == json.loads(json.dumps(work)) else None
+    return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else None
 
 
 def measure_all(works, settings):
@@ -64,7 +50,11 @@ def measure_all(works, settings):
     claim(settings.cache)
     names = {f"{'-'.join(cell).replace(' ', '_')}-{i}": cell for i in range(settings.rounds) for cell in works}
     turns = {Path(settings.cache) / f"{name}.json": cell for name, cell in names.items()}
-    measured = {path: found for path, cell in turns.items() if (found := kept(path, works[cell]))}
+    measured = {}
+    for path, cell in turns.items():  # what an earlier command kept counts if it was exactly this work
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if record.get("work") == json.loads(json.dumps(works[cell])):
+            measured[path] = record["measured"]
     if measured:
         print(f"{len(measured)} of {len(turns)} processes ran before: {settings.cache}")
     todo = [path for path in turns if path not in measured] if settings.measure else []
@@ -75,8 +65,8 @@ def measure_all(works, settings):
             bar.set_postfix_str(path.stem)
             work = works[turns[path]]
             folder = Path(weights) / "-".join(map(str, work.get("model", {}).values()))
-            if not folder.exists():  # each model's weights are made once
-                save_weights(work["model"], folder)
+            if not folder.exists():  # random weights of each shape, made once
+                child({"implementation": "weights", "folder": str(folder), "model": work["model"]})
             measured[path] = child({**work, "folder": str(folder)})
             atomic_write(path, json.dumps({"work": work, "measured": measured[path]}, indent=1) + "\n")
     return {cell: [measured[path] for path in turns if turns[path] == cell and path in measured] for cell in works}

@@ -14,15 +14,14 @@ from minidpo.model import PRESETS
 #   micro_batch       pairs per forward pass; without it all pairs, on CUDA as many as the memory plan allows
 SMALL = dict(batches=2, steps=16, warmup=4, lr=3e-5, optimizer="adamw")
 GPT2 = dict(model=PRESETS["gpt2"], batches=1, steps=4, warmup=1, lr=1e-6, optimizer="adamw")
+ROWS = dict(sft=True, prompt=(0, 0))  # all tokens after the first eot are scored
 CPU_SHAPES = {
     "W1": dict(SMALL, model=PRESETS["toy-wide"], pairs=64, prompt=(4, 8), response=(16, 48)),
     "W2": dict(GPT2, pairs=8, prompt=(4, 8), response=(32, 64)),
     "W3": dict(GPT2, pairs=4, prompt=(200, 350), response=(25, 60)),
-    "S1": dict(
-        SMALL, sft=True, model={**PRESETS["toy"], "vocab_size": 1232}, pairs=32, prompt=(0, 0), response=(19, 49)
-    ),
-    "S2": dict(SMALL, sft=True, model=PRESETS["imdb"], pairs=16, prompt=(0, 0), response=(99, 249)),
-    "S3": dict(GPT2, sft=True, pairs=4, prompt=(0, 0), response=(99, 249)),
+    "S1": dict(SMALL, **ROWS, model={**PRESETS["toy"], "vocab_size": 1232}, pairs=32, response=(19, 49)),
+    "S2": dict(SMALL, **ROWS, model=PRESETS["imdb"], pairs=16, response=(99, 249)),
+    "S3": dict(GPT2, **ROWS, pairs=4, response=(99, 249)),
 }
 LENGTHS = {"full": ((255, 255), (256, 256)), "summaries": ((349, 349), (25, 45)), "reviews": ((3, 7), (32, 64))}
 LARGE = dict(batches=1, steps=4, warmup=1, lr=1e-6, optimizer="rmsprop")
@@ -54,14 +53,9 @@ IMPLEMENTATIONS = {  # name: what it adds to a shape or replaces in it; `flags` 
     **{name: {} for name in (*DPO_ONLY, "hf-plain")},
 }
 DTYPES = ("float32", "bfloat16")
-DEFAULTS = {  # device: shapes, implementations, precisions
-    "cpu": (CPU_SHAPES, (OURS, "minidpo-plain", PEER, "trl", "hf-plain"), DTYPES),
-    "cuda": (
-        GPU_SHAPES,
-        ("minidpo-compiled", PEER, OURS, "minidpo-plain", "minidpo-lean", "minidpo-lean-adamw"),
-        ("bfloat16",),
-    ),
-}
+ON_CPU = (OURS, "minidpo-plain", PEER, "trl", "hf-plain")
+ON_CUDA = ("minidpo-compiled", PEER, OURS, "minidpo-plain", "minidpo-lean", "minidpo-lean-adamw")
+DEFAULTS = {"cpu": (CPU_SHAPES, ON_CPU, DTYPES), "cuda": (GPU_SHAPES, ON_CUDA, ("bfloat16",))}
 
 
 def work_of(shape, implementation, dtype, device="cpu", threads=0):
@@ -72,10 +66,9 @@ def work_of(shape, implementation, dtype, device="cpu", threads=0):
 
 
 def random_pairs(work):
-    """Returns the pairs (prompt_ids, chosen_ids, rejected_ids) of all batches, made of random ids.
+    """Returns the pairs (prompt, chosen, rejected) or SFT rows (prompt, response) of all batches, made of random ids.
 
-    For SFT they are rows (prompt_ids, response_ids). The last id of the vocabulary stands for the eot: it opens each
-    prompt and ends each response.
+    The last id of the vocabulary stands for the eot: it opens each prompt and ends each response.
     """
     draw, eot = random.Random(0), work["model"]["vocab_size"] - 1
 

@@ -1,14 +1,12 @@
 """One process of the benchmark: one implementation makes a few training steps of DPO or SFT.
 
 `measure.child` starts it, so that each implementation has a process, and its memory, to itself. The last line of the
-output is JSON. Read `RUNNERS`, then the runners. All of them load the same weights, see the same pairs in the same
-order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree. At an SFT shape,
-`pairs` are rows (prompt_ids, response_ids).
+output is JSON. Read `RUNNERS`, then the runners. All of them load the same weights, see the same pairs (SFT: rows) in
+the same order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
 """
 
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -27,10 +25,10 @@ import train_sft
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.shapes import IMPLEMENTATIONS, batch_of, random_pairs
 from minidpo.device import autocast, pick_dtype
-from minidpo.model import GPTConfig
+from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.scale import fast, memory
-from minidpo.scale.weights import load_pretrained
+from minidpo.scale.weights import load_pretrained, save_pretrained
 from minidpo.settings import UserError
 
 BETA, CLIP, BETAS = train_dpo.Settings.beta, 1.0, (0.9, 0.99)  # BETAS are AdamW's, those of minidpo.optim
@@ -109,21 +107,17 @@ def minidpo(work, pairs, clock, micro_batch):
     if settings.fast:
         fast.keep_freed_memory()
     policy = load_pretrained(work["folder"]).to(work["device"])
-    policy.set_dropout(0.0)
     policy.prepare(settings.compile, settings.recompute).train()
     clock.loaded(policy)
-    train_step = train_sft.train_step
+    script, inputs = train_sft, [pairs]
     if not work.get("sft"):
         clock.measured["plan_mb"] = memory.plan_of(policy.config, pairs, settings).peak / 1e6
-        reference = train_dpo.reference_logps(policy, pairs, settings)
-
-        def train_step(policy, optimizer, pairs, indices, settings):
-            return train_dpo.train_step(policy, optimizer, pairs, reference, indices, settings)
-
+        script, inputs = train_dpo, [pairs, train_dpo.reference_logps(policy, pairs, settings)]
     optimizer = make_optimizer(policy, settings.optimizer, work["lr"])
     for step in range(work["steps"]):
         clock.start()
-        clock.stop(train_step(policy, optimizer, pairs, batch_of(step, work), settings)["loss"])
+        metrics = script.train_step(policy, optimizer, *inputs, batch_of(step, work), settings)
+        clock.stop(metrics["loss"])
 
 
 def attention(work):
@@ -136,7 +130,6 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
     """TRL's DPOTrainer with its own training loop, without logging, saving and gradient checkpointing."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -144,8 +137,8 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
         def _prepare_dataset(self, dataset, *_, **__):
             return dataset  # ids already
 
-        def _get_train_sampler(self, dataset=None):
-            return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+        def _get_train_sampler(self, *_):
+            return None  # the pairs in their order
 
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)  # of one micro-batch, divided by their number
@@ -184,8 +177,8 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
         return trainer
 
 
-def hf_batch(pairs, device):
-    """Pairs, or rows of SFT -> ids, attention mask and response mask (R, T), padded on the right; the chosen first."""
+def hf_logps(model, pairs, device, dtype):
+    """Log-probabilities (R,) of a transformers model: of the chosen, then the rejected responses, or of SFT's rows."""
 
     def padded(rows):
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
@@ -193,31 +186,11 @@ def hf_batch(pairs, device):
     rows = [(pair[0], pair[side]) for side in range(1, len(pairs[0])) for pair in pairs]
     ids = padded([prompt + response for prompt, response in rows])
     real = padded([[1] * len(prompt + response) for prompt, response in rows])
-    return ids, real, padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows])
-
-
-def hf_logps(model, pairs, device, dtype):
-    """Log-probabilities (2 B,) of a transformers model: of the chosen, then of the rejected responses."""
-    ids, real, scored = hf_batch(pairs, device)
+    scored = padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows])
     with autocast(device, dtype):
         logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
     each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     return (each * scored[:, 1:]).sum(-1)
-
-
-def hf_dpo_loss(policy, reference, *batch):
-    with torch.no_grad():
-        reference_logps = hf_logps(reference, *batch)
-    chosen, rejected = (hf_logps(policy, *batch) - reference_logps).chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
-
-def hf_sft_loss(policy, rows, device, dtype):
-    """The loss of transformers itself: the mean over the labels that are not -100, with the logits in fp32."""
-    ids, real, scored = hf_batch(rows, device)
-    labels = ids.masked_fill(scored == 0, -100)
-    with autocast(device, dtype):
-        return policy(input_ids=ids, attention_mask=real, labels=labels, use_cache=False).loss
 
 
 def hf_plain(work, pairs, clock, _):
@@ -225,15 +198,23 @@ def hf_plain(work, pairs, clock, _):
     from transformers import AutoModelForCausalLM
 
     clock.imported()
-    loss_of, copies = (hf_sft_loss, 1) if work.get("sft") else (hf_dpo_loss, 2)
-    how = dict(attn_implementation=attention(work))
-    models = [AutoModelForCausalLM.from_pretrained(work["folder"], **how).to(work["device"]) for _ in range(copies)]
-    policy = models[0]  # from_pretrained sets eval mode: no dropout
+    device, kernel = work["device"], attention(work)
+    policy, *reference = (
+        AutoModelForCausalLM.from_pretrained(work["folder"], attn_implementation=kernel).to(device).eval()  # no dropout
+        for _ in range(1 if work.get("sft") else 2)
+    )
     clock.loaded(policy)
     optimizer = make_optimizer(policy, work["optimizer"], work["lr"])
     for step in range(work["steps"]):
         clock.start()
-        loss = loss_of(*models, [pairs[i] for i in batch_of(step, work)], work["device"], work["dtype"])
+        batch = [pairs[i] for i in batch_of(step, work)], device, work["dtype"]
+        if work.get("sft"):
+            loss = -hf_logps(policy, *batch).sum() / sum(len(response) for _, response in batch[0])
+        else:
+            with torch.no_grad():
+                reference_logps = hf_logps(*reference, *batch)
+            chosen, rejected = (hf_logps(policy, *batch) - reference_logps).chunk(2)
+            loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
         optimizer.step()
@@ -302,14 +283,17 @@ def machine(device):
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     card = torch.cuda.get_device_name() if device == "cuda" else None
-    packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    packages = [p for p in importlib.metadata.distributions() if p.name in ("torch", "transformers", "trl")]
+    versions = dict(sorted((package.name, package.version) for package in packages))
     return dict(cpu=cpu, card=card, threads=torch.get_num_threads(), versions=versions)
 
 
 def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets this process finish
     work = json.loads(sys.argv[1])
+    if work["implementation"] == "weights":  # random weights of GPT-2's kind, in Hugging Face's layout
+        model = GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0))
+        return save_pretrained(model, work["folder"])
     if work["threads"]:
         torch.set_num_threads(work["threads"])
     torch.manual_seed(0)
