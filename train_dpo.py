@@ -86,7 +86,6 @@ from minidpo import checkpoint, dataset
 from minidpo.device import autocast
 from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer, set_learning_rate
 from minidpo.run import Run, RunSettings, place
-from minidpo.sampling import complete
 from minidpo.scale import fast, memory, parallel
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
@@ -241,13 +240,14 @@ def reference_logps(model, pairs, settings):
     return all_logps(model, pairs, settings, progress="reference")
 
 
-def cached_reference(policy, parts, settings, run):
-    """`reference_logps` of all `parts`, kept in a file. Runs that would compute the same bits share it."""
+def cached_reference(policy, pairs, held_out, settings, run):
+    """`reference_logps` of pairs and held-out pairs, kept in a file. Runs that would compute the same bits share it."""
     sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
     rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes, settings.reference_free)
     name = checkpoint.fingerprint(policy, run.data, rounding)
     path = run.path.parent / "reference_logps" / f"{name}.pt"
-    with memory.advise(settings):
+    with memory.advise(policy, pairs + held_out, settings):  # if memory runs out, the error names the flags that help
+        parts = (pairs, held_out)
         return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
 
 
@@ -321,12 +321,11 @@ def main(settings_class=Settings, loss=dpo_loss):
     policy, tokenizer, saved = run.load()  # the SFT model of --init, or with --resume the policy of this run
     place(policy, settings)
     policy.set_dropout(0.0)
-    policy.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or policy.config.block_size, policy.config.block_size)
     split = data.find_split("pairs", settings.data, settings.eval_data)
     pairs, held_out = dataset.load_split(split, dataset.PAIR, tokenizer, max_length)
     run.plan(pairs, saved, pairs, held_out)
-    memory.check(policy, pairs, settings)
+    memory.check(policy, pairs + held_out, settings)
     if settings.fast:
         fast.keep_freed_memory()
 
@@ -335,8 +334,8 @@ def main(settings_class=Settings, loss=dpo_loss):
     if settings.resume:
         reference, before = saved["reference"], saved["before"]
     else:
-        reference = cached_reference(policy, (pairs, held_out), settings, run)
-        before = complete(policy, tokenizer, prompts, settings.sample_tokens, settings.seed)
+        reference = cached_reference(policy, pairs, held_out, settings, run)
+        before = run.complete(policy, tokenizer, prompts)
     if run.first_step or settings.reference_free:
         print("no check that policy and reference agree: " + ("a resumed run" if run.first_step else "no reference"))
     else:
@@ -351,7 +350,7 @@ def main(settings_class=Settings, loss=dpo_loss):
     # -- the loop
     policy.train()
     training = run.training(policy, tokenizer, optimizer, before=before, reference=reference)
-    with memory.advise(settings), training as steps:  # if memory runs out, the error names the flags that help
+    with memory.advise(policy, pairs + held_out, settings), training as steps:
         for step, indices in steps:
             lr = learning_rate(step, run.total_steps, settings.lr, settings.warmup_steps, settings.decay)
             set_learning_rate(optimizer, lr)
@@ -364,7 +363,7 @@ def main(settings_class=Settings, loss=dpo_loss):
                 tqdm.write(f"warning: after {step + 1} steps the margin is still 0. Is the learning rate too small?")
 
     # -- the report
-    after = complete(policy, tokenizer, prompts, settings.sample_tokens, settings.seed)
+    after = run.complete(policy, tokenizer, prompts)
     note = f"DPO on {len(pairs):,} pairs of {settings.data}: {run.last_step} steps, beta {settings.beta}."
     run.finish({"prompt": [tokenizer.decode(p) for p in prompts], "before": before, "after": after}, [note])
 

@@ -22,7 +22,6 @@ from minidpo.device import autocast
 from minidpo.model import GPT, PRESETS, GPTConfig
 from minidpo.optim import OPTIMIZERS, learning_rate, make_optimizer, set_learning_rate
 from minidpo.run import Run, RunSettings, place
-from minidpo.sampling import complete
 from minidpo.scale import fast, memory, parallel
 from minidpo.settings import UserError, knob, parse_settings, run_main
 from minidpo.tokenizer import Tokenizer
@@ -58,10 +57,6 @@ class Settings(RunSettings):
     dropout: float = knob(0.0, "probability of GPT-2's dropouts, in this stage only", below=1)
     eval_every: int = knob(200, "optimiser steps between evaluations on the held-out rows; 0: at the end only")
     save_every: int = knob(200, "optimiser steps between checkpoints", least=1)
-
-    def __post_init__(self):
-        if self.fast and self.dropout:
-            raise UserError("--fast has no dropout: leave out --fast, or --dropout.")
 
 
 # ---- 2. The pieces of the loop. rows: a list of (prompt_ids, response_ids) ----
@@ -130,11 +125,13 @@ def main():
     model, tokenizer, saved = run.load() if settings.resume or settings.init else new_model(settings)
     place(model, settings)
     model.set_dropout(settings.dropout)
-    model.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or model.config.block_size, model.config.block_size)
     split = data.find_split("sft", settings.data, settings.eval_data)
     rows, held_out = dataset.load_split(split, dataset.SFT, tokenizer, max_length)
     run.plan(rows, saved, rows)
+    memory.check(model, rows + held_out, settings)
+    if settings.fast:
+        fast.keep_freed_memory()
     optimizer = make_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay)
     if settings.resume:
         optimizer.load_state_dict(saved["optimizer"])
@@ -142,7 +139,7 @@ def main():
 
     # -- the loop
     model.train()
-    with memory.advise(settings), run.training(model, tokenizer, optimizer) as steps:
+    with memory.advise(model, rows + held_out, settings), run.training(model, tokenizer, optimizer) as steps:
         for step, indices in steps:
             lr = learning_rate(step, run.total_steps, settings.lr, settings.warmup_steps, decay=True)
             set_learning_rate(optimizer, lr)
@@ -158,7 +155,7 @@ def main():
     prompts = [prompt for prompt, _ in sample_rows]
     columns = {
         "prompt": [tokenizer.decode(prompt) for prompt in prompts],
-        "model": complete(model, tokenizer, prompts, settings.sample_tokens, settings.seed),
+        "model": run.complete(model, tokenizer, prompts),
         "data": [tokenizer.decode(response) for _, response in sample_rows],
     }
     note = f"SFT on {len(rows):,} rows of {settings.data}: {run.last_step} steps of {settings.batch_size} rows."

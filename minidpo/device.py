@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from minidpo.settings import UserError, unknown
+from minidpo.settings import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -19,8 +19,6 @@ def pick_device(name="auto"):
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     picked = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
-    if picked not in there:
-        raise unknown("device", name, list(DEVICES))
     if not there[picked]:
         raise UserError(f"no {name} device on this machine. Add --device auto to use the best one there is.")
     return picked
@@ -32,8 +30,6 @@ def pick_dtype(name, device, n_embd):
     It is faster on a CUDA card that has it, and on a CPU with bf16 instructions if the layers are wide. Other cards (a
     T4, for example) would emulate it slowly, and get float32 even if bfloat16 was asked for.
     """
-    if name not in DTYPES:
-        raise unknown("dtype", name, list(DTYPES))
     chip, note = {"mps": "Apple's GPU", "cpu": f"{torch.get_num_threads()} threads"}.get(device), ""
     if device == "cuda":
         chip = torch.cuda.get_device_name()
@@ -46,7 +42,7 @@ def pick_dtype(name, device, n_embd):
         torch.set_float32_matmul_precision("high" if picked == "bfloat16" else "highest")
     else:
         has_bf16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()  # chips with AMX have it too
-        picked = name if name != "auto" else "bfloat16" if has_bf16 and n_embd >= 256 else "float32"
+        picked = name if name != "auto" else "bfloat16" if has_bf16 and n_embd >= 128 else "float32"
     print(f"on {device} ({chip}), matrix products in {picked}{note}")
     return picked
 

@@ -23,6 +23,7 @@ PRESETS = {  # GPT-2's four sizes have 124 M, 355 M, 774 M and 1.6 B weights
     "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
 }
 LAYER_NORM_EPS = 1e-5
+SHORT = {"float32": 64, "bfloat16": 512}  # tokens: up to here, written-out attention is faster on a CPU
 
 
 @dataclasses.dataclass
@@ -52,10 +53,10 @@ class GPTConfig:
 def causal_attention(q, k, v, dropout=0.0):
     """q, k, v (B, H, T, D) -> (B, H, T, D): softmax(q k^T / sqrt(D)) v, without the keys of later positions."""
     T, D = q.shape[-2:]
-    if q.device.type != "cpu" or T > (512 if q.dtype == torch.bfloat16 else 64) or dropout:
+    if q.device.type != "cpu" or T > SHORT.get(str(q.dtype)[6:], 0) or dropout:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    # The same, written out: for short rows on a CPU the fused kernel is slower, above all its backward pass in bf16.
-    # For long rows it saves memory, because it does not keep the scores.
+    # The same, written out: on a CPU this is faster for short rows, above all the backward pass in bf16. For long rows
+    # the fused kernel saves memory, because it does not keep the scores.
     later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(later, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=D**-0.5)  # (B H, T, T)
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)

@@ -21,6 +21,7 @@ from minidpo.checkpoint import FILE
 from minidpo.device import DEVICES, DTYPES, pick_device, pick_dtype
 from minidpo.files.writing import atomic_write, claim
 from minidpo.report import draw_curves, read_metrics, write_report
+from minidpo.sampling import complete
 from minidpo.scale import parallel
 from minidpo.settings import NEW, UserError, at_end, knob
 
@@ -34,7 +35,7 @@ class RunSettings:
 
     epochs: float = knob(1.0, "passes over the training rows; 0.5 is half a pass")
     batch_size: int = knob(64, "rows per optimiser step", least=1)
-    micro_batch_size: int = knob(0, "rows per forward pass, to save memory; 0: all rows of the step")
+    micro_batch_size: int = knob(0, "rows per forward pass, to save memory; 0: as many as fit")
     micro_tokens: int = knob(0, "input tokens per forward pass, padding counted, to save memory; 0: no limit")
     recompute: bool = knob(False, "save memory: compute each block again in the backward pass (a third more work)")
     fast: bool = knob(False, "less time and memory: log-probabilities by minidpo/scale/fast.py")
@@ -58,10 +59,10 @@ class RunSettings:
 
 
 def place(model, settings):
-    """Moves the model to the device and picks the precision. "auto" in `settings` becomes what was picked."""
+    """Moves the model to the device, picks the precision ("auto" in `settings` becomes it) and prepares the blocks."""
     settings.device = pick_device(settings.device)
     settings.dtype = pick_dtype(settings.dtype, settings.device, model.config.n_embd)
-    model.to(settings.device)
+    model.to(settings.device).prepare(settings.compile, settings.recompute)
 
 
 def count_steps(rows, settings):
@@ -132,8 +133,9 @@ class Run:
         self.folder = self.path
 
     def load(self):
-        """Returns (model, tokenizer, saved state) of this run with --resume, else of --init. The state may be {}."""
-        return checkpoint.load(self.path if self.settings.resume else self.settings.init)
+        """Returns (model, tokenizer, saved state) of this run with --resume, else of --init, with the state {}."""
+        model, tokenizer, saved = checkpoint.load(self.path if self.settings.resume else self.settings.init)
+        return model, tokenizer, saved if self.settings.resume else {}
 
     def plan(self, rows, saved, *data):
         """Sets where the loop begins and ends. `data`: what a resumed run must find unchanged.
@@ -226,6 +228,11 @@ class Run:
         checkpoint.save(self.folder, model, tokenizer, state)
         if self.folder != self.path:
             self._replace()
+
+    def complete(self, model, tokenizer, prompts):
+        """Completes the prompts (lists of ids) for the report, as many at a time as a micro-batch has rows."""
+        at_once = self.settings.micro_batch_size or 256
+        return complete(model, tokenizer, prompts, self.settings.sample_tokens, self.settings.seed, batch_size=at_once)
 
     @parallel.by_process_0
     def finish(self, samples, notes):

@@ -85,8 +85,9 @@ def generate(
     prompts: list of lists of ids, of any lengths, each with its leading eot. Returns the new ids of each; the last one
     is eot if the response ended. A completion has at most max_new_tokens, and stops where the context is full: prompt +
     new - 1 <= block_size, since the last new token is never fed back. Temperature 0 is greedy. `generator` must be on
-    the model's device. The same seed, prompts and batch_size give the same samples. `progress` names a progress bar.
-    Raises UserError for a prompt that is empty or longer than the context, and for a knob out of its range.
+    the model's device. The same seed and prompts give the same samples, whatever batch_size, the number of rows at a
+    time. `progress` names a progress bar. Raises UserError for a prompt that is empty or longer than the context, and
+    for a knob out of its range.
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature {temperature}: must be at least 0 (greedy) and finite.")
@@ -103,15 +104,19 @@ def generate(
     was_training = model.training
     model.eval()
     completions = []
+    device = model.wte.weight.device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # fp32 rounds the many small probabilities
+    # each completion has random numbers of its own, so that it does not depend on the others of its batch
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, device=device, dtype=wide)
     for i in tqdm(range(0, len(prompts), batch_size), desc=progress, unit="batch", disable=progress is None):
-        batch = prompts[i : i + batch_size]
-        completions += _generate_batch(model, batch, max_new_tokens, eot, temperature, top_k, top_p, generator)
+        batch = slice(i, i + batch_size)
+        completions += _generate_batch(model, prompts[batch], uniform[batch], eot, temperature, top_k, top_p)
     model.train(was_training)
     return completions
 
 
-def _generate_batch(model, prompts, max_new_tokens, eot, temperature, top_k, top_p, generator):
-    device = model.wte.weight.device
+def _generate_batch(model, prompts, uniform, eot, temperature, top_k, top_p):
+    device, max_new_tokens = uniform.device, uniform.shape[1]
     longest = max(len(p) for p in prompts)
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
@@ -126,7 +131,9 @@ def _generate_batch(model, prompts, max_new_tokens, eot, temperature, top_k, top
             new = logits.argmax(-1)
         else:
             p = truncate(logits / temperature, top_k, top_p).softmax(-1)
-            new = torch.multinomial(p, 1, generator=generator)[:, 0]
+            sums = p.cumsum(-1, dtype=uniform.dtype)
+            number = uniform[rows, cache.length - longest, None] * sums[:, -1:]
+            new = (sums[:, :-1] <= number).sum(-1)  # the first token whose sum is larger than the number
         for j, token in enumerate(new.tolist()):
             if live[j]:
                 completions[rows[j]].append(token)

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import call, write_data
+from tiny import call, fails, write_data
 
 import train_dpo
 import train_sft
@@ -247,6 +247,62 @@ def test_a_run_with_fast_equals_one_without(tmp_path):
     for before, after in zip(plain, found, strict=True):
         for name in ("loss", "logps/chosen", "logps/rejected", "grad_norm"):
             assert after[name] == pytest.approx(before[name], rel=1e-4), (before["step"], name)
+
+
+# ---- SFT ----
+
+
+def sft_settings(dtype="float32", **how):
+    return train_sft.Settings(data="", out="", device="cpu", dtype=dtype, **how)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.float64, 1e-10)], ids=str)
+def test_sft_loss_and_gradients(dtype, rtol, recompute):
+    rows = [row[:2] for row in [*random_pairs(9), *ODD.values()]]
+    found = {}
+    for fast_path in (False, True):
+        model = model_of(dtype).prepare(recompute=recompute)
+        loss = train_sft.response_loss(model, rows, range(len(rows)), sft_settings(fast=fast_path))
+        loss.backward()
+        assert loss.dtype == dtype
+        found[fast_path] = [loss.detach(), *(weight.grad for weight in model.parameters())]
+    whole = max(grad.norm() for grad in found[False][1:])
+    for plain, ours in zip(found[False], found[True], strict=True):
+        assert (ours - plain).norm() <= rtol * max(plain.norm(), 1e-3 * whole)
+
+
+def test_sft_computes_no_padding_and_logits_at_response_tokens_only():
+    model, rows = model_of(torch.float32), [row[:2] for row in random_pairs(7)]
+    seen, kept = [], {}
+    model.h[0].attn.c_attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        train_sft.response_loss(model, rows, range(7), sft_settings(fast=True))
+    assert seen == [(sum(len(prompt) + len(response) - 1 for prompt, response in rows), 32)]
+    wide = [tuple(t.shape) for t in kept.values() if t.dim() > 1 and t.shape[-1] == 97]
+    assert wide == [(sum(len(response) for _, response in rows), 97)]
+
+
+def test_an_sft_run_with_fast_equals_one_without(tmp_path):
+    write_data(tmp_path)
+    knobs = ("--epochs", 2, "--lr", 1e-3, "--warmup-steps", 2, "--samples", 1, "--sample-tokens", 4, "--batch-size", 6)
+    found = []
+    for flags in ((), ("--fast",), ("--fast", "--micro-batch-size", 2)):
+        files = ("--data", tmp_path / "sft.jsonl", "--eval-data", tmp_path / "sft_held_out.jsonl")
+        out = tmp_path / "_".join(map(str, ("sft", *flags)))
+        call(train_sft.main, *files, "--preset", "toy", "--out", out, "--dtype", "float32", *knobs, *flags)
+        found.append(read_metrics(out))
+    for before, *others in zip(*found, strict=True):
+        for after in others:
+            for name in {"loss", "grad_norm", "eval/loss"} & before.keys():
+                assert after[name] == pytest.approx(before[name], rel=1e-4), (before["step"], name)
+
+
+def test_sft_with_dropout_has_no_fast_path(tmp_path, capsys):
+    write_data(tmp_path)
+    flags = ("--preset", "toy", "--dropout", 0.1, "--fast")
+    message = fails(capsys, train_sft.main, "--data", tmp_path / "sft.jsonl", "--out", tmp_path / "sft", *flags)
+    assert "--fast has no dropout. Leave out --fast, or --dropout 0.1." in message
 
 
 def test_compiled_blocks_change_no_number(monkeypatch):

@@ -48,8 +48,6 @@ def test_the_best_device_there_is_picked(machine):
     machine()
     with pytest.raises(UserError, match="no cuda device on this machine"):
         device.pick_device("cuda")
-    with pytest.raises(UserError, match="Did you mean 'cuda'"):
-        device.pick_device("cudo")
 
 
 def difference_from_cpu(device):
@@ -145,8 +143,6 @@ def test_device_and_precision_are_stated(machine, capsys):
     assert "on mps (Apple's GPU), matrix products in float32" in capsys.readouterr().out
     assert device.pick_dtype("auto", "cpu", 64) == "float32"
     assert f"on cpu ({torch.get_num_threads()} threads), matrix products in float32" in capsys.readouterr().out
-    with pytest.raises(UserError, match="unknown dtype 'half'"):
-        device.pick_dtype("half", "cpu", 64)
 
 
 def as_tf32(x):
@@ -327,7 +323,7 @@ def test_the_largest_number_of_pairs_that_the_plan_allows():
     for name in ("minidpo", "minidpo-plain"):
         work = shapes.work_of(shapes.SHAPES["gpt2-summaries"], name, "bfloat16")
         config, pairs = GPTConfig.preset("gpt2"), shapes.random_pairs(work)
-        peaks = {n: memory.plan_of(config, pairs, worker.train_settings(work, n)).peak for n in (8, 16)}
+        peaks = {n: memory.plan(config, pairs, worker.train_settings(work, n)).peak for n in (8, 16)}
         for room, n in ((peaks[16] * 1.34, 16), (peaks[16] * 1.32, 8), (peaks[8] * 1.34, 8), (2**50, 64), (1, 1)):
             assert worker.pairs_at_once(work, room)[0] == n
     assert worker.pairs_at_once(shapes.work_of(SMALL, "minidpo-lean", "float32"), 1) == [1]

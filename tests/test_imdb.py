@@ -1,19 +1,36 @@
-"""The IMDb files: which review goes into which file, texts and prompts worked by hand, damaged archives."""
+"""The IMDb files: which review goes where, text and prompts by hand, damaged archives. The commands of docs/imdb.md."""
 
 import gzip
+import importlib
 import io
+import itertools
 import json
 import os
 import random
+import re
+import shlex
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import need
-from tiny import contents
+from tiny import BAD, GOOD, SUBJECTS, call, contents
 
+import data
 from data.imdb import prepare
-from minidpo.settings import UserError
+from minidpo.dataset import PAIR, read_jsonl
+from minidpo.files.vocabulary import save_vocabulary
+from minidpo.report import read_metrics
+from minidpo.settings import UserError, settings_of
+from minidpo.tokenizer import Tokenizer
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+PAGE = Path(prepare.__file__).parents[2] / "docs" / "imdb.md"
 
 FILES = {
     *(f"{kind}_{name}.jsonl" for kind in ("sft", "prompts") for name in ("train", "test")),
@@ -175,3 +192,75 @@ def test_slice(tmp_path):
         assert 0.49 < sum(row["label"] for row in rows) / len(rows) < 0.51
         assert all((row["rating"] >= 7) == row["label"] for row in rows)
         assert not any("<br" in row["text"] or "  " in row["text"] for row in rows)
+
+
+# ---- the commands of docs/imdb.md ----
+
+
+def commands(heading):
+    """The commands of one section of the page, in order; a block of Python is one command."""
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.M | re.S)[1]
+
+    def unroll(loop):
+        return "".join(loop["body"].replace(f"${loop['name']}", value) for value in loop["values"].split())
+
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", section, re.M | re.S):
+        if language == "python":
+            yield block
+        else:
+            loop = r"^for (?P<name>\w+) in (?P<values>.*); do\n(?P<body>.*?)^done\n"
+            yield from re.sub(loop, unroll, block.replace("\\\n", ""), flags=re.M | re.S).splitlines()
+
+
+def execute(command):
+    if "\n" in command:
+        exec(command, {})
+        return
+    python, *arguments = shlex.split(command, comments=True)
+    assert python == "python", command
+    name, *flags = arguments[1:] if arguments[0] == "-m" else [arguments[0].removesuffix(".py"), *arguments[1:]]
+    call(importlib.import_module(name).main, *flags)
+
+
+def test_the_commands_of_the_papers_set_up(tmp_path, monkeypatch):
+    """All of them, as they stand on the page, with a random GPT-2 and 72 invented training reviews."""
+    need(transformers, "needs transformers and safetensors: pip install minidpo[hf,bench]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.FOLDERS, "imdb", tmp_path / "data" / "imdb")
+    members = {}
+    for label, stars, ends in (("pos", 9, GOOD), ("neg", 2, BAD)):
+        texts = [" ".join(parts) for parts in itertools.product(SUBJECTS, ends, SUBJECTS, ends)]
+        for i, text in enumerate(random.Random(0).sample(texts, 38)):
+            members[f"{'train' if i < 36 else 'test'}/{label}/{i}_{stars}.txt"] = text
+    make_archive("reviews.tar.gz", members)
+    tokenizer = Tokenizer.train(members.values(), 400)
+    shape = dict(vocab_size=tokenizer.vocab_size, n_positions=64, n_layer=1, n_head=2, n_embd=32)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, **shape)
+    transformers.GPT2LMHeadModel(config).save_pretrained("random")
+    save_vocabulary(tokenizer, Path("random"))
+    smaller = {
+        "data.imdb.prepare": "data.imdb.prepare --archive reviews.tar.gz --out data/imdb",
+        "--init gpt2-large": "--init random",
+        "--eval-every 50": "--eval-every 1",
+    }
+
+    run, evaluated = Path("runs/imdb-large"), []
+    for command in [*list(commands("The commands"))[:2], *commands("The paper's own set-up: GPT-2-large")]:
+        for text, replacement in smaller.items():
+            command = command.replace(text, replacement)
+        execute(command)
+        if "train_sft" in command:
+            evaluated.append([line["step"] for line in read_metrics(run / "sft") if "eval/loss" in line])
+
+    assert evaluated == [[1, 2], [1, 2, 3, 4], [1, 2, 3]]  # one pass is 2 steps: one pass, two, and one and a half
+    prompts = [row["prompt"] for row in read_jsonl(run / "prompts_train.jsonl", ("prompt",))]
+    assert {len(tokenizer.encode(prompt)) for prompt in prompts} == set(range(2, 9))
+    pairs = Counter(row["prompt"] for row in read_jsonl(run / "pairs_train.jsonl", PAIR))
+    assert max(pairs[prompt] for prompt in prompts if prompts.count(prompt) == 1) == 6
+    for beta in (0.05, 0.1, 1, 5):
+        settings = settings_of(run / f"dpo-{beta}")
+        assert (settings["beta"], settings["settings"], settings["optimizer"]) == (beta, "paper", "rmsprop")
+        figures = json.loads((run / f"evaluation-{beta}.json").read_text(encoding="utf-8"))
+        assert figures["samples"] == 4 and abs(figures["kl_exact"]) < 1e-3  # 7 steps of the warm-up hardly move it
+    assert len(list((run / "reference_logps").iterdir())) == 1  # the four runs share it

@@ -109,9 +109,9 @@ def minidpo(work, pairs, clock, micro_batch):
     policy = load_pretrained(work["folder"]).to(work["device"])
     policy.prepare(settings.compile, settings.recompute).train()
     clock.loaded(policy)
+    clock.measured["plan_mb"] = memory.plan(policy.config, pairs, settings).peak / 1e6
     script, inputs = train_sft, [pairs]
     if not work.get("sft"):
-        clock.measured["plan_mb"] = memory.plan_of(policy.config, pairs, settings).peak / 1e6
         script, inputs = train_dpo, [pairs, train_dpo.reference_logps(policy, pairs, settings)]
     optimizer = make_optimizer(policy, settings.optimizer, work["lr"])
     for step in range(work["steps"]):
@@ -122,7 +122,7 @@ def minidpo(work, pairs, clock, micro_batch):
 
 def attention(work):
     """Returns the faster attention of transformers. The backward of sdpa is slow for short rows in bf16 on a CPU."""
-    short = work["prompt"][1] + work["response"][1] < 128
+    short = work["prompt"][1] + work["response"][1] < 256
     return "eager" if work["device"] == "cpu" and work["dtype"] == "bfloat16" and short else "sdpa"
 
 
@@ -252,10 +252,10 @@ def pairs_at_once(work, room):
     if "micro_batch" in work:
         return [work["micro_batch"]]
     divisors = [n for n in range(work["pairs"], 0, -1) if work["pairs"] % n == 0]
-    if room is None or work.get("sft"):  # the plan knows pairs only
+    if room is None:
         return divisors
     config, pairs = GPTConfig(**work["model"]), random_pairs(work)
-    peaks = {n: memory.plan_of(config, pairs, train_settings(work, n)).peak for n in divisors}
+    peaks = {n: memory.plan(config, pairs, train_settings(work, n)).peak for n in divisors}
     return [n for n in divisors if peaks[n] <= 0.75 * room] or [1]
 
 

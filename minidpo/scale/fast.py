@@ -2,11 +2,11 @@
 
 `response_logps` at the end returns the numbers of train_dpo.response_logps, but skips work on which they do not depend.
 Tokens that both rows of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has
-rows and padding. Logits are computed only where a response token is predicted. There is no dropout. `row_logps` does the
-same for the rows of SFT, of which no two belong together. docs/fast.md measures each idea.
+rows and padding. Logits are computed only where a response token is predicted. There is no dropout. docs/fast.md
+measures each idea. `row_logps` is for SFT, whose rows have one side; pairs have two sides, chosen and rejected.
 
-Shapes: B pairs, R = 2B rows, T positions per row, N different tokens, n scored tokens, C channels, V vocabulary. In SFT,
-B = R rows.
+Shapes: B rows per side, R rows in all, T positions per row, N different tokens, n scored tokens, C channels, V
+vocabulary.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from minidpo.model import causal_attention
+from minidpo.settings import UserError
 
 CHUNK = 2**22  # number of logits that are computed at a time, in fp32
 
@@ -81,7 +82,7 @@ def real_positions(scored):
 
 
 def shared_prefix(ids, real):
-    """ids, real (sides, B, T) -> true (sides, B, T) where a later side still equals the first, in prompt or response."""
+    """ids, real (sides, B, T) -> true where the second side still equals the first, be it in prompt or response."""
     equal = ((ids == ids[0]) & real & real[0]).cumprod(-1).bool()
     return equal.index_fill(0, torch.tensor(0, device=ids.device), False)
 
@@ -178,6 +179,8 @@ def compiled_through():
 
 def row_logps(model, *sides):
     """Rows -> log pi(y|x) of each row (R,), summed over its response; for pairs the chosen, then the rejected."""
+    if model.training and model.config.dropout:
+        raise UserError(f"--fast has no dropout. Leave out --fast, or --dropout {model.config.dropout}.")
     packed = pack(*sides)
     hidden = hidden_states(model, packed)
     device = hidden.device.type

@@ -1,72 +1,87 @@
-"""Memory of a DPO run: a plan before it starts, and advice if memory runs out.
-
-python -m minidpo.scale.memory --preset gpt2-large --fast      plans a run on one GPU
-"""
+"""Memory of a training run: a plan before it starts, and advice if memory runs out."""
 
 import contextlib
-import dataclasses
+import copy
 import re
 from collections import namedtuple
 from pathlib import Path
 
 import torch
 
-from minidpo.model import PRESETS, GPTConfig
-from minidpo.optim import OPTIMIZERS
+from minidpo.dataset import count_tokens
+from minidpo.model import SHORT
 from minidpo.run import steps
 from minidpo.scale import parallel
 from minidpo.scale.fast import CHUNK
-from minidpo.settings import UserError, knob, parse_settings, run_main
+from minidpo.settings import UserError
 
 
-class Plan(namedtuple("Plan", "weights copies gradients optimizer activations head peak")):  # peak: the sum
+class Plan(namedtuple("Plan", "weights copies gradients optimizer activations head step samples peak")):
     def __str__(self):
         return "memory in GiB: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self._asdict().items())
 
 
-def plan(config, pairs, settings, accumulate=True):
-    """Plan of a training step, in bytes. pairs: its largest micro-batch. accumulate: whether it has several of them."""
+def plan(config, rows, settings):
+    """Plan of a run on these rows, training and held-out, in bytes. `step` is the sum of the parts before it.
+
+    Nothing but sampling can take more than a training step: loading, saving, the check before the first update,
+    reference and evaluation hold less, since they forward micro-batches of the same size without gradients.
+    """
+    micros = settings.cut([parallel.share(batch) for _, batch in steps(rows, settings)], rows)
+    rows = [rows[i] for i in max(micros, key=lambda micro: count_tokens(rows, micro), default=[0])]
     L, C, V, bf16 = config.n_layer, config.n_embd, config.vocab_size, settings.dtype == "bfloat16"
     width, embedding = 2 if bf16 else 4, 4 * V * C  # bytes: of a number in matrix products, of the token embedding
     weights = 4 * (V * C + config.block_size * C + L * (12 * C**2 + 13 * C) + 2 * C)
     copies = bf16 * 2 * 12 * L * C**2  # autocast keeps the matrices of the blocks in bfloat16 as well
-    longest = [max(len(pair[0]) + len(pair[side]) - 1 for pair in pairs) for side in (1, 2)]  # row, in tokens
-    scored = sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)  # response tokens
+    sides = len(rows[0]) - 1  # a row has one response in SFT and two in DPO
+    longest = [max(len(row[0]) + len(row[i + 1]) - 1 for row in rows) for i in range(sides)]  # in tokens
+    scored = sum(len(response) for _, *responses in rows for response in responses)  # response tokens
     # What a block keeps per token for its backward pass: the inputs of both LayerNorms in fp32 (2 C), then the results
     # of both (2 C), query, key, value (3 C), the result of attention (C), and the MLP before and after GELU (4 C each).
     if settings.fast:  # only attention has rows, with query, key, value and result (4 C)
-        n = sum(len(prompt) for prompt, *_ in pairs) + scored - 2 * len(pairs)  # no padding, each prompt once
-        block = n * C * (8 + 11 * width) + 2 * len(pairs) * max(longest) * 4 * C * width
+        longest = [max(longest)] * sides
+        n = sum(len(prompt) for prompt, *_ in rows) + scored - sides * len(rows)  # no padding, each prompt once
+        block = n * C * (8 + 11 * width) + len(rows) * sum(longest) * 4 * C * width
         # logits. In bfloat16 also the embedding's copy and the gradient of that, and some logits in fp32
         head = scored * V * width + bf16 * (embedding + 4 * min(CHUNK, scored * V))
     else:
-        n = len(pairs) * sum(longest)
+        n = len(rows) * sum(longest)
         block = n * C * (8 + 14 * width)
-        # log-softmax of chosen and of rejected, and logits and gradient of one; later both gradients of the embedding
-        head = max(8 * V * n, 2 * embedding)
+        # log-softmax, its gradient, and that of the logits: in DPO of one side at a time, in SFT where scored
+        head = max(8 * V * n if sides == 2 else 12 * V * scored, 2 * embedding)
+    if settings.device == "cpu":  # the scores of attention, where they are written out
+        block += len(rows) * config.n_head * sum(T * T for T in longest if T <= SHORT[settings.dtype]) * width
     # --recompute keeps the inputs of all blocks, and one block is computed again after the memory of the head is free
     activations, head = (4 * n * C * L, max(head, block)) if settings.recompute else (L * block, head)
     state = weights * {"sgd": 1, "rmsprop": 1, "adamw": 2}[settings.optimizer]
-    # New gradients wait to be added to earlier ones: in two passes all (matrices in bfloat16), if fast only the head's
-    gradients = weights + accumulate * (embedding if settings.fast else weights - copies)
-    parts = (weights, copies, gradients, state, activations, head)
-    return Plan(*parts, sum(parts))
+    # New gradients wait to be added to earlier ones: in two passes all (matrices in bfloat16), in one only the head's
+    waiting = weights - copies if sides == 2 and not settings.fast else embedding
+    several = 0 < settings.micro_batch_size < settings.batch_size or settings.micro_tokens > 0
+    parts = (weights, copies, weights + several * waiting, state, activations, head)
+    # Sampling keeps keys and values, in fp32. When half of the samples have ended, the others are copied
+    tokens = min(max(len(prompt) for prompt, *_ in rows) + settings.sample_tokens, config.block_size)
+    at_once = min(settings.samples, settings.micro_batch_size or settings.samples)
+    samples = weights + state + 12 * L * C * tokens * at_once
+    return Plan(*parts, sum(parts), samples, max(sum(parts), samples))
 
 
-def plan_of(config, pairs, settings):
-    """The Plan of a run of train_dpo.py: of the largest micro-batch that these pairs and settings give."""
-    batches = [parallel.share(indices) for _, indices in steps(pairs, settings)]
-    cut = settings.cut(batches, pairs)
-    plans = (plan(config, [pairs[i] for i in indices], settings, len(cut) > len(batches)) for indices in cut if indices)
-    return max(plans, key=lambda planned: planned.peak, default=plan(config, pairs[:1], settings))
+def check(model, rows, settings):
+    """Prints the plan of a run, and a warning if it may not fit. The model is on its device.
 
-
-def check(policy, pairs, settings):
-    """Prints the plan of a run before it starts, and a warning if it may not fit. The policy is on its device."""
-    print(planned := plan_of(policy.config, pairs, settings))
-    room = available(settings.device) + planned.weights  # which are there already
-    if planned.peak > 0.85 * room:  # the plan is within 15 % of the measured peak
-        print(f"warning: {settings.device} has {room / 2**30:.2f} GiB. Memory may run out. {advice(settings)}")
+    Without --micro-batch-size and --micro-tokens, it sets as many rows per forward pass as fit.
+    """
+    room = available(settings.device) + 4 * sum(weight.numel() for weight in model.parameters())  # which are there
+    room = parallel.all_sum(room) / parallel.all_sum(1)  # one answer for all processes
+    planned, chosen = plan(model.config, rows, settings), settings.micro_batch_size or settings.micro_tokens
+    while planned.peak > 0.8 * room and not chosen and settings.micro_batch_size != 1:  # the plan may be 20 % too low
+        settings.micro_batch_size = (settings.micro_batch_size or settings.batch_size) // 2 or 1
+        planned = plan(model.config, rows, settings)
+    print(planned)
+    if settings.micro_batch_size and not chosen:
+        print(f"--micro-batch-size {settings.micro_batch_size}, because no more rows fit into {room / 2**30:.2f} GiB")
+    if planned.peak > 0.8 * room:
+        how = advice(model, rows, settings)
+        print(f"warning: {settings.device} has {room / 2**30:.2f} GiB. Memory may run out. {how}")
 
 
 def available(device):
@@ -78,43 +93,25 @@ def available(device):
     return float("inf")
 
 
-def advice(settings):
-    """Names the flags that save most memory and are not set yet."""
-    flags = {"--fast": not getattr(settings, "fast", True), "--micro-batch-size 1": settings.micro_batch_size != 1}
-    flags |= {"--recompute": not settings.recompute, "--optimizer rmsprop": settings.optimizer == "adamw"}
-    add = " ".join(flag for flag, saves in flags.items() if saves)
-    return f"To save memory, add {add}." if add else "Take a smaller model, or shorter rows by --max-length."
+def advice(model, rows, settings):
+    """Names the flags that save memory, with what each of them alone would save."""
+    peak, found = plan(model.config, rows, settings).peak, []
+    for name, value in dict(fast=True, micro_batch_size=1, recompute=True, optimizer="rmsprop").items():
+        vars(other := copy.copy(settings))[name] = value
+        if (saved := peak - plan(model.config, rows, other).peak) > 0:
+            flag = "--" + name.replace("_", "-") + (f" {value}" if value is not True else "")
+            found.append(f"{flag} saves {saved / 2**30:.2f} GiB")
+    return f"{', '.join(found)}." if found else "Take a smaller model, or shorter rows by --max-length."
 
 
 @contextlib.contextmanager
-def advise(settings):
-    """As a `with` block or a decorator: if memory runs out there, raises UserError with the flags that help."""
+def advise(model, rows, settings):
+    """`with` block: if memory runs out there, raises UserError with the flags that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # PyTorch's allocators raise RuntimeError
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if not re.search("MemoryError|(out of|not enough|can't allocate) memory", reason):
             raise
-        raise UserError(f"out of memory on {settings.device} ({reason}). {advice(settings)}") from error
-
-
-@dataclasses.dataclass
-class Settings:
-    preset: str = knob("gpt2-large", "shape of the model", choices=tuple(PRESETS))
-    optimizer: str = knob("rmsprop", "optimiser", choices=OPTIMIZERS)
-    dtype: str = knob("bfloat16", "precision of the matrix products", choices=("float32", "bfloat16"))
-    micro_batch_size: int = knob(1, "pairs per forward pass; a step has several of them", least=1)
-    length: int = knob(512, "tokens per row, half of them response", least=2)
-    recompute: bool = knob(False, "compute each block again in the backward pass")
-    fast: bool = knob(False, "minidpo/scale/fast.py in place of response_logps")
-
-
-def main():
-    settings = parse_settings(Settings, "Plans the memory of a training step of DPO.")
-    half = [0] * (settings.length // 2)
-    pairs = [([0, *half], half, half)] * settings.micro_batch_size  # the last token of a row is only a target
-    print(plan(GPTConfig.preset(settings.preset), pairs, settings))
-
-
-if __name__ == "__main__":
-    run_main(main)
+        how = advice(model, rows, settings)
+        raise UserError(f"out of memory on {settings.device} ({reason}). {how}") from error
