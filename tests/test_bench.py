@@ -50,6 +50,9 @@ def row(implementation, median, peak_mb, shape="W1", dtype="float32", losses=(0.
 # ---- bench ----
 
 
+HERE_MB = 60.0  # in place of the memory after the imports, since this process has had other tests before
+
+
 @pytest.fixture
 def here(monkeypatch):
     """The works run in this process, which imports each library once; those of `here.apart` have processes as usual."""
@@ -60,7 +63,7 @@ def here(monkeypatch):
             return save_pretrained(GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0)), work["folder"])
         if (work.get("sft", False), work["implementation"]) in apart:
             return child(work)
-        return {**worker.measure(work), **worker.machine(work["device"])}
+        return {**worker.measure(work), "libraries_mb": HERE_MB, **worker.machine(work["device"])}
 
     monkeypatch.setattr(measure, "child", run)
     monkeypatch.setattr(fast, "keep_freed_memory", lambda: None)  # it would last longer than the test
@@ -82,9 +85,9 @@ def test_all_implementations_make_the_same_losses(tmp_path, capsys, here):
     weights = sum(w.numel() for w in GPT(GPTConfig(**TINY["model"])).parameters())
     for r in rows:
         assert len(r["seconds"]) == 3 and 0 < r["seconds_min"] <= r["seconds_median"] <= r["seconds_max"]
-        assert 50 < r["libraries_mb"] <= r["peak_mb"] and r["threads"] == 1
+        assert 50 < r["libraries_mb"] < r["peak_mb"] and r["threads"] == 1
         assert r["state_mb"] == 16 * weights / 1e6
-    assert all(r["libraries_mb"] < r["peak_mb"] for r in (dpo[0], dpo[2], sft[2]))  # the processes of their own
+    assert [r for r in rows if r["libraries_mb"] != HERE_MB] == [dpo[0], dpo[2], sft[2]]  # had processes of their own
     for rows_of_stage, first in ((dpo, math.log(2)), (sft, math.log(90))):
         plain = rows_of_stage[1]["losses"]
         assert len(plain) == 4 and plain[0] == pytest.approx(first, abs=1e-6 if rows_of_stage is dpo else 0.1)
@@ -114,7 +117,7 @@ def test_the_loss_of_sft_is_per_response_token(tmp_path, here):
 
 
 @pytest.mark.parametrize(
-    "where, name, told", [(fast, "row_logps", "minidpo-plain"), (worker, "hf_logps", "hf-plain")], ids=lambda x: str(x)
+    "where, name, told", [(fast, "row_logps", "minidpo-plain"), (worker, "hf_logps", "hf-plain")], ids=["minidpo", "hf"]
 )
 def test_an_implementation_with_another_loss_is_told(tmp_path, capsys, monkeypatch, here, where, name, told):
     there("safetensors", "transformers")
