@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from minidpo import checkpoint
 from minidpo.dataset import preference_batch, read_jsonl
 from minidpo.model import GPT, GPTConfig
 from minidpo.scale import fast
+from minidpo.scale.weights import save_pretrained
 from minidpo.settings import UserError
 from minidpo.tokenizer import Tokenizer
 
@@ -48,46 +50,88 @@ def row(implementation, median, peak_mb, shape="W1", dtype="float32", losses=(0.
 # ---- bench ----
 
 
-def test_all_implementations_make_the_same_losses(tmp_path, capsys):
+HERE_MB = 60.0  # in place of the memory after the imports, since this process has had other tests before
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The works run in this process, which imports each library once; those of `here.apart` have processes as usual."""
+    apart, child = [], measure.child
+
+    def run(work):
+        if work["implementation"] == "weights":
+            return save_pretrained(GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0)), work["folder"])
+        if (work.get("sft", False), work["implementation"]) in apart:
+            return child(work)
+        return {**worker.measure(work), "libraries_mb": HERE_MB, **worker.machine(work["device"])}
+
+    monkeypatch.setattr(measure, "child", run)
+    monkeypatch.setattr(fast, "keep_freed_memory", lambda: None)  # it would last longer than the test
+    return SimpleNamespace(apart=apart)
+
+
+def test_all_implementations_make_the_same_losses(tmp_path, capsys, here):
     there("safetensors", "transformers", "trl", "matplotlib")
+    here.apart += [(False, "minidpo"), (False, "trl-precomputed"), (True, "hf-plain")]  # each runner once
     (tmp_path / "page.md").write_text("# Page\n<!-- bench -->\nold\n<!-- /bench -->\nend\n", encoding="utf-8")
-    flags = ["--shapes", "trial", "--rounds", 1, "--dtypes", "float32", "--threads", 1, "--cache", tmp_path / "cache"]
-    flags += ["--json", tmp_path / "b.json", "--markdown", tmp_path / "page.md"]
+    flags = ["--shapes", "trial,trial-sft", "--rounds", 1, "--dtypes", "float32", "--threads", 1]
+    flags += ["--cache", tmp_path / "cache", "--json", tmp_path / "b.json", "--markdown", tmp_path / "page.md"]
     call(bench.main, *flags)
     rows = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
-    assert [r["implementation"] for r in rows] == list(shapes.DEFAULTS["cpu"][1])
+    dpo, sft = ([r for r in rows if r["shape"] == shape] for shape in ("trial", "trial-sft"))
+    assert [r["implementation"] for r in dpo] == list(shapes.DEFAULTS["cpu"][1])
+    assert [r["implementation"] for r in sft] == ["minidpo", "minidpo-plain", "hf-plain"]  # TRL's trainer is for DPO
     assert all(set(FIELDS) <= set(r) for r in rows) and (tmp_path / "b.png").stat().st_size > 5000
     weights = sum(w.numel() for w in GPT(GPTConfig(**TINY["model"])).parameters())
     for r in rows:
         assert len(r["seconds"]) == 3 and 0 < r["seconds_min"] <= r["seconds_median"] <= r["seconds_max"]
         assert 50 < r["libraries_mb"] < r["peak_mb"] and r["threads"] == 1
         assert r["state_mb"] == 16 * weights / 1e6
-    plain = next(r["losses"] for r in rows if r["implementation"] == "minidpo-plain")
-    assert len(plain) == 4 and abs(plain[0] - math.log(2)) < 1e-6
-    assert plain[2] < plain[0] - 0.01 and plain[3] < plain[1] - 0.01  # the pairs came back: the updates were felt
-    for r in rows:
-        assert torch.tensor(r["losses"]) == pytest.approx(torch.tensor(plain), abs=1e-5), r["implementation"]
+    assert [r for r in rows if r["libraries_mb"] != HERE_MB] == [dpo[0], dpo[2], sft[2]]  # had processes of their own
+    for rows_of_stage, first in ((dpo, math.log(2)), (sft, math.log(90))):
+        plain = rows_of_stage[1]["losses"]
+        assert len(plain) == 4 and plain[0] == pytest.approx(first, abs=1e-6 if rows_of_stage is dpo else 0.1)
+        assert plain[2] < plain[0] - 0.01 and plain[3] < plain[1] - 0.01  # the rows came back: the updates were felt
+        for r in rows_of_stage:
+            assert torch.tensor(r["losses"]) == pytest.approx(torch.tensor(plain), abs=1e-5), r["implementation"]
     out = capsys.readouterr().out
     assert "The losses agree" in out and "| trial | trl-precomputed |" in out
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.startswith("# Page\n<!-- bench -->\n") and page.endswith("<!-- /bench -->\nend\n") and "old" not in page
-    assert "| trial | hf-plain | float32 |" in page
+    assert "| trial | hf-plain | float32 |" in page and "| trial-sft | hf-plain | float32 |" in page
 
 
-def test_bfloat16_is_autocast_over_the_same_weights(tmp_path, capsys):
+def test_the_loss_of_sft_is_per_response_token(tmp_path, here):
+    """Against the mean of the log-probabilities of single rows, by the plain model, before the first update."""
+    work = {**shapes.SHAPES["trial-sft"], "steps": 1}
+    model = GPT(GPTConfig(**work["model"]), torch.Generator().manual_seed(0))
+    save_pretrained(model, tmp_path / "weights")
+    rows, found = shapes.random_pairs(work)[: work["pairs"]], []
+    for prompt, response in rows:
+        ids = torch.tensor([prompt + response])
+        logps = model(ids).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        found += logps.gather(-1, ids[0, len(prompt) :, None]).flatten().tolist()
+    for name in ("minidpo", "minidpo-plain", "hf-plain"):
+        got = measure.child({**shapes.work_of(work, name, "float32"), "folder": str(tmp_path / "weights")})
+        assert got["losses"] == [pytest.approx(-sum(found) / len(found), abs=1e-5)], name
+
+
+@pytest.mark.parametrize(
+    "where, name, told", [(fast, "row_logps", "minidpo-plain"), (worker, "hf_logps", "hf-plain")], ids=["minidpo", "hf"]
+)
+def test_an_implementation_with_another_loss_is_told(tmp_path, capsys, monkeypatch, here, where, name, told):
+    there("safetensors", "transformers")
+    right = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args: 1.001 * right(*args))
+    flags = ["--shapes", "trial-sft", "--rounds", 1, "--dtypes", "float32", "--cache", tmp_path / "cache"]
+    call(bench.main, *flags)
+    out = capsys.readouterr().out
+    assert f"trial-sft float32: the losses of minidpo and {told} differ" in out and "The losses agree" not in out
+
+
+def test_bfloat16_is_autocast_over_the_same_weights(tmp_path, capsys, here):
     there("safetensors")
-    flags = [
-        "--shapes",
-        "trial",
-        "--rounds",
-        1,
-        "--dtypes",
-        "float32,bfloat16",
-        "--threads",
-        1,
-        "--cache",
-        tmp_path / "cache",
-    ]
+    flags = ["--shapes", "trial", "--rounds", 1, "--dtypes", "float32,bfloat16", "--cache", tmp_path / "cache"]
     call(bench.main, *flags, "--implementations", "minidpo-plain", "--json", tmp_path / "b.json")
     full, half = (r["losses"] for r in json.loads((tmp_path / "b.json").read_text(encoding="utf-8")))
     assert full != half and full == pytest.approx(half, abs=2e-2)
@@ -103,6 +147,40 @@ def test_median_least_and_most_are_over_the_timed_steps_of_all_rounds():
     for prompt, *responses in shapes.random_pairs(work):
         inputs += sum(len((prompt + response)[:-1]) for response in responses)  # the last token is only a target
     assert got["tokens_per_second"] == inputs / 2 / 2.5  # two batches
+
+
+def test_names_that_a_shape_does_not_have_are_left_out(tmp_path, capsys, monkeypatch):
+    def child(work):
+        if work["implementation"] == "weights":
+            return Path(work["folder"]).mkdir()
+        return process([9.0, 2.0, 2.0, 2.0], (0.5,) * 4)
+
+    monkeypatch.setattr(measure, "child", child)
+    flags = ["--rounds", 1, "--dtypes", "float32", "--cache", tmp_path, "--json", tmp_path / "b.json"]
+    for names, cells in {
+        "": [("trial-sft", name) for name in ("minidpo", "minidpo-plain", "hf-plain")]
+        + [("trial", name) for name in shapes.ON_CPU],
+        "trl": [("trial", "trl")],
+    }.items():
+        call(bench.main, *flags, "--shapes", "trial-sft,trial", "--implementations", names)
+        rows = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+        assert [(r["shape"], r["implementation"]) for r in rows] == cells
+    message = fails(capsys, bench.main, *flags, "--shapes", "S1,trial-sft", "--implementations", "trl,trl-precomputed")
+    assert "trl, trl-precomputed" in message and "Add a shape of DPO" in message
+
+
+def test_the_shapes_of_a_cpu_and_the_rows_of_sft():
+    assert list(shapes.DEFAULTS["cpu"][0]) == ["W1", "W2", "W3", "S1", "S2", "S3"]
+    for name, (rows, shortest, longest) in {"S1": (32, 20, 50), "S2": (16, 100, 250), "S3": (4, 100, 250)}.items():
+        work = shapes.SHAPES[name]
+        found, eot = shapes.random_pairs(work), work["model"]["vocab_size"] - 1
+        assert work["pairs"] == rows and len(found) == rows * work["batches"]
+        assert all(prompt == [eot] and response[-1] == eot for prompt, response in found)
+        assert all(shortest <= len(prompt + response) - 1 <= longest for prompt, response in found)
+        tokens, _, scored = shapes.count(found, shared=False)
+        assert tokens == scored == sum(len(response) for _, response in found)
+        GPTConfig(**work["model"])
+    assert shapes.SHAPES["S1"]["model"]["vocab_size"] == 1232
 
 
 def test_by_default_a_ratio_rests_on_nine_timed_steps():
@@ -253,8 +331,9 @@ def test_the_fast_path_makes_exactly_the_products_that_are_counted():
 # ---- growth ----
 
 
-def test_growth_end_to_end_and_on_from_where_it_was(monkeypatch, tmp_path, capsys):
+def test_growth_end_to_end_and_on_from_where_it_was(monkeypatch, tmp_path, capsys, here):
     there("safetensors", "matplotlib")
+    here.apart += [(False, "minidpo"), (False, "matmul-rate")]
     monkeypatch.setattr(growth, "VARIED", {"prompt": ((3, 5), "prompt, tokens"), "model": (((1, 64),), "weights")})
     monkeypatch.setattr(growth, "BASE", dict(prompt=4, response=3, vocab_size=50, model=(1, 64)))
     monkeypatch.setattr(growth, "COMPARED", ("minidpo",))

@@ -1,8 +1,8 @@
-"""Time and memory of one training step of DPO: minidpo's and other people's, on the same weights and the same pairs.
+"""Time and memory of a training step of DPO or SFT: minidpo's and other people's, on the same weights and rows.
 
     python -m experiments.bench --json docs/bench/bench.json --markdown docs/bench.md            # on a CPU
     python -m experiments.bench --device cuda --rounds 1 --json gpu.json                         # GPT-2's four sizes
-    python -m experiments.bench --ablation --dtypes bfloat16 --rounds 1 --markdown docs/fast.md  # ideas of --fast
+    python -m experiments.bench --ablation --shapes W1,W2,W3 --dtypes bfloat16 --rounds 1 --markdown docs/fast.md
     python -m experiments.bench --precision runs/toy/sft --markdown docs/fast.md                 # errors of bf16
 
 docs/bench.md explains the shapes, the implementations and the figures.
@@ -13,10 +13,10 @@ import itertools
 
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.measure import Settings, as_row, measure_all, table, tell
-from experiments.bench.shapes import DEFAULTS, DTYPES, IMPLEMENTATIONS, OURS, SHAPES, work_of
+from experiments.bench.shapes import DEFAULTS, DPO_ONLY, DTYPES, IMPLEMENTATIONS, OURS, SHAPES, work_of
 from experiments.common import figure, names_in, save_figure
 from minidpo.device import pick_device
-from minidpo.settings import knob, parse_settings, run_main
+from minidpo.settings import UserError, knob, parse_settings, run_main
 
 IDEAS = (OURS, *(f"{OURS} without {idea}" for idea in WITHOUT))
 # The losses of two implementations may differ by this much. fp32 sums run in another order. bf16 rounds to 8 bits, and
@@ -39,7 +39,7 @@ RATIOS = {
 @dataclasses.dataclass
 class BenchSettings(Settings):
     device: str = knob("cpu", "cpu or cuda", choices=tuple(DEFAULTS))
-    shapes: str = knob("", f"which of {', '.join(SHAPES)}; empty: W1 to W3, on cuda GPT-2's sizes")
+    shapes: str = knob("", f"which of {', '.join(SHAPES)}; empty: W1 to S3, on cuda GPT-2's sizes")
     implementations: str = knob("", f"which of {', '.join(IMPLEMENTATIONS)}; empty: those that suit the device")
     dtypes: str = knob("", "float32,bfloat16: precision of the matrix products; empty: both, on cuda bfloat16")
     ablation: bool = knob(False, "measure minidpo without each idea of its fast path (on a CPU)")
@@ -124,7 +124,8 @@ def draw(path, rows):
         below.barh(y, row["peak_mb"] / 1e3, **style)
         below.plot([row["libraries_mb"] / 1e3] * 2, [y - 0.18, y + 0.18], color="0.2")
     for column, shape in enumerate(shapes):
-        what = shape + ": {pairs} pairs, prompt {prompt[0]}-{prompt[1]},\nresponse {response[0]}-{response[1]} tokens"
+        side = "rows" if SHAPES[shape].get("sft") else "pairs, prompt {prompt[0]}-{prompt[1]}"
+        what = f"{shape}: {{pairs}} {side},\nresponse {{response[0]}}-{{response[1]}} tokens"
         axes[0, column].set(title=what.format(**SHAPES[shape]), xlabel="seconds per step (whisker: min to max)")
         axes[1, column].set(xlabel="peak memory, GB (stroke: libraries)")
     for cell in axes.flat:
@@ -153,7 +154,10 @@ def main():
     )
     works = {}
     for shape, dtype, name in cells:
-        works[shape, dtype, name] = work_of(SHAPES[shape], name, dtype, settings.device, settings.threads)
+        if not (SHAPES[shape].get("sft") and name in DPO_ONLY):
+            works[shape, dtype, name] = work_of(SHAPES[shape], name, dtype, settings.device, settings.threads)
+    if not works:
+        raise UserError(f"nothing to measure: {', '.join(names)} has no SFT step. Add a shape of DPO, such as W1.")
     measured = measure_all(works, settings)
     rows = [as_row(*cell, works[cell], processes) for cell, processes in measured.items() if processes]
     mark, text = ("ablation", ablation_report(rows)) if settings.ablation else ("bench", report(rows))

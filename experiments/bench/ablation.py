@@ -13,13 +13,8 @@ from minidpo.scale import fast
 
 
 def replace(**values):
-    """Puts other functions in the place of those of minidpo/scale/fast.py."""
+    """Puts others in the place of functions and classes of minidpo/scale/fast.py. The classes are called by .apply."""
     vars(fast).update(values)
-
-
-def applied(function):
-    """Wraps a function so that it can stand in the place of a torch.autograd.Function."""
-    return SimpleNamespace(apply=function)
 
 
 def all_scored(packed):
@@ -44,7 +39,7 @@ def head_at_all_tokens():
         targets_of_all = F.pad(targets, (0, len(now.order) - len(targets)))
         return head.apply(hidden[now.order], embedding, targets_of_all, dtype)[: len(targets)]
 
-    replace(hidden_states=all_hidden_states, ScoredLogps=applied(all_logps))
+    replace(hidden_states=all_hidden_states, ScoredLogps=SimpleNamespace(apply=all_logps))
 
 
 def last_block_at_all_tokens():
@@ -62,10 +57,10 @@ WITHOUT = {  # idea: takes it out of the running process
     "padding left out": lambda: replace(real_positions=torch.ones_like),
     "head at scored tokens only": head_at_all_tokens,
     "last block at scored tokens only": last_block_at_all_tokens,
-    "gradient in place of the logits": lambda: replace(ScoredLogps=applied(plain_head)),
+    "gradient in place of the logits": lambda: replace(ScoredLogps=SimpleNamespace(apply=plain_head)),
     "rows made and undone by a copy": lambda: replace(
-        ToRows=applied(lambda x, packed: x[packed.place]),
-        FromRows=applied(lambda x, packed: x.flatten(0, 1)[packed.home]),
+        ToRows=SimpleNamespace(apply=lambda x, packed: x[packed.place]),
+        FromRows=SimpleNamespace(apply=lambda x, packed: x.flatten(0, 1)[packed.home]),
     ),
     "sparse gradient of the lookup": dense_embedding,
     "attention written out (bf16 on a CPU)": lambda: replace(

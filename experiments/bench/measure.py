@@ -42,12 +42,6 @@ def child(work):
     return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else None
 
 
-def kept(path, work):
-    """Returns what an earlier process measured on exactly this work and kept at `path`, or None."""
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return record["measured"] if record.get("work") == json.loads(json.dumps(work)) else None
-
-
 def measure_all(works, settings):
     """Runs a process for each work and round, in turns -> {cell: [what its processes measured]}.
 
@@ -56,7 +50,11 @@ def measure_all(works, settings):
     claim(settings.cache)
     names = {f"{'-'.join(cell).replace(' ', '_')}-{i}": cell for i in range(settings.rounds) for cell in works}
     turns = {Path(settings.cache) / f"{name}.json": cell for name, cell in names.items()}
-    measured = {path: found for path, cell in turns.items() if (found := kept(path, works[cell]))}
+    measured = {}
+    for path, cell in turns.items():  # what an earlier command kept counts if it was exactly this work
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if record.get("work") == json.loads(json.dumps(works[cell])):
+            measured[path] = record["measured"]
     if measured:
         print(f"{len(measured)} of {len(turns)} processes ran before: {settings.cache}")
     todo = [path for path in turns if path not in measured] if settings.measure else []

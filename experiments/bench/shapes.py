@@ -1,4 +1,4 @@
-"""What the benchmark runs: shapes of models and pairs, implementations, random pairs, and counts of their work."""
+"""What the benchmark runs: shapes of models and rows, implementations, random rows, and counts of their work."""
 
 import random
 
@@ -6,20 +6,23 @@ from minidpo.model import PRESETS
 
 # A shape holds:
 #   model             the fields of GPTConfig
+#   sft               true for a step of train_sft.py: a row of prompt and response takes the place of each pair
 #   pairs, batches    pairs per step, and how many batches the steps visit in turn
 #   prompt, response  fewest and most random ids; an eot is added to each prompt and to each response
 #   steps, warmup     steps of one process; the first `warmup` steps are not timed
 #   lr, optimizer     a rate that moves the loss and keeps the steps stable
 #   micro_batch       pairs per forward pass; without it all pairs, on CUDA as many as the memory plan allows
+SMALL = dict(batches=2, steps=16, warmup=4, lr=3e-5, optimizer="adamw")
 GPT2 = dict(model=PRESETS["gpt2"], batches=1, steps=4, warmup=1, lr=1e-6, optimizer="adamw")
+ROWS = dict(sft=True, prompt=(0, 0))  # all tokens after the first eot are scored
 CPU_SHAPES = {
-    "W1": dict(
-        model=PRESETS["toy-wide"], pairs=64, batches=2, prompt=(4, 8), response=(16, 48),
-        steps=16, warmup=4, lr=3e-5, optimizer="adamw",
-    ),
+    "W1": dict(SMALL, model=PRESETS["toy-wide"], pairs=64, prompt=(4, 8), response=(16, 48)),
     "W2": dict(GPT2, pairs=8, prompt=(4, 8), response=(32, 64)),
     "W3": dict(GPT2, pairs=4, prompt=(200, 350), response=(25, 60)),
-}  # fmt: skip
+    "S1": dict(SMALL, **ROWS, model={**PRESETS["toy"], "vocab_size": 1232}, pairs=32, response=(19, 49)),
+    "S2": dict(SMALL, **ROWS, model=PRESETS["imdb"], pairs=16, response=(99, 249)),
+    "S3": dict(GPT2, **ROWS, pairs=4, response=(99, 249)),
+}
 LENGTHS = {"full": ((255, 255), (256, 256)), "summaries": ((349, 349), (25, 45)), "reviews": ((3, 7), (32, 64))}
 LARGE = dict(batches=1, steps=4, warmup=1, lr=1e-6, optimizer="rmsprop")
 GPU_SHAPES = {  # the most important first
@@ -35,27 +38,24 @@ TRIAL = SHAPES["trial"] = dict(  # a model of 7,000 weights, to try the command
     model=dict(vocab_size=90, block_size=64, n_layer=2, n_head=2, n_embd=16), pairs=3, batches=2, prompt=(2, 9),
     response=(1, 7), steps=4, warmup=1, lr=1e-2, optimizer="adamw",
 )  # fmt: skip
+SHAPES["trial-sft"] = dict(TRIAL, sft=True)
 
 OURS, PEER = "minidpo", "trl-precomputed"
+DPO_ONLY = (PEER, "trl")
 LEAN = dict(flags=dict(fast=True, recompute=True), micro_batch=1)
-IMPLEMENTATIONS = {  # name: what it adds to a shape or replaces in it; `flags` are those of train_dpo.py
+IMPLEMENTATIONS = {  # name: what it adds to a shape or replaces in it; `flags` are those of both scripts
     "minidpo": dict(flags=dict(fast=True)),
     "minidpo-plain": dict(flags={}),
     "minidpo-plain-adamw": dict(flags={}, optimizer="adamw"),
     "minidpo-compiled": dict(flags=dict(fast=True, compile=True)),
     "minidpo-lean": LEAN,
     "minidpo-lean-adamw": dict(LEAN, optimizer="adamw"),
-    **{name: {} for name in (PEER, "trl", "hf-plain")},
+    **{name: {} for name in (*DPO_ONLY, "hf-plain")},
 }
 DTYPES = ("float32", "bfloat16")
-DEFAULTS = {  # device: shapes, implementations, precisions
-    "cpu": (CPU_SHAPES, (OURS, "minidpo-plain", PEER, "trl", "hf-plain"), DTYPES),
-    "cuda": (
-        GPU_SHAPES,
-        ("minidpo-compiled", PEER, OURS, "minidpo-plain", "minidpo-lean", "minidpo-lean-adamw"),
-        ("bfloat16",),
-    ),
-}
+ON_CPU = (OURS, "minidpo-plain", PEER, "trl", "hf-plain")
+ON_CUDA = ("minidpo-compiled", PEER, OURS, "minidpo-plain", "minidpo-lean", "minidpo-lean-adamw")
+DEFAULTS = {"cpu": (CPU_SHAPES, ON_CPU, DTYPES), "cuda": (GPU_SHAPES, ON_CUDA, ("bfloat16",))}
 
 
 def work_of(shape, implementation, dtype, device="cpu", threads=0):
@@ -66,7 +66,7 @@ def work_of(shape, implementation, dtype, device="cpu", threads=0):
 
 
 def random_pairs(work):
-    """Returns the pairs (prompt_ids, chosen_ids, rejected_ids) of all batches, made of random ids.
+    """Returns the pairs (prompt, chosen, rejected) or SFT rows (prompt, response) of all batches, made of random ids.
 
     The last id of the vocabulary stands for the eot: it opens each prompt and ends each response.
     """
@@ -76,7 +76,7 @@ def random_pairs(work):
         return [draw.randrange(eot) for _ in range(draw.randint(*bounds))]
 
     return [
-        ([eot, *ids(work["prompt"])], [*ids(work["response"]), eot], [*ids(work["response"]), eot])
+        ([eot, *ids(work["prompt"])], *([*ids(work["response"]), eot] for _ in range(1 if work.get("sft") else 2)))
         for _ in range(work["batches"] * work["pairs"])
     ]
 

@@ -1,13 +1,12 @@
-"""One process of the benchmark: one implementation makes a few training steps of DPO.
+"""One process of the benchmark: one implementation makes a few training steps of DPO or SFT.
 
 `measure.child` starts it, so that each implementation has a process, and its memory, to itself. The last line of the
-output is JSON. Read `RUNNERS`, then the runners. All of them load the same weights, see the same pairs in the same
-order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
+output is JSON. Read `RUNNERS`, then the runners. All of them load the same weights, see the same pairs (SFT: rows) in
+the same order, and have the same loss, gradient clipping and optimizer (PyTorch's): their losses must agree.
 """
 
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import train_dpo
+import train_sft
 from experiments.bench.ablation import WITHOUT
 from experiments.bench.shapes import IMPLEMENTATIONS, batch_of, random_pairs
 from minidpo.device import autocast, pick_dtype
@@ -31,7 +31,7 @@ from minidpo.scale import fast, memory
 from minidpo.scale.weights import load_pretrained, save_pretrained
 from minidpo.settings import UserError
 
-BETA, CLIP, BETAS = 0.1, 1.0, (0.9, 0.99)  # BETAS are AdamW's, those of minidpo.optim
+BETA, CLIP, BETAS = train_dpo.Settings.beta, 1.0, (0.9, 0.99)  # BETAS are AdamW's, those of minidpo.optim
 
 
 # ---- Time and memory ----
@@ -93,35 +93,36 @@ class Clock:
 
 
 def train_settings(work, micro_batch):
-    """Returns the settings of train_dpo.py for this work."""
-    return train_dpo.Settings(
+    """Returns the settings of the script for this work."""
+    return (train_sft if work.get("sft") else train_dpo).Settings(
         data="", init="", out="", device=work["device"], dtype=work["dtype"], optimizer=work["optimizer"],
-        batch_size=work["pairs"], micro_batch_size=micro_batch, beta=BETA, grad_clip=CLIP, **work.get("flags", {}),
+        batch_size=work["pairs"], micro_batch_size=micro_batch, grad_clip=CLIP, **work.get("flags", {}),
     )  # fmt: skip
 
 
 def minidpo(work, pairs, clock, micro_batch):
-    """`train_dpo.train_step` as the training loop calls it: making the batch and reading the metrics are timed too."""
+    """The script's `train_step` as its loop calls it: making the batch and reading the metrics are timed too."""
     clock.imported()
     settings = train_settings(work, micro_batch)
     if settings.fast:
         fast.keep_freed_memory()
     policy = load_pretrained(work["folder"]).to(work["device"])
-    policy.set_dropout(0.0)
     policy.prepare(settings.compile, settings.recompute).train()
     clock.loaded(policy)
     clock.measured["plan_mb"] = memory.plan(policy.config, pairs, settings).peak / 1e6
-    reference = train_dpo.reference_logps(policy, pairs, settings)
+    script, inputs = train_sft, [pairs]
+    if not work.get("sft"):
+        script, inputs = train_dpo, [pairs, train_dpo.reference_logps(policy, pairs, settings)]
     optimizer = make_optimizer(policy, settings.optimizer, work["lr"])
     for step in range(work["steps"]):
         clock.start()
-        metrics = train_dpo.train_step(policy, optimizer, pairs, reference, batch_of(step, work), settings)
+        metrics = script.train_step(policy, optimizer, *inputs, batch_of(step, work), settings)
         clock.stop(metrics["loss"])
 
 
 def attention(work):
     """Returns the faster attention of transformers. The backward of sdpa is slow for short rows in bf16 on a CPU."""
-    short = work["prompt"][1] + work["response"][1] < 128
+    short = work["prompt"][1] + work["response"][1] < 256
     return "eager" if work["device"] == "cpu" and work["dtype"] == "bfloat16" and short else "sdpa"
 
 
@@ -129,7 +130,6 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
     """TRL's DPOTrainer with its own training loop, without logging, saving and gradient checkpointing."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -137,8 +137,8 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
         def _prepare_dataset(self, dataset, *_, **__):
             return dataset  # ids already
 
-        def _get_train_sampler(self, dataset=None):
-            return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+        def _get_train_sampler(self, *_):
+            return None  # the pairs in their order
 
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)  # of one micro-batch, divided by their number
@@ -178,12 +178,12 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
 
 
 def hf_logps(model, pairs, device, dtype):
-    """Log-probabilities (2 B,) of a transformers model: of the chosen, then of the rejected responses."""
+    """Log-probabilities (R,) of a transformers model: of the chosen, then the rejected responses, or of SFT's rows."""
 
     def padded(rows):
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
-    rows = [(pair[0], pair[side]) for side in (1, 2) for pair in pairs]
+    rows = [(pair[0], pair[side]) for side in range(1, len(pairs[0])) for pair in pairs]
     ids = padded([prompt + response for prompt, response in rows])
     real = padded([[1] * len(prompt + response) for prompt, response in rows])
     scored = padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows])
@@ -194,25 +194,27 @@ def hf_logps(model, pairs, device, dtype):
 
 
 def hf_plain(work, pairs, clock, _):
-    """A first version with transformers: chosen and rejected padded together, one forward of each model."""
+    """A first version with transformers: all rows of a step padded together, one forward pass of each model."""
     from transformers import AutoModelForCausalLM
 
     clock.imported()
     device, kernel = work["device"], attention(work)
-    policy, reference = (
+    policy, *reference = (
         AutoModelForCausalLM.from_pretrained(work["folder"], attn_implementation=kernel).to(device).eval()  # no dropout
-        for _ in range(2)
+        for _ in range(1 if work.get("sft") else 2)
     )
     clock.loaded(policy)
     optimizer = make_optimizer(policy, work["optimizer"], work["lr"])
-
     for step in range(work["steps"]):
         clock.start()
         batch = [pairs[i] for i in batch_of(step, work)], device, work["dtype"]
-        with torch.no_grad():
-            reference_logps = hf_logps(reference, *batch)
-        chosen, rejected = (hf_logps(policy, *batch) - reference_logps).chunk(2)
-        loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
+        if work.get("sft"):
+            loss = -hf_logps(policy, *batch).sum() / sum(len(response) for _, response in batch[0])
+        else:
+            with torch.no_grad():
+                reference_logps = hf_logps(*reference, *batch)
+            chosen, rejected = (hf_logps(policy, *batch) - reference_logps).chunk(2)
+            loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
         optimizer.step()
@@ -281,8 +283,8 @@ def machine(device):
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     card = torch.cuda.get_device_name() if device == "cuda" else None
-    packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    packages = [p for p in importlib.metadata.distributions() if p.name in ("torch", "transformers", "trl")]
+    versions = dict(sorted((package.name, package.version) for package in packages))
     return dict(cpu=cpu, card=card, threads=torch.get_num_threads(), versions=versions)
 
 
