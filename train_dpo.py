@@ -247,8 +247,8 @@ def cached_reference(policy, pairs, held_out, settings, run):
     name = checkpoint.fingerprint(policy, run.data, rounding)
     path = run.path.parent / "reference_logps" / f"{name}.pt"
     with memory.advise(policy, pairs + held_out, settings):  # if memory runs out, the error names the flags that help
-        parts = (pairs, held_out)
-        return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
+        both = (pairs, held_out)
+        return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in both]))
 
 
 def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_loss):
@@ -321,6 +321,7 @@ def main(settings_class=Settings, loss=dpo_loss):
     policy, tokenizer, saved = run.load()  # the SFT model of --init, or with --resume the policy of this run
     place(policy, settings)
     policy.set_dropout(0.0)
+    policy.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or policy.config.block_size, policy.config.block_size)
     split = data.find_split("pairs", settings.data, settings.eval_data)
     pairs, held_out = dataset.load_split(split, dataset.PAIR, tokenizer, max_length)

@@ -125,6 +125,7 @@ def main():
     model, tokenizer, saved = run.load() if settings.resume or settings.init else new_model(settings)
     place(model, settings)
     model.set_dropout(settings.dropout)
+    model.prepare(settings.compile, settings.recompute)
     max_length = min(settings.max_length or model.config.block_size, model.config.block_size)
     split = data.find_split("sft", settings.data, settings.eval_data)
     rows, held_out = dataset.load_split(split, dataset.SFT, tokenizer, max_length)

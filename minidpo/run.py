@@ -59,10 +59,10 @@ class RunSettings:
 
 
 def place(model, settings):
-    """Moves the model to the device, picks the precision ("auto" in `settings` becomes it) and prepares the blocks."""
+    """Moves the model to the device and picks the precision. "auto" in `settings` becomes what was picked."""
     settings.device = pick_device(settings.device)
     settings.dtype = pick_dtype(settings.dtype, settings.device, model.config.n_embd)
-    model.to(settings.device).prepare(settings.compile, settings.recompute)
+    model.to(settings.device)
 
 
 def count_steps(rows, settings):

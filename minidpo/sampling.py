@@ -141,9 +141,8 @@ def _generate_batch(model, prompts, uniform, eot, temperature, top_k, top_p):
         if sum(live) <= len(live) // 2:  # copying the cache costs more than a few idle rows
             kept = [j for j, alive in enumerate(live) if alive]
             rows, live = [rows[j] for j in kept], [True] * len(kept)
-            index = torch.tensor(kept, dtype=torch.long, device=device)
-            cache.keep(index)
-            new = new[index]
+            cache.keep(kept)
+            new = new[kept]
         ids = new[:, None]
     return completions
 

@@ -28,6 +28,7 @@ from minidpo.model import GPT, GPTConfig
 from minidpo.optim import learning_rate, make_optimizer
 from minidpo.report import read_metrics, running_mean
 from minidpo.run import CatchInterrupt
+from minidpo.sampling import complete
 from minidpo.settings import parse_settings
 from minidpo.tokenizer import Tokenizer
 
@@ -154,7 +155,7 @@ def test_samples_before_are_the_sft_models_and_after_the_policys(home, tmp_path)
     for folder, texts in ((home / "sft", before), (tmp_path / "dpo", after)):
         model, tokenizer, _ = checkpoint.load(folder)
         prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in ("The film", "This story")]
-        texts += train_dpo.complete(model, tokenizer, prompts, 5, seed=0)
+        texts += complete(model, tokenizer, prompts, 5, seed=0)
     shown = [[text.replace("|", "\\|").replace("\n", " ") for text in texts] for texts in (before, after)]
     assert rows == [f"| {p} | {b} | {a} |" for p, b, a in zip(("The film", "This story"), *shown, strict=True)]
 
@@ -493,8 +494,8 @@ CHANGES = {
     },
 }
 # what a run cannot do without, how it treats its folder, what cannot be changed here: see the other tests
-ELSEWHERE = {sft: {"data", "settings", "out", "resume", "overwrite", "device"}}
-ELSEWHERE[dpo] = ELSEWHERE[sft] | {"init", "dropout", "fast"}
+ELSEWHERE = {sft: {"data", "settings", "out", "resume", "overwrite", "device", "fast"}}
+ELSEWHERE[dpo] = ELSEWHERE[sft] | {"init", "dropout"}
 
 
 def observe(stage, home, out, flags):
