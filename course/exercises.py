@@ -19,7 +19,8 @@ The rules:
 * Training needs the gradients through gather_logps, sum_logps, implicit_reward, margin_and_loss and smoothed_loss: do
   not use .item() or .detach() there.
 * Do not change the arguments.
-* Each function is graded alone and needs none of the others.
+* Each function is graded alone and needs none of the others. You may call your own `shift` in `build_batch`, but then a
+  mistake in `shift` costs points in both.
 * Do not import the project's own functions. They are the answers, and the grader reports it.
 
 With PyTorch most of the functions take one to three lines. Loops are fine too.
@@ -128,9 +129,9 @@ def margin_and_loss(chosen_rewards, rejected_rewards):
 def gradient_weight(chosen_rewards, rejected_rewards, beta):
     """Implicit rewards (B,), (B,), beta -> (d loss / d log pi(chosen) (B,), d loss / d log pi(rejected) (B,)).
 
-    Differentiate the loss above by hand and write the formula. Autograd is not allowed here. The rewards already
-    contain beta. The loss falls when the chosen response becomes likelier, so the first derivative is negative. The
-    margins here are 0 and ln 3, and beta is 0.5:
+    Differentiate the loss of `margin_and_loss` by hand and write the formula. Autograd is not allowed here. The rewards
+    already contain beta. The loss falls when the chosen response becomes likelier, so the first derivative is negative.
+    The margins here are 0 and ln 3, and beta is 0.5:
 
     >>> gradient_weight(torch.tensor([3.0, 3.0]).log(), torch.tensor([3.0, 1.0]).log(), 0.5)
     (tensor([-0.2500, -0.1250]), tensor([0.2500, 0.1250]))
@@ -142,8 +143,8 @@ def smoothed_loss(margins, label_smoothing):
     """margins (B,), label_smoothing e -> (B,): the loss if each label is wrong with probability e.
 
     This is conservative DPO: the loss of the label as given, times 1 - e, plus the loss of the flipped label, times e.
-    The margin of the flipped label is minus the margin. Both losses are finite even at margins of -1000 and 1000. For a
-    margin of 2 they are 0.1269 and 2.1269, and 0.9 * 0.1269 + 0.1 * 2.1269 is:
+    The margin of the flipped label is minus the margin. Both losses are finite even at margins of -1000 and 1000. At a
+    margin of 2 the two losses are 0.1269 and 2.1269, so the result is 0.9 * 0.1269 + 0.1 * 2.1269 = 0.3269:
 
     >>> smoothed_loss(torch.tensor([2.0]), 0.1)
     tensor([0.3269])

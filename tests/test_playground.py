@@ -403,6 +403,10 @@ def test_a_scene_is_a_link_and_the_address_keeps_what_was_changed(page):
     driver.execute_script("document.getElementById('seed').value = 9; document.getElementById('seed').onchange()")
     time.sleep(0.4)
     assert driver.current_url.endswith("#scene=mean&beta=0.7&seed=9")
+    type_in = "const e = document.querySelectorAll('#rows input')[1]; e.value = arguments[0]; e.onchange()"
+    for typed, reward in ((99, 10), (-99, -10), ("", 0), (1.5, 1.5)):  # within the limits that the address accepts
+        driver.execute_script(type_in, typed)
+        assert driver.execute_script("return playground.run.settings.rewards[0]") == reward
     driver.execute_script("location.hash = '#scene=nothing&beta=-3&reference=1,2&paired=1000000000&loss=toString'")
     time.sleep(0.1)
     assert driver.execute_script(get) == ["", "sigmoid", 1]  # what makes no sense is left out
