@@ -7,6 +7,7 @@ some of them must import these modules afresh.)
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -121,6 +122,7 @@ def _ask(**request):
 
 def serve():
     """A request a line, an answer a line: starts a function and tells its pid, or waits for a pid and tells its end."""
+    gc.freeze()  # else each fork collects garbage in all of torch
     for line in sys.stdin:
         request = json.loads(line)
         answer = _wait(request["wait"]) if "wait" in request else _fork(request)

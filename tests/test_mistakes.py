@@ -3,6 +3,7 @@
 import math
 import re
 import types
+from multiprocessing import forkserver, set_forkserver_preload
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from tiny import call, fails, write_data
 import experiments.mistakes.__main__ as command
 import train_dpo
 import train_sft
+from course.grade import forget_forkserver
 from experiments.mistakes import (
     GALLERY,
+    IMPORTED,
     PAGE,
     ROOT,
     Mistake,
@@ -30,6 +33,17 @@ from minidpo.report import read_metrics
 BY_NAME = {mistake.name: mistake for mistake in GALLERY}
 EACH = pytest.mark.parametrize("mistake", GALLERY, ids=lambda mistake: mistake.name)
 HARMLESS = Mistake("harmless", "train_dpo.py", "# (7)", "# 7", "tests/test_loss.py::test_loss_starts_at_ln_2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server():
+    """A fork server that has made the gallery's imports. The grader's has made fewer, and a process has only one."""
+    before = forkserver._forkserver._preload_modules
+    forget_forkserver()
+    set_forkserver_preload(IMPORTED)
+    yield
+    forget_forkserver()
+    set_forkserver_preload(before)
 
 
 def load(mistake):

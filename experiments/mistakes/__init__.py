@@ -13,6 +13,7 @@ import io
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import sys
 import tempfile
@@ -88,38 +89,40 @@ def caught(mistake):
     with tempfile.TemporaryDirectory() as folder:
         copy(folder, mistake)
         started = time.perf_counter()
-        failed, _ = run_tests(folder, [mistake.test])
-        return failed, time.perf_counter() - started
+        return run_tests(folder, [mistake.test])[0], time.perf_counter() - started
 
 
-# Each test runs in a process of its own. Importing torch takes longer than most tests, so where the system can fork,
-# each process is forked from one that has imported it.
+# Imports take longer than most tests. Where the system can fork, each process is forked from one that has made these.
 _CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-if hasattr(os, "fork"):
-    _CONTEXT.set_forkserver_preload(["torch", "tiktoken", "pytest"])
+IMPORTED = ["torch._dynamo", "torch.distributed.tensor", "tiktoken", "pytest", "transformers", "matplotlib.pyplot"]
+_CONTEXT.set_forkserver_preload(IMPORTED)
 
 
 def run_tests(folder, tests):
-    """Runs the tests (pytest node ids) in a copy -> (whether one failed, pytest's output).
-
-    Raises:
-        RuntimeError: pytest could not run them, for instance because a name is wrong or a file does not import.
-    """
-    with ProcessPoolExecutor(1, _CONTEXT) as process:
-        code, output = process.submit(_pytest, str(folder), tests).result()
+    """Runs the tests (pytest node ids) in a copy -> (whether one failed, pytest's output). RuntimeError if none ran."""
+    quick = ["-x", "--assert=plain", "--tb=line", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    code, output = run_in(folder, "pytest", *quick, *tests)
     if code not in (0, 1):  # 0: all passed, 1: one failed
         raise RuntimeError(f"pytest ended with code {code} for {tests}:\n{output}")
     return code == 1, output
 
 
-def _pytest(folder, tests):
-    import pytest
+def run_in(folder, *command):
+    """Runs `python -m COMMAND` in a copy, in a process of its own -> (exit code, output)."""
+    with ProcessPoolExecutor(1, _CONTEXT) as process:
+        return process.submit(_run_in, str(folder), command).result()
 
+
+def _run_in(folder, command):
     ours = {path.stem for path in Path(folder).iterdir()}
     for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]  # it was imported from the healthy tree
     os.chdir(folder)
     sys.path.insert(0, folder)
+    sys.argv[:] = command
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
-        code = pytest.main(["-x", "-p", "no:cacheprovider", *tests])
-    return int(code), output.getvalue()
+        try:
+            runpy.run_module(command[0], run_name="__main__")
+        except SystemExit as stop:
+            return int(stop.code or 0), output.getvalue()
+    return 0, output.getvalue()

@@ -8,8 +8,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -18,7 +16,7 @@ from tqdm import tqdm
 
 import data
 from experiments import common, evaluate
-from experiments.mistakes import PAGE, Mistake, copy, read_page, read_section
+from experiments.mistakes import PAGE, Mistake, copy, read_page, read_section, run_in
 from experiments.rewards import load_reward
 from minidpo import checkpoint
 from minidpo.files.writing import atomic_write, claim
@@ -61,20 +59,19 @@ def read(folder, run):
 
 def train(run, init, folder):
     """Trains in a copy of the code with the mistake -> the means of the last metrics, or {"stopped": its message}."""
-    command = [sys.executable, "-X", "utf8", "train_dpo.py", "--data", str(folder / "pairs.jsonl"), "--settings", "toy"]
-    command += ["--init", str(init), "--out", str(folder / run.name / "run"), "--device", "cpu"]
-    command += ["--batch-size", str(BATCH_SIZE), "--epochs", "1", "--samples", "0", *run.flags]
+    command = ["train_dpo", f"--data={folder}/pairs.jsonl", f"--init={init}", f"--out={folder}/{run.name}/run"]
+    command += ["--settings=toy", "--device=cpu", f"--batch-size={BATCH_SIZE}", "--epochs=1", "--samples=0", *run.flags]
     shutil.rmtree(folder / run.name, ignore_errors=True)
     parts = [["--max-steps", str(STEPS // 2)], ["--max-steps", str(STEPS), "--resume"]] if run.resumed else [[]]
     with tempfile.TemporaryDirectory() as code:
         copy(code, run)
         for part in parts:
-            done = subprocess.run([*command, *part], cwd=code, capture_output=True, encoding="utf-8")
-            _, error, why = done.stderr.rpartition("error: ")
-            if done.returncode == 2 and error:  # a message to the user, not a traceback
+            status, output = run_in(code, *command, *part)
+            _, error, why = output.rpartition("error: ")
+            if status == 2 and error:  # a message to the user, not a traceback
                 return {"stopped": why.strip()}
-            if done.returncode:
-                raise RuntimeError(f"{run.name}: {done.stderr}")
+            if status:
+                raise RuntimeError(f"{run.name}: {output}")
     last = read_metrics(folder / run.name / "run")[-LAST:]
     return {metric: sum(m[metric] for m in last) / len(last) for metric in METRICS}
 
