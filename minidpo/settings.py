@@ -49,7 +49,7 @@ def run_main(main):
     else:
         return
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # process 0 of torchrun prints the same error, and then torchrun ends this process
+        time.sleep(3)  # process 0 of torchrun prints the same error, and then torchrun ends this process
     print(message, file=sys.stderr)
     sys.exit(code)
 
