@@ -266,6 +266,37 @@ def test_the_limit_goes_on_flat_to_the_right_edge(page):
     assert last_x <= edge and y > last_y
 
 
+def test_the_plane_keeps_the_end_of_the_run_before_and_its_legend_covers_no_mark(page):
+    pale = """
+    playground.apply(playground.parse("scene=beta"));
+    playground.advance(100);
+    const {kl, reward} = playground.measure(playground.run);
+    playground.change({beta: arguments[0]});
+    playground.change({seed: 2});
+    const dot = document.querySelector("#plane-chart circle[style*='0.4']"), {X, Y} = playground.charts.plane;
+    const there = Math.hypot(dot.getAttribute("cx") - X(kl), dot.getAttribute("cy") - Y(reward));
+    playground.apply(playground.parse("scene=ln2"));
+    return [there, document.querySelectorAll("#plane-chart circle").length];
+    """
+    covered = """
+    return arguments[0].filter(address => {
+      playground.apply(playground.parse(address));
+      const all = what => [...document.querySelectorAll(`#plane-chart ${what}`)], box = e => e.getBoundingClientRect();
+      const marks = all("path:not(.curve)").map(box).filter(mark => mark.width > 10);  // not those of the legend
+      const words = all("text").filter(e => /[a-z]/.test(e.textContent)).map(box);
+      const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+      return marks.some(mark => words.some(word => meet(mark, word)));
+    });
+    """
+    driver = page()
+    for beta in (0.5, 3):
+        assert driver.execute_script(pale, beta) == [pytest.approx(0, abs=1e-6), 1]
+    scenes = [f"scene={scene}" for scene in driver.execute_script("return Object.keys(playground.SCENES)")]
+    losses = [f"words=own&loss={loss}&beta={beta}" for loss in LOSSES for beta in (0.1, 0.5, 1, 2)]
+    for width in (360, 1280):
+        assert page(width=width).execute_script(covered, scenes + losses) == []
+
+
 def test_after_training_the_policy_is_the_optimum_within_the_bound_of_strong_convexity(page):
     """With one weight per response and exact Bradley-Terry labels.
 
@@ -673,7 +704,7 @@ def test_colours_that_stand_side_by_side_differ_for_colour_blind_people(blind):
 
 if __name__ == "__main__":
     found = start_browser()
-    show(found, PAGE.as_uri() + "#scene=beta", 1280, 740)
+    show(found, PAGE.as_uri() + "#scene=beta", 1280, 764)
     found.execute_script("playground.advance(1e5)")  # until nothing moves
     found.save_screenshot(sys.argv[1])
     found.quit()
