@@ -125,6 +125,7 @@ def expected(address, weights, pairs, texts):
         return [(p * (logps - reference)).sum().item(), (p * rewards).sum().item()]
 
     kl, reward = place(logps.detach())
+    beyond = -reference[rewards == rewards.max()].logsumexp(0).item()  # beta 0: all probability on the best responses
     return {
         "loss": (losses * share).sum().item(),
         "chosen_reward": (each[0] * share).sum().item(),
@@ -133,16 +134,15 @@ def expected(address, weights, pairs, texts):
         "gradient": weights.grad.tolist(),
         "kl": kl,
         "reward": reward,
-        "limit": [place((reference + rewards / b).log_softmax(0)) for b in BETAS],
+        "limit": [*(place((reference + rewards / b).log_softmax(0)) for b in BETAS), [beyond, rewards.max().item()]],
         "optimum": place((reference + rewards / beta).log_softmax(0)),
     }
 
 
 MEASURE = """
-const place = (logps, {reference_logps, rewards}) =>
-  [playground.kl(logps, reference_logps), playground.mean_reward(logps, rewards)];
 return arguments[0].map(([address, weights]) => {
-  const run = playground.start(playground.parse(address)), {language, settings, pairs} = run, {optimum} = playground;
+  const run = playground.start(playground.parse(address)), {language, settings, pairs} = run;
+  const {optimum, place} = playground;
   run.weights = run.weights.map((_, k) => weights[k]);
   const now = playground.measure(run), again = playground.address(playground.parse(playground.address(settings)));
   return {...now, each: now.each.map(e => [e.loss, e.chosen_reward, e.rejected_reward]), weights: run.weights, pairs,
@@ -207,6 +207,94 @@ def test_at_the_point_of_theory_the_gradient_is_zero(page):
         assert max(map(abs, expected(address, [0] * 10, start["pairs"], texts)["gradient"])) > 0.01
         if loss == "sigmoid":
             assert close([there["kl"], there["reward"]], there["optimum"])
+
+
+def test_no_end_is_promised_for_drawn_labels_or_where_words_cannot_express_it(page):
+    """The words express a policy if its log pi - log pi_ref is a sum over words, up to a constant."""
+    rng, driver = random.Random(4), page()
+    texts, start = driver.execute_script("return [playground.TEXTS, playground.run.settings]")
+    words = [re.findall("[a-z]+", text.lower()) for text in texts]
+    vocabulary = sorted({word for text in words for word in text})
+    counts = torch.tensor([[text.count(word) for word in vocabulary] for text in words], dtype=torch.float64)
+    counts = torch.cat([counts, torch.ones(10, 1, dtype=torch.float64)], 1)
+    marks = (
+        "playground.apply(playground.parse(arguments[0])); return document.getElementById('plane-chart').textContent"
+    )
+    promised = set()
+    for i in range(60):
+        loss = ("sigmoid", "free", "swapped", "mean")[i % 4]
+        weights = torch.tensor([rng.uniform(-0.6, 0.6) for _ in vocabulary] + [0], dtype=torch.float64)
+        sums = counts @ weights  # of the rewards, or of what must be a sum over words instead
+        reference = torch.tensor(start["reference"], dtype=torch.float64).log()
+        lengths = torch.tensor([len(text) for text in words])
+        rewards = {"free": sums + reference - reference.mean(), "mean": sums / lengths}.get(loss, sums)
+        rewards[rng.randrange(7)] += 0.3 * (i % 3 == 0)
+        if i < 8:  # as at first
+            rewards = torch.tensor(start["rewards"], dtype=torch.float64)
+        fixed = dict(loss=loss, labels="bt", paired="1" * 10, beta=1, rewards=",".join(map(str, rewards.tolist())))
+        fixed |= dict(reference=",".join(map(str, start["reference"])))
+        ends = {}
+        for words_, pairs in (("own", "all"), ("shared", "all"), ("own", "5000")):
+            address = an_address(rng, **fixed, words=words_, pairs=pairs)
+            ends[words_, pairs] = driver.execute_script(MEASURE, [(address, [0] * 60)])[0]["landing"]
+            shown = driver.execute_script(marks, address)
+            assert ("should end" in shown or "loss ends" in shown) == (ends[words_, pairs] is not None)
+            assert ("should end" in shown) == (loss == "sigmoid" and ends[words_, pairs] is not None)
+        assert ends["own", "all"] is not None and ends["own", "5000"] is None
+        gain = (torch.tensor(ends["own", "all"], dtype=torch.float64) - reference)[:, None]
+        expressed = (counts @ torch.linalg.lstsq(counts, gain, driver="gelsd").solution - gain).abs().max() < 1e-6
+        assert (ends["shared", "all"] is not None) == expressed, (loss, rewards)
+        promised.add((loss, bool(expressed)))
+    assert len(promised) == 8
+
+
+def test_the_limit_goes_on_flat_to_the_right_edge(page):
+    """Where a loss ends right of the limit's own end, the line shows that the same reward needs less KL."""
+    line = """
+    playground.apply(playground.parse(arguments[0]));
+    const points = document.querySelector("#plane-chart path").getAttribute("d").slice(1).split("L");
+    const edge = Math.max(...[...document.querySelectorAll("#plane-chart line")].map(e => +e.getAttribute("x2")));
+    return [points.map(point => point.split(",").map(Number)), edge];
+    """
+    driver = page()
+    for scene in ("mean", "free"):
+        (*_, (x, y), (last_x, last_y)), edge = driver.execute_script(line, f"scene={scene}")
+        assert last_x == pytest.approx(edge, abs=0.1) and x < last_x - 30 and y == last_y
+    (*_, (x, y), (last_x, last_y)), edge = driver.execute_script(
+        line, "scene=beta"
+    )  # it leaves the plot before its end
+    assert last_x <= edge and y > last_y
+
+
+def test_the_plane_keeps_the_end_of_the_run_before_and_its_legend_covers_no_mark(page):
+    pale = """
+    playground.apply(playground.parse("scene=beta"));
+    playground.advance(100);
+    const {kl, reward} = playground.measure(playground.run);
+    playground.change({beta: arguments[0]});
+    playground.change({seed: 2});
+    const dot = document.querySelector("#plane-chart circle[style*='0.4']"), {X, Y} = playground.charts.plane;
+    const there = Math.hypot(dot.getAttribute("cx") - X(kl), dot.getAttribute("cy") - Y(reward));
+    playground.apply(playground.parse("scene=ln2"));
+    return [there, document.querySelectorAll("#plane-chart circle").length];
+    """
+    covered = """
+    return arguments[0].filter(address => {
+      playground.apply(playground.parse(address));
+      const all = what => [...document.querySelectorAll(`#plane-chart ${what}`)], box = e => e.getBoundingClientRect();
+      const marks = all("path:not(.curve)").map(box).filter(mark => mark.width > 10);  // not those of the legend
+      const words = all("text").filter(e => /[a-z]/.test(e.textContent)).map(box);
+      const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+      return marks.some(mark => words.some(word => meet(mark, word)));
+    });
+    """
+    driver = page()
+    for beta in (0.5, 3):
+        assert driver.execute_script(pale, beta) == [pytest.approx(0, abs=1e-6), 1]
+    scenes = [f"scene={scene}" for scene in driver.execute_script("return Object.keys(playground.SCENES)")]
+    losses = [f"words=own&loss={loss}&beta={beta}" for loss in LOSSES for beta in (0.1, 0.5, 1, 2)]
+    for width in (360, 1280):
+        assert page(width=width).execute_script(covered, scenes + losses) == []
 
 
 def test_after_training_the_policy_is_the_optimum_within_the_bound_of_strong_convexity(page):
@@ -376,6 +464,65 @@ def test_run_stops_by_itself_and_a_change_resets_and_stops(page):
         assert driver.execute_script(change, name, value) == ([2, 3, "Pause"] if kept else [0, 1, "Run"]), name
 
 
+def test_a_run_that_diverges_stops_and_says_so(page):
+    go = """
+    playground.go(true);
+    playground.advance(20);
+    const button = document.getElementById("run").textContent;
+    playground.go(false);
+    return [playground.run.steps, playground.run.diverged, document.getElementById("now-loss").textContent, button];
+    """
+    driver = page("#loss=ipo&beta=0.05&lr=100&words=own")
+    steps, diverged, words, button = driver.execute_script(go)
+    assert (
+        steps == 1 and diverged and words.endswith("at step 1, diverged: lower the learning rate") and button == "Run"
+    )
+    driver.execute_script("playground.change({lr: 0.03})")
+    steps, diverged, words, button = driver.execute_script(go)
+    assert steps == 21 and not diverged and words.endswith("at step 21") and button == "Pause"
+    driver.execute_script("playground.apply(playground.parse('loss=ipo&beta=0.01&lr=0.01&words=own'))")
+    assert driver.execute_script("return playground.measure(playground.run).loss") == pytest.approx(2500)
+    assert driver.execute_script(go)[:2] == [20, False]  # above 1000, but it falls
+    nan = "const {run, record, measure} = playground; record({...measure(run), loss: NaN}); return run.diverged"
+    assert driver.execute_script(nan) is True
+
+
+def test_the_sentences_on_the_pair_and_the_note_on_a_changed_scene(page):
+    look = """
+    playground.apply(playground.parse(arguments[0]));
+    playground.advance(arguments[1]);
+    return ["words-of-it", "see"].map(id => document.getElementById(id).textContent.replace(/\\s+/g, " "));
+    """
+
+    def words(address, steps=0):
+        return driver.execute_script(look, address, steps)
+
+    driver = page()
+    pair, see = words("scene=beta", 5000)
+    assert (
+        "The implicit reward of y is β [log π(y) − log πref(y)]. The margin is the difference of the two: 4.00." in pair
+    )
+    assert "The gradient weight is w = σ(−4.00) = 0.018: such a label pushes log π(A) up and log π(D) down" in pair
+    assert pair.endswith("The other 1.8 % of the labels pull back with weight 0.982.") and "You changed" not in see
+    assert words("scene=hard")[0].endswith("No label of the other order pulls back.")
+    assert "reward of y is β log π(y)." in words("scene=free")[0] and "πref(y)] / length." in words("scene=mean")[0]
+    pair = words("loss=swapped")[0]
+    assert "the loss takes D for yw and A for yl." in pair and "pushes log π(D) up and log π(A) down" in pair
+    assert "By mistake, the reward of yl has no reference." in words("loss=forgotten")[0]
+    for loss, beta, weight in (
+        ("smoothing", 1, "σ(0.00) − 0.1 = 0.400"),
+        ("ipo", 2, "2 × (1/(2 × 2) − 0.00/2)/2 = 0.250"),
+    ):
+        assert f"w = {weight}:" in words(f"loss={loss}&beta={beta}")[0]
+    for address, noted in (
+        ("scene=beta&beta=2", 1),
+        ("scene=hard&loss=ipo&lr=3", 1),
+        ("scene=hard&lr=3&pair=1.3", 0),
+        ("beta=2&lr=1", 0),
+    ):
+        assert words(address)[1].count("(You changed the scene: the sentences describe the original.)") == noted
+
+
 def test_the_paths_are_smooth_after_a_long_run(page):
     """The longest chord over more than one step, as a part of the range of its chart."""
     chords = """
@@ -453,6 +600,8 @@ def test_each_scene_shows_what_its_sentences_say(page, scene):
         early, late = after([300, {}], [3000, {}])
         assert early["loss"] > late["loss"] and early["kl"] < late["kl"]
         assert late["p"][h] > early["p"][h] > early["best"][h]
+        (smooth,) = after([3000, {"loss": "smoothing"}])
+        assert max(map(abs, smooth["gradient"])) < 1e-6 < max(map(abs, late["gradient"]))
     elif scene == "falls":
         first, later, own = after([1, {}], [300, {}], [300, {"words": "own"}])
         assert first["rejected_reward"] < first["chosen_reward"] < 0 < own["chosen_reward"]
@@ -463,11 +612,16 @@ def test_each_scene_shows_what_its_sentences_say(page, scene):
         forgets, keeps = after([3000, {}], [3000, {"loss": "sigmoid"}])
         assert abs(forgets["start"]["loss"] - math.log(2)) > 0.5
         assert forgets["p"][e] == pytest.approx(forgets["p"][h], abs=0.01) and keeps["p"][e] < 0.02
+        (smaller,) = after([5000, {"beta": 0.5}])
+        assert [round(one["kl"], 2) for one in (forgets, keeps, smaller)] == [3.52, 1.56, 2.57]
+        assert [round(one["reward"], 2) for one in (forgets, smaller)] == [3.73, 3.91]
     else:
         mean, total = after([5000, {}], [5000, {"loss": "sigmoid"}])
         assert mean["p"][h] > 1.5 * mean["p"][a] and total["p"][h] < total["p"][a]
         assert mean["reward"] > total["reward"] + 0.1 and mean["kl"] > total["kl"] + 0.1  # `total` is at the optimum
         assert total["p"] == pytest.approx(total["best"], abs=1e-3)
+        (smaller,) = after([5000, {"beta": 0.2}])
+        assert [round(one[name], 2) for one in (mean, smaller) for name in ("reward", "kl")] == [2, 1.7, 2, 1.43]
 
 
 def test_it_asks_no_server(page):
@@ -550,7 +704,7 @@ def test_colours_that_stand_side_by_side_differ_for_colour_blind_people(blind):
 
 if __name__ == "__main__":
     found = start_browser()
-    show(found, PAGE.as_uri() + "#scene=beta", 1280, 740)
+    show(found, PAGE.as_uri() + "#scene=beta", 1280, 764)
     found.execute_script("playground.advance(1e5)")  # until nothing moves
     found.save_screenshot(sys.argv[1])
     found.quit()
