@@ -27,8 +27,8 @@ def pick_device(name="auto"):
 def pick_dtype(name, device, n_embd):
     """ "auto" becomes bfloat16 for the matrix products where it is faster, else float32. Prints device and precision.
 
-    It is faster on a CUDA card that has it, and on a CPU with bf16 instructions if the layers are wide. Other cards (a
-    T4, for example) would emulate it slowly, and get float32 even if bfloat16 was asked for.
+    It is faster on a CUDA card that has it, and on a CPU with bf16 instructions if the layers are wide (docs/bench.md).
+    Other cards (a T4, for example) would emulate it slowly, and get float32 even if bfloat16 was asked for.
     """
     chip, note = {"mps": "Apple's GPU", "cpu": f"{torch.get_num_threads()} threads"}.get(device), ""
     if device == "cuda":
