@@ -7,7 +7,7 @@ BIN := .venv/bin
 RUN := runs/toy
 SEED ?= 0
 # one process per core, each with one thread: the tensors of the tests are too small for two
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .PHONY: demo test quick coverage lint clean
 

@@ -139,23 +139,23 @@ def test_tokens_and_positions_by_hand():
 DEEP = dict(vocab_size=2000, block_size=256, n_layer=8, n_head=4, n_embd=256)
 WIDE = dict(vocab_size=1000, block_size=64, n_layer=6, n_head=8, n_embd=512)
 WORDY = dict(vocab_size=25000, block_size=128, n_layer=2, n_head=4, n_embd=256)
-MANY_WORDS = dict(vocab_size=8000, block_size=64, n_layer=2, n_head=2, n_embd=64)
+MANY_WORDS = dict(vocab_size=8000, block_size=64, n_layer=1, n_head=2, n_embd=64)
 TINY = dict(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=16)
 RMSPROP, ADAMW = (dict(optimizer=name, dtype="float32") for name in ("rmsprop", "adamw"))
 RUNS = [  # stage, shape, tokens of prompt and response, flags
-    ("dpo", DEEP, (60, 61), dict(RMSPROP, batch_size=8)),  # activations
+    ("dpo", DEEP, (60, 61), dict(RMSPROP, batch_size=4)),  # activations
     ("dpo", WIDE, (10, 11), dict(RMSPROP, batch_size=4, micro_batch_size=1)),  # weights, gradients that wait
     ("dpo", WORDY, (10, 41), dict(ADAMW, batch_size=4, micro_batch_size=2, dtype="bfloat16")),  # head
-    ("dpo", WIDE, (30, 31), dict(ADAMW, batch_size=4, recompute="")),
-    ("dpo", DEEP, (100, 21), dict(RMSPROP, batch_size=8, fast="")),
-    ("dpo", DEEP, (60, 61), dict(ADAMW, batch_size=8, fast="", dtype="bfloat16")),
+    ("dpo", WIDE, (30, 31), dict(ADAMW, batch_size=2, recompute="")),
+    ("dpo", DEEP, (100, 21), dict(RMSPROP, batch_size=4, fast="")),
+    ("dpo", DEEP, (60, 61), dict(ADAMW, batch_size=4, fast="", dtype="bfloat16")),
     ("dpo", WIDE, (10, 11), dict(RMSPROP, batch_size=4, micro_batch_size=1, fast="")),
     ("dpo", WORDY, (10, 91), dict(RMSPROP, batch_size=4, fast="")),
-    ("sft", DEEP, (100, 101), dict(RMSPROP, batch_size=8)),
-    ("sft", WORDY, (10, 100), dict(ADAMW, batch_size=8, dtype="bfloat16")),
+    ("sft", DEEP, (100, 101), dict(RMSPROP, batch_size=4)),
+    ("sft", WORDY, (10, 100), dict(ADAMW, batch_size=4, dtype="bfloat16")),
     ("sft", WIDE, (30, 31), dict(ADAMW, batch_size=4, micro_batch_size=1)),
-    ("sft", DEEP, (100, 101), dict(ADAMW, batch_size=8, fast="", dtype="bfloat16")),
-    ("sft", WORDY, (10, 100), dict(ADAMW, batch_size=8, fast="")),
+    ("sft", DEEP, (100, 101), dict(ADAMW, batch_size=4, fast="", dtype="bfloat16")),
+    ("sft", WORDY, (10, 100), dict(ADAMW, batch_size=4, fast="")),
     ("sft", DEEP, (20, 21), dict(RMSPROP, batch_size=4, samples=64, sample_tokens=200)),  # samples
 ]
 
