@@ -333,7 +333,7 @@ def test_the_fast_path_makes_exactly_the_products_that_are_counted():
 
 def test_growth_end_to_end_and_on_from_where_it_was(monkeypatch, tmp_path, capsys, here):
     there("safetensors", "matplotlib")
-    here.apart += [(False, "minidpo"), (False, "matmul-rate")]
+    here.apart += [(False, "matmul-rate")]
     monkeypatch.setattr(growth, "VARIED", {"prompt": ((3, 5), "prompt, tokens"), "model": (((1, 64),), "weights")})
     monkeypatch.setattr(growth, "BASE", dict(prompt=4, response=3, vocab_size=50, model=(1, 64)))
     monkeypatch.setattr(growth, "COMPARED", ("minidpo",))

@@ -314,9 +314,9 @@ def test_on_an_enumerable_language_ppo_comes_near_the_optimum_of_its_objective()
 
 
 def test_the_controller_leads_the_kl_to_its_target():
-    knobs = dict(kl_target=0.3, kl_coef=2.0, kl_gain=0.5, steps=140, max_new_tokens=1, epochs=1)
+    knobs = dict(kl_target=0.3, kl_coef=2.0, kl_gain=0.5, steps=90, max_new_tokens=1, epochs=1)
     _, seen = train_on(torch.eye(3, SYMBOLS), SINGLE, gpt(), **knobs)
-    assert sum(m["kl"] for m in seen[-100:]) / 100 == pytest.approx(0.3, abs=0.06)  # it swings around the target
+    assert sum(m["kl"] for m in seen[-66:]) / 66 == pytest.approx(0.3, abs=0.06)  # it swings around the target
     for m, following in zip(seen, seen[1:], strict=False):  # each step's KL moves the next step's coefficient
         assert following["kl_coef"] == ppo.next_kl_coef(m["kl_coef"], m["kl"], 0.3, 0.5)
 
