@@ -240,15 +240,14 @@ def reference_logps(model, pairs, settings):
     return all_logps(model, pairs, settings, progress="reference")
 
 
-def cached_reference(policy, pairs, held_out, settings, run):
-    """`reference_logps` of pairs and held-out pairs, kept in a file. Runs that would compute the same bits share it."""
+def cached_reference(policy, parts, settings, run):
+    """`reference_logps` of all `parts`, kept in a file. Runs that would compute the same bits share it."""
     sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
     rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes, settings.reference_free)
     name = checkpoint.fingerprint(policy, run.data, rounding)
     path = run.path.parent / "reference_logps" / f"{name}.pt"
-    with memory.advise(policy, pairs + held_out, settings):  # if memory runs out, the error names the flags that help
-        both = (pairs, held_out)
-        return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in both]))
+    with memory.advise(policy, sum(parts, []), settings):  # if memory runs out, the error names the flags that help
+        return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
 
 
 def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_loss):
@@ -335,7 +334,7 @@ def main(settings_class=Settings, loss=dpo_loss):
     if settings.resume:
         reference, before = saved["reference"], saved["before"]
     else:
-        reference = cached_reference(policy, pairs, held_out, settings, run)
+        reference = cached_reference(policy, (pairs, held_out), settings, run)
         before = run.complete(policy, tokenizer, prompts)
     if run.first_step or settings.reference_free:
         print("no check that policy and reference agree: " + ("a resumed run" if run.first_step else "no reference"))

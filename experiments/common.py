@@ -75,9 +75,9 @@ def sample(
 ):  # fmt: skip
     """Samples `per_prompt` responses to each of `prompts` (texts) -> Samples.
 
-    The same seed and prompts give the same responses. `seed` is a number, or a torch.Generator on the
-    model's device to continue from. `ids` is what `prompt_ids` made of the prompts; None: it is called here. The other
-    arguments are those of `generate`.
+    The same seed and prompts give the same responses. `seed` is a number, or a torch.Generator on the model's device to
+    continue from. `ids` is what `prompt_ids` made of the prompts; None: it is called here. The other arguments are
+    those of `generate`.
     """
     encoded = prompt_ids(tokenizer, prompts, max_new_tokens, model) if ids is None else ids
     prompts, encoded = ([x for x in xs for _ in range(per_prompt)] for xs in (prompts, encoded))

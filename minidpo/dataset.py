@@ -160,8 +160,7 @@ def batches(rows, batch_size, seed, epoch, pool=32):
     """The indices of `rows` in shuffled batches of one epoch. The rows of a batch have similar lengths.
 
     The rows are shuffled. Those that do not fill a batch become a short batch. The others are divided into pools of
-    `pool` batches. Each pool is sorted by length and cut into batches. Then all batches are shuffled. For the same rows
-    the order depends on seed and epoch alone, so a resumed run finds its place by counting.
+    `pool` batches. Each pool is sorted by length and cut into batches. Then all batches are shuffled.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
     order = torch.randperm(len(rows), generator=generator).tolist()

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from minidpo.settings import UserError
+from minidpo.settings import UserError, unknown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -19,6 +19,8 @@ def pick_device(name="auto"):
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     picked = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+    if picked not in there:
+        raise unknown("device", name, list(DEVICES))
     if not there[picked]:
         raise UserError(f"no {name} device on this machine. Add --device auto to use the best one there is.")
     return picked
@@ -30,6 +32,8 @@ def pick_dtype(name, device, n_embd):
     It is faster on a CUDA card that has it, and on a CPU with bf16 instructions if the layers are wide (docs/bench.md).
     Other cards (a T4, for example) would emulate it slowly, and get float32 even if bfloat16 was asked for.
     """
+    if name not in DTYPES:
+        raise unknown("dtype", name, list(DTYPES))
     chip, note = {"mps": "Apple's GPU", "cpu": f"{torch.get_num_threads()} threads"}.get(device), ""
     if device == "cuda":
         chip = torch.cuda.get_device_name()

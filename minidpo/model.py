@@ -23,7 +23,7 @@ PRESETS = {  # GPT-2's four sizes have 124 M, 355 M, 774 M and 1.6 B weights
     "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
 }
 LAYER_NORM_EPS = 1e-5
-SHORT = {"float32": 64, "bfloat16": 512}  # tokens: up to here, written-out attention is faster on a CPU
+SHORT = {torch.float32: 64, torch.bfloat16: 512}  # tokens: up to here, attention written out is faster on a CPU
 
 
 @dataclasses.dataclass
@@ -53,7 +53,7 @@ class GPTConfig:
 def causal_attention(q, k, v, dropout=0.0):
     """q, k, v (B, H, T, D) -> (B, H, T, D): softmax(q k^T / sqrt(D)) v, without the keys of later positions."""
     T, D = q.shape[-2:]
-    if q.device.type != "cpu" or T > SHORT.get(str(q.dtype)[6:], 0) or dropout:
+    if q.device.type != "cpu" or T > SHORT.get(q.dtype, 0) or dropout:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     # The same, written out: on a CPU this is faster for short rows, above all the backward pass in bf16. For long rows
     # the fused kernel saves memory, because it does not keep the scores.
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         # q, k, v: (B, H, T, C/H)
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # it has no train mode
         else:
             k, v, mask = cache.extend(self, k, v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -179,8 +179,7 @@ class GPT(nn.Module):
     def prepare(self, compile=False, recompute=False):
         """Sets how the blocks run in training. Results and names of weights stay the same. Returns self.
 
-        recompute: compute each block again in the backward pass (activation checkpointing, arXiv 1604.06174). That is a
-            third more work, with a fraction of the memory.
+        recompute: compute each block again in the backward pass (arXiv 1604.06174): a third more work, less memory.
         compile: torch.compile, block by block, so that all layers share one compilation. Only rounding changes.
         """
         for block in self.h:

@@ -2,6 +2,8 @@
 
 import torch
 
+from minidpo.settings import unknown
+
 OPTIMIZERS = ("adamw", "rmsprop", "sgd")
 
 
@@ -17,6 +19,8 @@ def make_optimizer(model, name, lr, weight_decay=0.0):
         return torch.optim.RMSprop(model.parameters(), lr=lr, foreach=False)
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    if name != "adamw":
+        raise unknown("optimizer", name, list(OPTIMIZERS))
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -85,9 +85,8 @@ def generate(
     prompts: list of lists of ids, of any lengths, each with its leading eot. Returns the new ids of each; the last one
     is eot if the response ended. A completion has at most max_new_tokens, and stops where the context is full: prompt +
     new - 1 <= block_size, since the last new token is never fed back. Temperature 0 is greedy. `generator` must be on
-    the model's device. The same seed and prompts give the same samples, whatever batch_size, the number of rows at a
-    time. `progress` names a progress bar. Raises UserError for a prompt that is empty or longer than the context, and
-    for a knob out of its range.
+    the model's device. Up to rounding, the samples do not depend on batch_size, the rows at a time. `progress` names a
+    progress bar. Raises UserError for a prompt that is empty or too long, and for a knob out of its range.
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature {temperature}: must be at least 0 (greedy) and finite.")
@@ -97,17 +96,14 @@ def generate(
         raise UserError(f"top_p {top_p}: must be above 0 and at most 1.")
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= model.config.block_size:
-            raise UserError(
-                f"prompt {i} has {len(prompt)} tokens; the model's context holds 1 to {model.config.block_size}. "
-                "Shorten it (from the left)."
-            )
+            what = f"prompt {i} has {len(prompt)} tokens; the model's context holds 1 to {model.config.block_size}."
+            raise UserError(f"{what} Shorten it (from the left).")
     was_training = model.training
     model.eval()
     completions = []
-    device = model.wte.weight.device
-    wide = torch.float32 if device.type == "mps" else torch.float64  # fp32 rounds the many small probabilities
+    wide = torch.float32 if model.wte.weight.is_mps else torch.float64  # fp32 rounds the many small probabilities
     # each completion has random numbers of its own, so that it does not depend on the others of its batch
-    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, device=device, dtype=wide)
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, device=model.wte.weight.device, dtype=wide)
     for i in tqdm(range(0, len(prompts), batch_size), desc=progress, unit="batch", disable=progress is None):
         batch = slice(i, i + batch_size)
         completions += _generate_batch(model, prompts[batch], uniform[batch], eot, temperature, top_k, top_p)

@@ -59,8 +59,7 @@ def knob(default, help, choices=None, least=0, below=2**63):
 
     The value must be one of `choices`, if given. A number must be at least `least` and below `below`.
     """
-    limits = dict(choices=choices, least=least, below=below)
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, below=below))
 
 
 def flag_of(field):

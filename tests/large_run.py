@@ -41,11 +41,15 @@ PHASES = {  # phase: functions that are it, in either stage
 }
 
 
+def save_with_tokenizer(folder, model):
+    """Saves the model as a run, with a tokenizer of its size: the single bytes, and tokens that do not occur."""
+    more = [b"%d" % i for i in range(10**6, 10**6 + model.config.vocab_size - 257)]
+    checkpoint.save(folder, model, Tokenizer([bytes([i]) for i in range(256)] + more))
+
+
 def make(folder, preset, rows):
     """Writes a run with random weights, and the data: rows of 64 tokens, half of them response."""
-    config = GPTConfig.preset(preset)
-    more = [b"%d" % i for i in range(10**6, 10**6 + config.vocab_size - 257)]  # tokens that do not occur
-    checkpoint.save(folder, GPT(config), Tokenizer([bytes([i]) for i in range(256)] + more))
+    save_with_tokenizer(folder, GPT(GPTConfig.preset(preset)))
     for name, n in (("train", rows), ("held_out", 4)):
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for i in range(n):
@@ -96,21 +100,14 @@ def main():
     args.out.mkdir(parents=True)
     make(args.out, args.preset, args.rows)
     for stage in ("sft", "dpo"):
-        files = (
-            "--data",
-            args.out / "train.jsonl",
-            "--eval-data",
-            args.out / "held_out.jsonl",
-            "--out",
-            args.out / stage,
-        )
-        flags = ("--init", args.out, "--epochs", 2, "--batch-size", args.rows, "--micro-batch-size", 1, "--fast")
-        flags += ("--optimizer", "rmsprop", "--warmup-steps", 0, "--save-every", 1, "--eval-every", 1, "--samples", 4)
-        flags += ("--sample-tokens", 16, "--device", "cpu")
+        flags = ["--init", args.out, "--data", args.out / "train.jsonl", "--eval-data", args.out / "held_out.jsonl"]
+        flags += ["--out", args.out / stage, "--batch-size", args.rows, "--micro-batch-size", 1, "--epochs", 2]
+        flags += ["--optimizer", "rmsprop", "--warmup-steps", 0, "--save-every", 1, "--eval-every", 1, "--samples", 4]
+        flags += ["--sample-tokens", 16, "--device", "cpu", "--fast"]
         for how in ("die", "resume"):
             print(f"{stage}, " + ("killed after the first save" if how == "die" else "resumed"), flush=True)
-            argv = [*files, *flags, *(["--resume"] if how == "resume" else [])]
-            command = [sys.executable, __file__, "--phases", stage, how, *map(str, argv)]
+            words = map(str, flags + ["--resume"] * (how == "resume"))
+            command = [sys.executable, __file__, "--phases", stage, how, *words]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
             print(*(line for line in done.stdout.splitlines() if line.startswith(("memory", "    "))), sep="\n")
             if done.returncode != (-signal.SIGKILL if how == "die" else 0):

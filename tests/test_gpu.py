@@ -48,6 +48,8 @@ def test_the_best_device_there_is_picked(machine):
     machine()
     with pytest.raises(UserError, match="no cuda device on this machine"):
         device.pick_device("cuda")
+    with pytest.raises(UserError, match="Did you mean 'cuda'"):
+        device.pick_device("cudo")
 
 
 def difference_from_cpu(device):
@@ -148,6 +150,8 @@ def test_device_and_precision_are_stated(machine, capsys):
     assert "on mps (Apple's GPU), matrix products in float32" in capsys.readouterr().out
     assert device.pick_dtype("auto", "cpu", 64) == "float32"
     assert f"on cpu ({torch.get_num_threads()} threads), matrix products in float32" in capsys.readouterr().out
+    with pytest.raises(UserError, match="unknown dtype 'half'"):
+        device.pick_dtype("half", "cpu", 64)
 
 
 def as_tf32(x):

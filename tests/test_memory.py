@@ -9,19 +9,18 @@ import pytest
 import torch
 from children import STAGES
 from conftest import need
+from large_run import save_with_tokenizer
 from peak import Peak
 from tiny import call, write_jsonl
 
 import train_dpo
 import train_sft
-from minidpo import checkpoint
 from minidpo.dataset import batches, micro_batches, preference_batch
 from minidpo.device import autocast
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.scale import fast, memory
 from minidpo.settings import UserError
-from minidpo.tokenizer import Tokenizer
 
 SHAPE = dict(vocab_size=500, block_size=64, n_layer=2, n_head=4, n_embd=48)
 
@@ -137,7 +136,7 @@ def test_tokens_and_positions_by_hand():
 # ---- whole runs, measured ----
 
 DEEP = dict(vocab_size=2000, block_size=256, n_layer=8, n_head=4, n_embd=256)
-WIDE = dict(vocab_size=1000, block_size=64, n_layer=6, n_head=8, n_embd=512)
+WIDE = dict(vocab_size=1000, block_size=64, n_layer=6, n_head=8, n_embd=384)
 WORDY = dict(vocab_size=25000, block_size=128, n_layer=2, n_head=4, n_embd=256)
 MANY_WORDS = dict(vocab_size=8000, block_size=64, n_layer=1, n_head=2, n_embd=64)
 TINY = dict(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=16)
@@ -160,13 +159,12 @@ RUNS = [  # stage, shape, tokens of prompt and response, flags
 ]
 
 
-def run_of(folder, stage, shape, prompt, response, flags):
+def run_of(folder, stage, shape, lengths, flags):
     """Trains a random model of this shape for two steps in `folder` -> (planned peak, measured peak), in bytes."""
     folder.mkdir()
-    more = [b"%d" % i for i in range(1000, 743 + shape["vocab_size"])]  # tokens that do not occur
-    model, tokenizer = GPT(GPTConfig(**shape)), Tokenizer([bytes([i]) for i in range(256)] + more)
-    model.wte.weight.data[tokenizer.eot] *= 50  # half of all samples end at once
-    checkpoint.save(folder, model, tokenizer)
+    model, (prompt, response) = GPT(GPTConfig(**shape)), lengths
+    model.wte.weight.data[-1] *= 50  # the eot: half of all samples end at once
+    save_with_tokenizer(folder, model)
     flags = {"samples": 4, "sample_tokens": 20, "max_steps": 2, "warmup_steps": 0, "lr": 0, **flags}
     texts = {"completion": "b" * (response - 1), "chosen": "b" * (response - 1), "rejected": "c" * (response - 1)}
     n = max(2 * flags["batch_size"], flags["samples"])
@@ -180,23 +178,28 @@ def run_of(folder, stage, shape, prompt, response, flags):
     return plans[-1].peak, peak.bytes
 
 
-def measure_run(folder, number):
-    """In a process of its own: a small run, so that the libraries load what they need, then the run RUNS[number]."""
+def measure(folder, stage, shape, lengths, flags):
+    """Makes a small run, so that the libraries load what they need, then the run asked for, and prints its peaks."""
     # The C library keeps freed memory for later. So that this is not counted, it gives pieces above 64 KiB back, as
     # CUDA's allocator is counted, too
     ctypes.CDLL(None).mallopt(-3, 65536)
-    stage, shape, lengths, flags = RUNS[number]
     with mock.patch.object(fast, "keep_freed_memory", lambda: None):
-        run_of(Path(folder) / "small", stage, TINY, 5, 5, dict(batch_size=4, dtype=flags["dtype"]))
-        print("measured", *run_of(Path(folder) / "large", stage, shape, *lengths, flags))
+        run_of(Path(folder) / "small", stage, TINY, (5, 5), {**flags, "batch_size": 2})
+        print("measured", *run_of(Path(folder) / "large", stage, shape, lengths, flags))
+
+
+def peaks_of(folder, *run):
+    """As `run_of`, in a process of its own."""
+    need(Path("/proc/self/clear_refs").exists(), "needs Linux, whose /proc tells a process's peak")
+    folder.mkdir(exist_ok=True)
+    log = folder / "log"
+    assert children.start(measure, folder, *run, log=log).join() == 0, log.read_text()
+    return tuple(map(int, log.read_text().rpartition("measured")[2].split()))
 
 
 @pytest.mark.parametrize("number", range(len(RUNS)))
 def test_the_plan_is_within_20_percent_of_the_peak_of_a_whole_run(number, tmp_path):
-    need(Path("/proc/self/clear_refs").exists(), "needs Linux, whose /proc tells a process's peak")
-    log = tmp_path / "log"
-    assert children.start(measure_run, tmp_path, number, log=log).join() == 0, log.read_text()
-    planned, measured = map(int, log.read_text().rpartition("measured")[2].split())
+    planned, measured = peaks_of(tmp_path, *RUNS[number])
     print(f"plan {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB: {RUNS[number]}")
     assert measured > 100e6
     assert planned == pytest.approx(measured, rel=0.2)
@@ -206,24 +209,12 @@ def test_the_plan_is_within_20_percent_of_the_peak_of_a_whole_run(number, tmp_pa
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_peak_of_a_run_does_not_depend_on_the_batch(stage, fast_path, tmp_path):
     """With one row at a time, through the check before the first update, reference, training, evaluation, samples."""
-    need(Path("/proc/self/clear_refs").exists(), "needs Linux, whose /proc tells a process's peak")
+    flags = {"dtype": "float32", "micro_batch_size": 1, **({"fast": ""} if fast_path else {})}
     peaks = []
     for size in (2, 64):
-        log = tmp_path / f"log{size}"
-        args = (tmp_path / str(size), stage, size, fast_path)
-        assert children.start(measure_batch, *args, log=log).join() == 0, log.read_text()
-        peaks.append(int(log.read_text().rpartition("measured")[2]))
+        flags |= {"batch_size": size, "samples": min(size, 16)}
+        peaks.append(peaks_of(tmp_path / str(size), stage, MANY_WORDS, (10, 31), flags)[1])
     assert 15e6 < peaks[1] < 1.25 * peaks[0]
-
-
-def measure_batch(folder, stage, size, fast_path):
-    ctypes.CDLL(None).mallopt(-3, 65536)  # as in measure_run
-    flags = dict(dtype="float32", batch_size=size, micro_batch_size=1, samples=min(size, 16))
-    flags |= {"fast": ""} if fast_path else {}
-    Path(folder).mkdir()
-    with mock.patch.object(fast, "keep_freed_memory", lambda: None):
-        run_of(Path(folder) / "small", stage, TINY, 5, 5, dict(flags, batch_size=2))
-        print("measured", run_of(Path(folder) / "large", stage, MANY_WORDS, 10, 31, flags)[1])
 
 
 # ---- before a run ----

@@ -126,6 +126,15 @@ def test_same_seed_same_samples():
     assert in_pieces == generate(model, PROMPTS * 3, 8, EOT, temperature=0)
 
 
+def test_samples_do_not_depend_on_how_many_are_drawn_at_once():
+    """Rows end at different steps, so finished rows leave their batch at other places."""
+    model, prompts = random_model(), PROMPTS * 5
+    whole = generate(model, prompts, 8, EOT, generator=seeded())
+    assert len(set(map(tuple, whole))) > 20
+    for size in (1, 4, 7):
+        assert generate(model, prompts, 8, EOT, generator=seeded(), batch_size=size) == whole
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_no_dropout_while_sampling_and_the_mode_is_as_before(training):
     greedy = generate(random_model().eval(), PROMPTS, 8, NEVER, temperature=0)

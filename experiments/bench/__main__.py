@@ -39,7 +39,7 @@ RATIOS = {
 @dataclasses.dataclass
 class BenchSettings(Settings):
     device: str = knob("cpu", "cpu or cuda", choices=tuple(DEFAULTS))
-    shapes: str = knob("", f"which of {', '.join(SHAPES)}; empty: W1 to S3, on cuda GPT-2's sizes")
+    shapes: str = knob("", f"which of {', '.join(SHAPES)}; empty: W1-W3 and S1-S3, on cuda GPT-2's sizes")
     implementations: str = knob("", f"which of {', '.join(IMPLEMENTATIONS)}; empty: those that suit the device")
     dtypes: str = knob("", "float32,bfloat16: precision of the matrix products; empty: both, on cuda bfloat16")
     ablation: bool = knob(False, "measure minidpo without each idea of its fast path (on a CPU)")

@@ -5,8 +5,7 @@ Tokens that both rows of a pair begin with are computed once. One matrix (N, C) 
 rows and padding. Logits are computed only where a response token is predicted. There is no dropout. docs/fast.md
 measures each idea. `row_logps` is for SFT, whose rows have one side; pairs have two sides, chosen and rejected.
 
-Shapes: B rows per side, R rows in all, T positions per row, N different tokens, n scored tokens, C channels, V
-vocabulary.
+Shapes: B rows per side, R rows in all, T positions, N different tokens, n scored tokens, C channels, V vocabulary.
 """
 
 import ctypes
@@ -84,7 +83,8 @@ def real_positions(scored):
 def shared_prefix(ids, real):
     """ids, real (sides, B, T) -> true where the second side still equals the first, be it in prompt or response."""
     equal = ((ids == ids[0]) & real & real[0]).cumprod(-1).bool()
-    return equal.index_fill(0, torch.tensor(0, device=ids.device), False)
+    equal[0] = False
+    return equal
 
 
 class ToRows(torch.autograd.Function):

@@ -50,7 +50,8 @@ def plan(config, rows, settings):
         # log-softmax, its gradient, and that of the logits: in DPO of one side at a time, in SFT where scored
         head = max(8 * V * n if sides == 2 else 12 * V * scored, 2 * embedding)
     if settings.device == "cpu":  # the scores of attention, where they are written out
-        block += len(rows) * config.n_head * sum(T * T for T in longest if T <= SHORT[settings.dtype]) * width
+        short = SHORT[getattr(torch, settings.dtype)]
+        block += len(rows) * config.n_head * sum(T * T for T in longest if T <= short) * width
     # --recompute keeps the inputs of all blocks, and one block is computed again after the memory of the head is free
     activations, head = (4 * n * C * L, max(head, block)) if settings.recompute else (L * block, head)
     state = weights * {"sgd": 1, "rmsprop": 1, "adamw": 2}[settings.optimizer]
@@ -66,18 +67,18 @@ def plan(config, rows, settings):
 
 
 def check(model, rows, settings):
-    """Prints the plan of a run, and a warning if it may not fit. The model is on its device.
+    """Prints the plan, and a warning if the run may need more memory than there is. The model is on its device.
 
-    Without --micro-batch-size and --micro-tokens, it sets as many rows per forward pass as fit.
+    If neither --micro-batch-size nor --micro-tokens is given, it sets the first to the most rows that fit.
     """
     room = available(settings.device) + 4 * sum(weight.numel() for weight in model.parameters())  # which are there
     room = parallel.all_sum(room) / parallel.all_sum(1)  # one answer for all processes
-    planned, chosen = plan(model.config, rows, settings), settings.micro_batch_size or settings.micro_tokens
-    while planned.peak > 0.8 * room and not chosen and settings.micro_batch_size != 1:  # the plan may be 20 % too low
+    planned, asked = plan(model.config, rows, settings), settings.micro_batch_size or settings.micro_tokens
+    while planned.peak > 0.8 * room and not asked and settings.micro_batch_size != 1:  # the plan may be 20 % too low
         settings.micro_batch_size = (settings.micro_batch_size or settings.batch_size) // 2 or 1
         planned = plan(model.config, rows, settings)
     print(planned)
-    if settings.micro_batch_size and not chosen:
+    if settings.micro_batch_size and not asked:
         print(f"--micro-batch-size {settings.micro_batch_size}, because no more rows fit into {room / 2**30:.2f} GiB")
     if planned.peak > 0.8 * room:
         how = advice(model, rows, settings)
