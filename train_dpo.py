@@ -172,7 +172,7 @@ SETS = {
     "paper": {},
     # "For TL;DR summarization, we use beta = 0.5, while rest of the parameters remain the same." (section B)
     "paper-tldr": dict(beta=0.5),
-    # The toy's rewards differ by several units: at beta 0.1, exp(r / beta) is so large that the text loses its grammar.
+    # The toy's rewards differ by several units. At beta 0.1, exp(r / beta) outweighs pi_ref: ungrammatical text wins.
     "toy": dict(beta=0.7, optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True),
     "imdb-small": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
 }
@@ -183,9 +183,7 @@ class Settings(RunSettings):
     """What DPO adds to `RunSettings`, which holds batch size, seed, device, checkpoints and the like."""
 
     data: str = knob(dataclasses.MISSING, "toy, imdb, hh, tldr, or a JSONL file with prompt, chosen, rejected")
-    init: str = knob(
-        dataclasses.MISSING, "the model to start from and the reference: a run or GPT-2 folder, or gpt2..."
-    )
+    init: str = knob(dataclasses.MISSING, "starting model and reference: a run or GPT-2 folder, or a name such as gpt2")
     out: str = knob(dataclasses.MISSING, "the run folder to write")
     settings: str = knob("", "named set of training settings; empty: the one of --init", choices=("", *SETS))
     beta: float = knob(0.1, "price of one nat of KL: larger stays closer to the reference")
@@ -201,7 +199,7 @@ class Settings(RunSettings):
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:
-            raise UserError(f"--beta {self.beta}: must be above 0. Larger stays closer to the reference; try 0.1.")
+            raise UserError(f"--beta {self.beta}: must be above 0 and finite; try 0.1. Larger means less KL.")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise UserError("--loss-type ipo has no label smoothing: leave --label-smoothing out.")
         if self.dropout > 0:
@@ -230,7 +228,7 @@ def all_logps(model, pairs, settings, progress=None):
     batches = settings.cut(dataset.batches(pairs, settings.batch_size, seed=0, epoch=0), pairs)
     for indices in tqdm(parallel.share(batches), desc=progress, unit="batch", disable=progress is None):
         logps[indices] = torch.stack(logps_of(model, pairs, indices, settings), dim=-1).cpu()
-    return parallel.all_sum(logps)
+    return parallel.all_sum(logps)  # rows that other processes computed are 0 here
 
 
 def reference_logps(model, pairs, settings):
@@ -243,37 +241,11 @@ def reference_logps(model, pairs, settings):
 def cached_reference(policy, parts, settings, run):
     """`reference_logps` of all `parts`, kept in a file. Runs that would compute the same bits share it."""
     sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
-    rounding = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes, settings.reference_free)
-    name = checkpoint.fingerprint(policy, run.data, rounding)
+    computed_by = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes, settings.reference_free)
+    name = checkpoint.fingerprint(policy, run.data, computed_by)
     path = run.path.parent / "reference_logps" / f"{name}.pt"
     with memory.advise(policy, sum(parts, []), settings):  # if memory runs out, the error names the flags that help
         return checkpoint.cached(path, lambda: torch.cat([reference_logps(policy, part, settings) for part in parts]))
-
-
-def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_loss):
-    """One optimiser step on the pairs `indices`. Returns the metrics from before the update, by name."""
-    sums = torch.zeros(len(METRICS), device=settings.device)
-    for micro in settings.cut([parallel.share(indices)], pairs):
-        logps = logps_of(policy, pairs, micro, settings)
-        reference_chosen, reference_rejected = reference[micro].to(settings.device).T
-        losses, *rewards = loss(*logps, reference_chosen, reference_rejected, **settings.variant)
-        (losses.sum() / len(indices)).backward()  # the mean over the pairs of the step, however they are cut
-        sums = sums + metric_sums(losses, *rewards, *logps)
-    parallel.sum_gradients(policy)
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip or math.inf)
-    metrics = {**means(parallel.all_sum(sums), len(indices)), "grad_norm": grad_norm.item()}
-    if not all(math.isfinite(m) for m in metrics.values()):
-        raise UserError(f"not a finite number in {metrics}\nin the batch of usable pairs {sorted(indices)}, from 0.")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return metrics
-
-
-def evaluate(policy, pairs, reference, settings, loss=dpo_loss):
-    """The metrics on all of `pairs`, by name."""
-    logps = all_logps(policy, pairs, settings).T
-    sums = metric_sums(*loss(*logps, *reference.T, **settings.variant), *logps)
-    return {"eval/" + name: value for name, value in means(sums, len(pairs)).items()}
 
 
 METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected".split()
@@ -292,21 +264,47 @@ def means(sums, n):
     return dict(zip(METRICS, (sums / n).tolist(), strict=True))
 
 
+def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_loss):
+    """One optimiser step on the pairs `indices`. Returns the metrics from before the update, by name."""
+    sums = torch.zeros(len(METRICS), device=settings.device)
+    for micro in settings.cut([parallel.share(indices)], pairs):
+        logps = logps_of(policy, pairs, micro, settings)
+        reference_chosen, reference_rejected = reference[micro].to(settings.device).T
+        losses, *rewards = loss(*logps, reference_chosen, reference_rejected, **settings.variant)
+        (losses.sum() / len(indices)).backward()  # the mean over the pairs of the step, however they are cut
+        sums = sums + metric_sums(losses, *rewards, *logps)
+    parallel.sum_gradients(policy)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip or math.inf)
+    metrics = {**means(parallel.all_sum(sums), len(indices)), "grad_norm": grad_norm.item()}
+    if not all(math.isfinite(m) for m in metrics.values()):
+        raise UserError(f"not a finite number in {metrics}\nBatch: usable pairs {sorted(indices)}, counted from 0.")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+def evaluate(policy, pairs, reference, settings, loss=dpo_loss):
+    """The metrics on all of `pairs`, by name."""
+    logps = all_logps(policy, pairs, settings).T
+    sums = metric_sums(*loss(*logps, *reference.T, **settings.variant), *logps)
+    return {"eval/" + name: value for name, value in means(sums, len(pairs)).items()}
+
+
 def check_start(policy, pairs, reference, indices, settings, loss=dpo_loss):
     """Raises UserError unless the policy equals the reference on the pairs `indices`, as it must before any update."""
     logps = all_logps(policy, [pairs[i] for i in indices], settings)
-    ratio = (logps - reference[indices]).abs()
+    gap = (logps - reference[indices]).abs()  # nats per response; more than rounding is an error
     allowed = 1e-3 * logps.abs() if settings.dtype == "bfloat16" else 1e-4 + 1e-6 * logps.abs()
-    if (ratio > allowed).any():
+    if (gap > allowed).any():
         raise UserError(
-            f"before the first update the policy is {ratio.max():.3g} nats from the reference; it must be 0. Likely "
-            "causes: dropout is on, the reference comes from other weights or data, or padding is seen."
+            f"before the first update the policy is {gap.max():.3g} nats from the reference; it must be 0. Likely "
+            "causes: dropout is on, the reference comes from other weights or data, or tokens see padding."
         )
     losses, *_ = loss(*logps.T, *reference[indices].T, **settings.variant)
     ipo = settings.loss_type == "ipo"
     expected = f"1 / (2 beta)^2 = {1 / (2 * settings.beta) ** 2:.6f}" if ipo else f"ln 2 = {math.log(2):.6f}"
     expected = f" ({expected})" if loss is dpo_loss else ""
-    print(f"before the first update: log-ratios within {ratio.max():.1g} nats, loss {losses.mean():.6f}{expected}")
+    print(f"before the first update: log-ratios within {gap.max():.1g} nats, loss {losses.mean():.6f}{expected}")
 
 
 # ---- 4. The run ----
@@ -324,7 +322,7 @@ def main(settings_class=Settings, loss=dpo_loss):
     max_length = min(settings.max_length or policy.config.block_size, policy.config.block_size)
     split = data.find_split("pairs", settings.data, settings.eval_data)
     pairs, held_out = dataset.load_split(split, dataset.PAIR, tokenizer, max_length)
-    run.plan(pairs, saved, pairs, held_out)
+    run.plan(pairs, saved, pairs, held_out)  # a resumed run must find the same pairs and held-out pairs
     memory.check(policy, pairs + held_out, settings)
     if settings.fast:
         fast.keep_freed_memory()

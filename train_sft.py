@@ -32,7 +32,7 @@ SETS = {
     "paper": {},
     "paper-tldr": {},
     # The toy's BPE ends at 1,232 tokens, when every word is one token. A narrow model and many steps learn its grammar
-    # soonest. Each row is seen twice: after more passes, DPO loses the grammar more easily.
+    # fastest. Each row is seen twice: after more passes, DPO makes the text ungrammatical more easily.
     "toy": dict(preset="toy", vocab_size=2048, batch_size=32, lr=4e-3, weight_decay=0.0, epochs=2.0, eval_every=1000),
     "imdb-small": dict(preset="imdb", batch_size=16, lr=2e-3, warmup_steps=150, eval_every=500, sample_tokens=64),
 }
@@ -45,7 +45,7 @@ class Settings(RunSettings):
     data: str = knob(dataclasses.MISSING, "toy, imdb, hh, tldr, or a JSONL file with prompt, completion")
     out: str = knob(dataclasses.MISSING, "the run folder to write")
     settings: str = knob("", "named set of training settings; empty: the one that fits", choices=("", *SETS))
-    init: str = knob("", "the model to start from: a run or GPT-2 folder, or gpt2...; empty: from scratch, by --preset")
+    init: str = knob("", "the model to start from: a run or GPT-2 folder, or a name; empty: from scratch, by --preset")
     preset: str = knob("gpt2", f"shape of a model from scratch: {', '.join(PRESETS)}", choices=tuple(PRESETS))
     tokenizer: str = knob("", "a bpe.json, or gpt2, for a model from scratch; empty: train a BPE on the data")
     vocab_size: int = knob(0, "size of the BPE trained on the data; 0: the preset's")
@@ -98,7 +98,7 @@ def train_step(model, optimizer, rows, indices, settings):
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
     metrics = {"loss": parallel.all_sum(mean_loss), "grad_norm": grad_norm.item()}
     if not all(math.isfinite(m) for m in metrics.values()):
-        raise UserError(f"not a finite number in {metrics}\nin the batch of usable rows {sorted(indices)}, from 0.")
+        raise UserError(f"not a finite number in {metrics}\nBatch: usable rows {sorted(indices)}, counted from 0.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return metrics

@@ -1,4 +1,4 @@
-"""Models on disk: a checkpoint is saved whole or not at all, and loading one executes nothing.
+"""Models on disk: a checkpoint is saved whole or not at all, and loading one runs no code from the file.
 
 A run folder holds `checkpoint.pt` (shape, weights and training state; tensors and plain values only) and `bpe.json`.
 """
@@ -21,18 +21,17 @@ FILE = "checkpoint.pt"
 
 
 def save(folder, model, tokenizer, state=None):
-    """Writes folder/checkpoint.pt, and folder/bpe.json if it is missing.
+    """Writes folder/checkpoint.pt and folder/bpe.json.
 
     `state` is a dict of tensors and plain values. `load` returns it, so that the training can continue.
     """
-    # torch.compile(model) and wrappers for several GPUs put a prefix before every name (trap 19)
+    # torch.compile(model) and wrappers for several GPUs put a prefix before every name
     weights = {
         name.replace("_orig_mod.", "").replace("module.", ""): weight.detach().cpu()
         for name, weight in model.state_dict().items()
     }
     config = dataclasses.asdict(model.config if hasattr(model, "config") else model.module.config)
-    if not (Path(folder) / "bpe.json").exists():
-        tokenizer.save(Path(folder) / "bpe.json")
+    tokenizer.save(Path(folder) / "bpe.json")
     with atomic(Path(folder) / FILE) as file:
         torch.save({"config": config, "model": weights, "state": state or {}}, file)
 
@@ -81,7 +80,7 @@ def exists(folder):
 
 
 def read(path, keys):
-    """torch.load without unpickling. Raises UserError if the file is missing or damaged, or lacks one of `keys`."""
+    """torch.load that runs no code. Raises UserError if the file is missing or damaged, or lacks one of `keys`."""
     if not Path(path).exists():
         raise UserError(f"{path} not found.")
     with open(path, "rb") as file:

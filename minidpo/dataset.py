@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from minidpo.files.forms import PAIR, SFT
+from minidpo.files.forms import PAIR, SFT  # field names: prompt, chosen, rejected; prompt, completion
 from minidpo.files.jsonl import read_jsonl, texts
 from minidpo.files.traps import traps
 from minidpo.settings import UserError, run_main
@@ -43,8 +43,8 @@ def encode(records, fields, tokenizer, max_length):
     """Records -> (rows, counts). A row is (prompt_ids, *response_ids), with the responses in the order of `fields`.
 
     A record with an empty response, or with two responses that are equal after the cut, is dropped. `counts` says how
-    many were dropped, and what was cut. A record can hold "chosen_ended": false (the same for any response) where its
-    sampler cut a response: that one gets no eot.
+    many were dropped, and what was cut. If a sampler cut a response, its record says so, for example "chosen_ended":
+    false. That response gets no eot.
     """
     is_pair = fields == PAIR
     rows, counts = [], Counter({"pairs" if is_pair else "rows": len(records)})
@@ -67,7 +67,7 @@ def encode(records, fields, tokenizer, max_length):
 
 
 def load_rows(path, fields, tokenizer, max_length):
-    """A file -> its rows (see `encode`). Prints what was cut and dropped, and the `traps`.
+    """A file -> its rows (see `encode`). Prints what was cut and dropped, and warnings (`traps`).
 
     Raises UserError if no usable row is left.
     """
@@ -83,7 +83,7 @@ def load_rows(path, fields, tokenizer, max_length):
 
 
 def load_split(split, fields, tokenizer, max_length):
-    """(training file, held-out file or None) -> (rows, held-out rows), by `load_rows`. Counts prompts in both."""
+    """(training file, held-out file or None) -> (rows, held-out rows). Prints how many held-out prompts are in both."""
     rows, held_out = (load_rows(path, fields, tokenizer, max_length) if path else [] for path in split)
     prompts = {tuple(prompt) for prompt, *_ in rows}
     if shared := sum(tuple(prompt) in prompts for prompt, *_ in held_out):
@@ -130,7 +130,7 @@ class PreferenceBatch(NamedTuple):
 
 
 def sft_batch(rows, device="cpu"):
-    """list of (prompt_ids, response_ids) -> Rows. Raises ValueError for empty prompt_ids: eot at least comes first."""
+    """list of (prompt_ids, response_ids) -> Rows. Raises ValueError for empty prompt_ids: they start with eot."""
     T = max(len(prompt) + len(response) for prompt, response in rows) - 1
     ids = torch.zeros(len(rows), T, dtype=torch.long)
     targets = torch.zeros(len(rows), T, dtype=torch.long)
@@ -165,7 +165,7 @@ def batches(rows, batch_size, seed, epoch, pool=32):
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
     order = torch.randperm(len(rows), generator=generator).tolist()
     full = len(order) - len(order) % batch_size
-    cut = [order[full:]] if order[full:] else []  # rows drawn at random: sorted first, they would be the longest
+    cut = [order[full:]] if order[full:] else []  # random rows: cut after sorting, the rest would be the longest rows
     for i in range(0, full, pool * batch_size):
         by_length = sorted(order[i : min(i + pool * batch_size, full)], key=lambda r: sum(map(len, rows[r])))
         cut += [by_length[j : j + batch_size] for j in range(0, len(by_length), batch_size)]
@@ -176,8 +176,8 @@ def micro_batches(batches, rows, size, tokens):
     """The batches (lists of indices of `rows`) cut into micro-batches that fit into memory, in the same order.
 
     A micro-batch has at most `size` rows or pairs and at most `tokens` input positions, padding and both sides of a
-    pair counted; 0 means no limit. A row that is longer stands alone. A step sums over its rows, so the cuts change no
-    result.
+    pair counted; 0 means no limit. A row that is longer stands alone. A step sums over its rows, so the cuts
+    change results only by rounding.
     """
     cut = []
     for batch in batches:

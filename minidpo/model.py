@@ -23,7 +23,7 @@ PRESETS = {  # GPT-2's four sizes have 124 M, 355 M, 774 M and 1.6 B weights
     "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
 }
 LAYER_NORM_EPS = 1e-5
-SHORT = {torch.float32: 64, torch.bfloat16: 512}  # tokens: up to here, attention written out is faster on a CPU
+SHORT = {torch.float32: 64, torch.bfloat16: 512}  # longest rows (tokens) whose attention is written out on a CPU
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class GPTConfig:
     n_head: int
     n_embd: int
     dropout: float = 0.0  # probability, in train mode only
-    extra_rows: int = dataclasses.field(default=0, repr=False)  # rows of the embedding that no token has
+    extra_rows: int = dataclasses.field(default=0, repr=False)  # rows of the embedding without a token
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         # q, k, v: (B, H, T, C/H)
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # it has no train mode
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # a function has no train mode
         else:
             k, v, mask = cache.extend(self, k, v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -100,7 +100,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Adds to the stream x what attention and MLP compute from the normalised stream."""
+    """Adds the outputs of attention and MLP to the residual stream x (B, T, C). Each reads x after a LayerNorm."""
 
     recompute = compiled = False  # see GPT.prepare
 
@@ -127,12 +127,12 @@ class GPT(nn.Module):
     def __init__(self, config, generator=None):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size + config.extra_rows, config.n_embd)  # token embedding, and head
+        self.wte = nn.Embedding(config.vocab_size + config.extra_rows, config.n_embd)  # token embedding, tied head
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        # GPT-2's initial weights: matrices N(0, 0.02), biases 0, LayerNorms 1. Each block adds to the stream twice, by
+        # Initial weights: matrices normal, std 0.02; biases 0; LayerNorms 1. Each block adds to the stream twice, by
         # the two c_proj. Their weights are smaller, so that the stream's variance does not grow with the depth.
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
@@ -157,7 +157,7 @@ class GPT(nn.Module):
         return self.wte.weight[: self.config.vocab_size] if self.config.extra_rows else self.wte.weight
 
     def logits(self, hidden):
-        """(..., C) -> (..., V), in at least fp32, even under autocast.
+        """(..., C) -> (..., V), in the precision of the weights (fp32), even under autocast.
 
         GPT-2's logits are -30 to -100. There, bf16 has steps of 0.25 to 0.5, an error of up to 1 nat per response.
         """
@@ -168,7 +168,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids))
 
     def set_dropout(self, p):
-        """Sets the probability of every dropout, including the number inside attention."""
+        """Sets the probability of every dropout, also of attention's, which is a plain number."""
         self.config.dropout = p
         for module in self.modules():
             if isinstance(module, nn.Dropout):
@@ -177,7 +177,7 @@ class GPT(nn.Module):
                 module.dropout = p
 
     def prepare(self, compile=False, recompute=False):
-        """Sets how the blocks run in training. Results and names of weights stay the same. Returns self.
+        """Sets how the blocks run in training. The names of the weights stay the same. Returns self.
 
         recompute: compute each block again in the backward pass (arXiv 1604.06174): a third more work, less memory.
         compile: torch.compile, block by block, so that all layers share one compilation. Only rounding changes.

@@ -30,8 +30,8 @@ def make_optimizer(model, name, lr, weight_decay=0.0):
 def learning_rate(step, total, peak, warmup_steps, decay):
     """Learning rate of a step, counted from 0: a linear rise to `peak`, then constant, or with `decay` linear to 0."""
     rise = min(1.0, (step + 1) / max(1, warmup_steps))
-    fall = (total - step) / max(1, total - warmup_steps) if decay and step >= warmup_steps else 1.0
-    return peak * rise * min(1.0, fall)
+    fall = (total - step) / (total - warmup_steps) if decay and step >= warmup_steps else 1.0
+    return peak * rise * fall
 
 
 def set_learning_rate(optimizer, lr):

@@ -86,15 +86,15 @@ def steps(rows, settings, first_step=0):
 class Run:
     """The folder of one run. With --overwrite, the run that is there stays until the new one has saved.
 
-    `stage` is the name on the progress bar. Of several processes only process 0 writes.
+    `stage` is the name on the progress bar. With several processes, only process 0 writes.
     """
 
     def __init__(self, settings, stage):
         self.settings, self.stage = settings, stage
-        self.path = self.folder = Path(settings.out)
+        self.path = self.folder = Path(settings.out)  # folder: where it writes, path/NEW until the first save
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file. Give a folder.")
-        with parallel.first_before_others():
+        with parallel.first_before_others():  # the others wait until process 0 has claimed the folder
             self._claim()
         held = [name for name in WRITTEN if (self.path / name).exists()]
         init = Path(settings.init)
@@ -145,7 +145,7 @@ class Run:
         self.rows, self.data = rows, checkpoint.fingerprint(*data)
         if self.settings.resume and saved.get("data") != self.data:
             raise UserError(f"{self.path} was started with other data. Restore it, or start a new run.")
-        self.first_step = first = saved.get("step", 0) if self.settings.resume else 0
+        self.first_step = first = saved.get("step", 0)
         self.total_steps, self.last_step = total, last = count_steps(rows, self.settings)
         if first > last or last == 0 or first == last and (self.path / "report.md").exists():
             raise UserError(f"{self.path} has made {first} of {last} steps. Raise --epochs or --max-steps.")

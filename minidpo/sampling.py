@@ -25,7 +25,7 @@ class Cache:
     """
 
     def __init__(self, pad, capacity, block_size):
-        self.pad = pad  # (B,): with how many columns of padding each row begins
+        self.pad = pad  # (B,): columns of padding at the start of each row
         self.capacity = capacity  # number of columns: longest prompt + new tokens
         self.block_size = block_size  # number of positions that the model has
         self.length = 0  # columns filled so far
@@ -85,8 +85,8 @@ def generate(
     prompts: list of lists of ids, of any lengths, each with its leading eot. Returns the new ids of each; the last one
     is eot if the response ended. A completion has at most max_new_tokens, and stops where the context is full: prompt +
     new - 1 <= block_size, since the last new token is never fed back. Temperature 0 is greedy. `generator` must be on
-    the model's device. Up to rounding, the samples do not depend on batch_size, the rows at a time. `progress` names a
-    progress bar. Raises UserError for a prompt that is empty or too long, and for a knob out of its range.
+    the model's device. `batch_size` (rows at a time) changes samples by rounding only. `progress` names a progress
+    bar. Raises UserError for a prompt that is empty or too long, and for a knob out of its range.
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature {temperature}: must be at least 0 (greedy) and finite.")
@@ -96,12 +96,13 @@ def generate(
         raise UserError(f"top_p {top_p}: must be above 0 and at most 1.")
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= model.config.block_size:
-            what = f"prompt {i} has {len(prompt)} tokens; the model's context holds 1 to {model.config.block_size}."
-            raise UserError(f"{what} Shorten it (from the left).")
+            how = "Shorten it (from the left)." if prompt else "It needs at least the eot."
+            context = f"the model's context holds 1 to {model.config.block_size}"
+            raise UserError(f"prompt {i} has {len(prompt)} tokens; {context}. {how}")
     was_training = model.training
     model.eval()
     completions = []
-    wide = torch.float32 if model.wte.weight.is_mps else torch.float64  # fp32 rounds the many small probabilities
+    wide = torch.float32 if model.wte.weight.is_mps else torch.float64  # sums of p round less; MPS has no float64
     # each completion has random numbers of its own, so that it does not depend on the others of its batch
     uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, device=model.wte.weight.device, dtype=wide)
     for i in tqdm(range(0, len(prompts), batch_size), desc=progress, unit="batch", disable=progress is None):
@@ -128,7 +129,7 @@ def _generate_batch(model, prompts, uniform, eot, temperature, top_k, top_p):
         else:
             p = truncate(logits / temperature, top_k, top_p).softmax(-1)
             sums = p.cumsum(-1, dtype=uniform.dtype)
-            number = uniform[rows, cache.length - longest, None] * sums[:, -1:]
+            number = uniform[rows, cache.length - longest, None] * sums[:, -1:]  # column: tokens made so far
             new = (sums[:, :-1] <= number).sum(-1)  # the first token whose sum is larger than the number
         for j, token in enumerate(new.tolist()):
             if live[j]:

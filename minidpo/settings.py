@@ -121,7 +121,7 @@ def fitting_set(given, sets):
     """The name of the set that fits the model and the data of the flags `given`, {field: value}.
 
     A run that starts from a run with the set "toy" or "imdb-small" keeps to that set. A model from scratch takes the
-    set of its data, if it has that set's own shape. Everything else takes the paper's settings for GPT-2.
+    set of its data, unless --preset gives it another shape. Everything else takes the paper's settings for GPT-2.
     """
     if given.get("init"):
         name = settings_of(given["init"]).get("settings")
@@ -137,24 +137,22 @@ def settings_of(folder):
     """The settings of a run, {field: value}, or {} if the folder has none. Raises UserError for a damaged file."""
     path, new = Path(folder) / "settings.json", Path(folder) / NEW
     if (new / "checkpoint.pt").exists() and (new / "settings.json").exists():
-        path = new / "settings.json"  # killed while it replaced an older run: the next process will go on
+        path = new / "settings.json"  # a process was killed while replacing the older run; the next one goes on
     try:
         saved = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}). Restore it, or start again with --overwrite.") from error
-    if saved.get("settings") == "imdb":
-        saved["settings"] = "imdb-small"  # older runs have the shorter name
     return saved
 
 
 MAY_CHANGE = {"out", "resume", "max_steps", "save_every", "eval_every", "epochs"}
-ROUNDING = {"device", "compile", "fast", "recompute", "micro_batch_size", "micro_tokens"}  # may change results by that
+ROUNDING = {"device", "compile", "fast", "recompute", "micro_batch_size", "micro_tokens"}  # change only the rounding
 
 
 def _resumed(given, fields):
     """The settings of the run in --out. Raises UserError if a flag of `given` differs from them and must not.
 
-    Of a path only the last name is compared, since the folder may have moved. The checkpoint knows its data.
+    Paths are compared by their last name only, since the folder may have moved. `Run.plan` checks the data.
     """
     saved = settings_of(given["out"])
     path = Path(given["out"]) / "settings.json"

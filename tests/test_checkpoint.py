@@ -43,6 +43,13 @@ def test_what_is_loaded_is_what_was_saved_and_trains(tmp_path):
         assert all(p.requires_grad and p.is_leaf and p.device.type == "cpu" for p in loaded.parameters())
 
 
+def test_a_checkpoint_that_is_replaced_has_its_own_tokenizer(tmp_path):
+    for texts in ([], ["so so so so good"] * 9):
+        tokenizer = Tokenizer.train(texts, 260)
+        checkpoint.save(tmp_path, GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 2, 4)), tokenizer)
+        assert checkpoint.load(tmp_path)[1].fingerprint == tokenizer.fingerprint
+
+
 def test_trap09_fingerprint_sees_the_shape_that_no_weight_shows():
     def of(**shape):
         shape = dict(vocab_size=7, block_size=5, n_layer=1, n_head=2, n_embd=8) | shape

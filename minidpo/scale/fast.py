@@ -1,6 +1,6 @@
 """The log-probabilities of both stages in less time and memory (--fast).
 
-`response_logps` at the end returns the numbers of train_dpo.response_logps, but skips work on which they do not depend.
+`response_logps` at the end returns the numbers of train_dpo.response_logps, but skips work that does not change them.
 Tokens that both rows of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has
 rows and padding. Logits are computed only where a response token is predicted. There is no dropout. docs/fast.md
 measures each idea. `row_logps` is for SFT, whose rows have one side; pairs have two sides, chosen and rejected.
@@ -81,7 +81,7 @@ def real_positions(scored):
 
 
 def shared_prefix(ids, real):
-    """ids, real (sides, B, T) -> true where the second side still equals the first, be it in prompt or response."""
+    """ids, real (sides, B, T) -> true where the second side still equals the first, in prompt or response."""
     equal = ((ids == ids[0]) & real & real[0]).cumprod(-1).bool()
     equal[0] = False
     return equal
@@ -141,7 +141,7 @@ class ScoredLogps(torch.autograd.Function):
         hidden, embedding, gradient = ctx.saved_tensors
         weight, grad = embedding, grad[:, None]
         if gradient.dtype != embedding.dtype:
-            # each row of `gradient` sums to 0, so the mean of the weights has no effect; without it bf16 rounds less
+            # each row of `gradient` sums to 0: subtracting the mean of the weights is exact, and bf16 then rounds less
             weight = torch.sub(weight, weight.mean(0), out=torch.empty_like(weight, dtype=gradient.dtype))
         to_hidden = grad * (gradient @ weight)
         to_embedding = gradient.T @ (grad * hidden).to(gradient.dtype)
@@ -196,7 +196,7 @@ def response_logps(model, batch):
 
 
 def keep_freed_memory():
-    """Makes glibc keep freed memory for the next step. It changes the whole process, so only a program calls it."""
+    """Makes glibc keep freed memory for the next step. It changes the whole process, so only the scripts call it."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: no block gets its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back nothing below 2 GiB

@@ -1,7 +1,7 @@
 """Memory of a training run: a plan before it starts, and advice if memory runs out."""
 
 import contextlib
-import copy
+import dataclasses
 import re
 from collections import namedtuple
 from pathlib import Path
@@ -47,7 +47,7 @@ def plan(config, rows, settings):
     else:
         n = len(rows) * sum(longest)
         block = n * C * (8 + 14 * width)
-        # log-softmax, its gradient, and that of the logits: in DPO of one side at a time, in SFT where scored
+        # log-softmax of both sides, its gradient and the logits' gradient for one side at a time; in SFT, where scored
         head = max(8 * V * n if sides == 2 else 12 * V * scored, 2 * embedding)
     if settings.device == "cpu":  # the scores of attention, where they are written out
         short = SHORT[getattr(torch, settings.dtype)]
@@ -55,7 +55,7 @@ def plan(config, rows, settings):
     # --recompute keeps the inputs of all blocks, and one block is computed again after the memory of the head is free
     activations, head = (4 * n * C * L, max(head, block)) if settings.recompute else (L * block, head)
     state = weights * {"sgd": 1, "rmsprop": 1, "adamw": 2}[settings.optimizer]
-    # New gradients wait to be added to earlier ones: in two passes all (matrices in bfloat16), in one only the head's
+    # With several micro-batches, new gradients are held beside the old: in pairs without --fast all, else the head's
     waiting = weights - copies if sides == 2 and not settings.fast else embedding
     several = 0 < settings.micro_batch_size < settings.batch_size or settings.micro_tokens > 0
     parts = (weights, copies, weights + several * waiting, state, activations, head)
@@ -71,7 +71,7 @@ def check(model, rows, settings):
 
     If neither --micro-batch-size nor --micro-tokens is given, it sets the first to the most rows that fit.
     """
-    room = available(settings.device) + 4 * sum(weight.numel() for weight in model.parameters())  # which are there
+    room = available(settings.device) + 4 * sum(weight.numel() for weight in model.parameters())  # already there
     room = parallel.all_sum(room) / parallel.all_sum(1)  # one answer for all processes
     planned, asked = plan(model.config, rows, settings), settings.micro_batch_size or settings.micro_tokens
     while planned.peak > 0.8 * room and not asked and settings.micro_batch_size != 1:  # the plan may be 20 % too low
@@ -98,7 +98,7 @@ def advice(model, rows, settings):
     """Names the flags that save memory, with what each of them alone would save."""
     peak, found = plan(model.config, rows, settings).peak, []
     for name, value in dict(fast=True, micro_batch_size=1, recompute=True, optimizer="rmsprop").items():
-        vars(other := copy.copy(settings))[name] = value
+        other = dataclasses.replace(settings, **{name: value})
         if (saved := peak - plan(model.config, rows, other).peak) > 0:
             flag = "--" + name.replace("_", "-") + (f" {value}" if value is not True else "")
             found.append(f"{flag} saves {saved / 2**30:.2f} GiB")

@@ -12,7 +12,7 @@ import os
 import torch
 import torch.distributed as dist
 
-BUCKET = 2**24  # gradients that are exchanged at once, at least: 64 MiB in fp32
+BUCKET = 2**24  # gradients exchanged at once, rounded up to whole tensors: 64 MiB in fp32
 
 
 @contextlib.contextmanager
