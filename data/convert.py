@@ -41,7 +41,9 @@ def read(path):
         raise UserError(f"{path}: begins with a JSON object. Write each object of the file on one line: that is JSONL.")
     else:
         csv.field_size_limit(1 << 30)  # the default limit, 128 kB, is too short for some texts
-        lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if _is_tsv(path) else ",")
+        lines = csv.DictReader(
+            io.StringIO(text, newline=""), strict=True, delimiter="\t" if Path(path).suffix.lower() == ".tsv" else ","
+        )
         try:
             rows = list(lines)
         except csv.Error as error:
@@ -51,10 +53,6 @@ def read(path):
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: no rows with named columns. Is it a JSON array of objects, CSV or Parquet?")
     return rows
-
-
-def _is_tsv(path):
-    return Path(path).suffix.lower() == ".tsv"
 
 
 def main():

@@ -137,7 +137,7 @@ def read_csv(path, row_class, make):
     """
     if not Path(path).exists():
         raise UserError(f"{path} not found. Make it first: {make}")
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
         header, *lines = list(csv.reader(file)) or [[]]
     if tuple(header) != row_class._fields:
         raise UserError(f"{path}, line 1: the columns must be {','.join(row_class._fields)}. Make it again: {make}")

@@ -233,7 +233,7 @@ def by_length(seed, settings):
 
     exact    the optima for a reward of 1, -1 or 0 if the first word is "good", "bad" or another. The reference is the
              fresh model without the empty response: in it the first word says nothing about the length.
-    trained  DPO on `length_pairs`, from a model after SFT on both columns, so that it can write every length.
+    trained  DPO on `length_pairs`, from a model after SFT on both sides, so that it can write every length.
     """
     rows = []
 

@@ -10,13 +10,14 @@ sampled: not on dataset pairs, and not on the text encoded again. There are two 
     kl_exact   mean of  sum_t KL( pi(.|s_t) || pi_ref(.|s_t) )          over the same samples
 
 Which one to trust: report `kl_exact` for a single policy. At each position it sums over the whole vocabulary, where
-`kl` takes the one token that was sampled, so its standard error is smaller. Use `kl`, though it is noisier, beside a
-reward of the same samples, as in docs/frontier.md: too many samples that are unlikely under the reference make both too
-high, so the point moves along the limit and hardly across it.
+`kl` takes the one token that was sampled, so its standard error is smaller. Beside a reward of the same samples, as in
+docs/frontier.md, use the noisier `kl`. Chance makes reward and `kl` too high together. This moves the point along the
+limit and hardly across it.
 """
 
 import dataclasses
 import json
+import random
 from collections import Counter
 
 import torch
@@ -101,9 +102,11 @@ def evaluate(policy, reference, tokenizer, prompts, reward, settings):
     """
     per_prompt = settings.samples_per_prompt
     ids = prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy, reference)
-    how = prompts, settings.max_new_tokens, settings.seed, per_prompt, ids
-    ours = sample(policy, tokenizer, *how, batch_size=settings.batch_size, progress="sampling policy")
-    theirs = sample(reference, tokenizer, *how, batch_size=settings.batch_size, progress="sampling reference")
+
+    what, how = (tokenizer, prompts, settings.max_new_tokens), dict(ids=ids, batch_size=settings.batch_size)
+    other = random.Random(f"reference {settings.seed}").getrandbits(63)  # the win rate is over independent samples
+    ours = sample(policy, *what, settings.seed, per_prompt, **how, progress="sampling policy")
+    theirs = sample(reference, *what, other, per_prompt, **how, progress="sampling reference")
     rewards, reference_rewards = (reward(samples.prompts, samples.texts) for samples in (ours, theirs))
     figures = describe(ours, rewards, per_prompt, settings.reward == "toy")
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(rewards, reference_rewards, strict=True)]

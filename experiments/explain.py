@@ -42,7 +42,7 @@ from minidpo.settings import UserError, knob, parse_settings, run_main, settings
 class Settings:
     policy: str = knob(dataclasses.MISSING, "the model that takes the step: a run folder, a GPT-2 folder or name")
     reference: str = knob(dataclasses.MISSING, "the reference, usually the model that the policy was trained from")
-    data: str = knob("", "toy, imdb, hh, tldr, or a JSONL file of pairs; empty: the policy's own held-out pairs")
+    data: str = knob("", "toy, imdb, hh, tldr, or a JSONL file of pairs; empty: the run's own, held out if it has any")
     row: int = knob(0, "which pair of the file, counted from 0")
     beta: float = knob(0.0, "beta of the loss: larger stays closer to the reference; 0: as the policy was trained")
     lr: float = knob(0.0, "learning rate of the step; 0: as the policy was trained, after its warm-up")
@@ -231,10 +231,8 @@ def paint(text, *styles):
 
 def columns(text):
     """How many columns of a terminal `text` takes: a wide character takes two, an accent on the one before it none."""
-    return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
+    kinds = [(unicodedata.category(c), unicodedata.east_asian_width(c)) for c in text]
+    return sum(0 if category in ("Mn", "Me") else 2 if width in "WF" else 1 for category, width in kinds)
 
 
 def fit(text, width):
@@ -256,8 +254,7 @@ def table_line(text, mask, log_pi, log_ref, log_pi_after, *style):
         line += paint(" |", DIM) if i == 3 else ""
         signed, sign = i in (2, 4, 5), ()
         if signed and DIM not in style:  # colour on dim is hard to read
-            shown = round(value, 3)
-            sign = (GREEN if shown > 0 else RED if shown < 0 else DIM,)
+            sign = (GREEN if round(value, 3) > 0 else RED if round(value, 3) < 0 else DIM,)
         line += paint(f"{number(value, signed):>9}", *sign, *style)
     return line
 

@@ -7,14 +7,15 @@ K (K - 1) / 2 pairs are written, except pairs of equal texts and ties under hard
 
     hard   The completion with the higher reward is chosen, as in the paper's IMDb experiment. Such labels are never
            wrong, so the DPO loss has no finite minimum.
-    bt     The label is drawn from the Bradley-Terry model with the reward (Eq. 1). Only for these labels is the
-           theory's optimum (Eq. 4) what DPO converges to.
+    bt     The label is drawn from the Bradley-Terry model with the reward (Eq. 1). Only with
+           these labels does DPO converge to the optimum of Eq. 4.
 """
 
 import dataclasses
 import itertools
 import json
 import math
+import random
 import statistics
 from collections import Counter
 
@@ -78,14 +79,12 @@ def main():
     reward = load_reward(settings.reward)
     (model,), tokenizer = load_models(settings.policy, device=device)
     prompts = read_prompts(settings.prompts, "prompts_train", settings.limit)
-    samples = sample(
-        model, tokenizer, prompts, settings.max_new_tokens, settings.seed, settings.k,
-        batch_size=settings.batch_size, progress="sampling",
-    )  # fmt: skip
+    how = settings.max_new_tokens, settings.seed, settings.k
+    samples = sample(model, tokenizer, prompts, *how, batch_size=settings.batch_size, progress="sampling")
     rewards = reward(samples.prompts, samples.texts)
 
     counts, lines = Counter(), []
-    labelling = torch.Generator().manual_seed(settings.seed)
+    labelling = torch.Generator().manual_seed(random.Random(f"labels {settings.seed}").getrandbits(63))
     completions = list(zip(samples.texts, samples.ended, rewards, strict=True))
     for i, prompt in enumerate(prompts):
         group = completions[i * settings.k : (i + 1) * settings.k]

@@ -10,8 +10,8 @@ trains two classifiers on two halves of the reviews. `labelling.pt` chooses the 
 judges the result. A policy that has only learned the errors of the first classifier gains little from the second.
 
 A classifier is logistic regression on words and word pairs, with the naive Bayes scaling of Wang & Manning (ACL 2012).
-It learns from whole reviews and from random excerpts: with whole reviews alone, it is less accurate on the few dozen
-words of a completion, and calls six in ten of them positive.
+It learns from whole reviews and from random excerpts: with whole reviews alone, it is less accurate on short
+completions, and calls six in ten of them positive.
 """
 
 import dataclasses
@@ -163,7 +163,7 @@ def read_reviews(path):
     """JSONL of {"text", "label"} -> texts, labels (1 positive, 0 negative). Raises UserError for a bad label."""
     rows = read_jsonl(path, ("text",))
     for number, row in enumerate(rows, start=1):
-        if row.get("label") not in (0, 1):
+        if type(row.get("label")) is not int or row["label"] not in (0, 1):
             raise UserError(f'{path}, row {number}: "label" must be 0 or 1, not {row.get("label")!r}.')
     labels = [row["label"] for row in rows]
     if len(set(labels)) < 2:

@@ -230,6 +230,15 @@ def test_the_reward_model_cuts_its_forward_passes_as_micro_tokens_says(monkeypat
     assert sum(sizes) == 5 and max(sizes) == 2  # rows of at most 4 tokens, two for each pair
 
 
+def test_grad_clip_0_is_no_limit_for_the_reward_model():
+    model = rewarder()
+    before = weights_of(model)
+    reward_model.train_step(
+        model, make_optimizer(model, "sgd", 0.1), ROWS, [2, 0], knobs_of("reward-model", grad_clip=0.0)
+    )
+    assert not torch.equal(weights_of(model), before)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch):
     model = rewarder()
     monkeypatch.setattr(reward_model, "bradley_terry_loss", lambda chosen, rejected: math.nan * chosen)

@@ -465,16 +465,54 @@ def test_a_retrained_reward_or_other_pairs_under_the_same_name_are_not_mixed_in(
         assert "content of the pairs" in fails(capsys, frontier.main, *argv)
 
 
-def test_a_unit_that_does_not_say_what_it_was_made_from_is_made_again(made, swept, tmp_path, small, capsys):
+def test_a_unit_that_does_not_say_what_it_was_made_from_is_refused(made, swept, tmp_path, small, capsys):
     path = tmp_path / "units" / "sft_0.json"
     path.parent.mkdir()
     found = json.loads((swept / "units" / "sft_0.json").read_text(encoding="utf-8"))
-    expected = found["points"]
     old = {name: value for name, value in found["made_of"].items() if not name.startswith("content")}
     path.write_text(json.dumps({"made_of": old, "points": []}), encoding="utf-8")
-    call(frontier.main, *flags(made, tmp_path, "--methods", "sft"))
-    assert capsys.readouterr().out.count("it is made again") == 1
-    assert json.loads(path.read_text(encoding="utf-8"))["points"] == expected
+    assert "content of the pairs None in place" in fails(
+        capsys, frontier.main, *flags(made, tmp_path, "--methods", "sft")
+    )
+
+
+def test_another_reward_model_or_another_n_is_not_mixed_in(made, swept, small, monkeypatch, capsys):
+    one = unit.Setup(frontier.Settings(sft=str(made / "sft"), reward=str(made / "reward.pt"), device="cpu"))
+    before = {
+        method: unit.made_of(one, sweeps.Unit(method, setting, 0))
+        for method, setting in (("ppo", 1.0), ("best-of-n", ""))
+    }
+    monkeypatch.setitem(SMALL.training, "reward-model", lambda _: {"batch_size": 31})
+    for method, setting in (("ppo", 1.0), ("best-of-n", "")):
+        now = unit.made_of(one, sweeps.Unit(method, setting, 0))
+        assert {name for name in now if now[name] != before[method][name]} == {"reward model: batch_size"}
+    monkeypatch.setitem(SMALL.settings, "best-of-n", [2, 8])
+    message = fails(capsys, frontier.main, *flags(made, swept, "--methods", "best-of-n"))
+    assert "N [2, 4] in place of [2, 8]" in message or "batch_size" in message
+
+
+def test_points_of_another_sft_model_stay_out_of_the_csv(made, swept, tmp_path, small):
+    folder, out = shutil.copytree(made, tmp_path / "made", ignore=shutil.ignore_patterns("out")), tmp_path / "out"
+    call(frontier.main, *flags(folder, out, "--methods", "sft"))
+    model, tokenizer, _ = checkpoint.load(folder / "sft")
+    checkpoint.save(folder / "sft", GPT(model.config, torch.Generator().manual_seed(1)), tokenizer)
+    call(frontier.main, *flags(folder, out, "--methods", "preferred-ft"))
+    assert {row["method"] for row in rows_of(out / "frontier.csv")} == {"preferred-ft"}
+
+
+@pytest.mark.parametrize(("method", "setting"), [("unlikelihood", ""), ("dpo", ""), ("ppo", "abc"), ("sft", "1.0")])
+def test_a_unit_has_the_setting_that_its_method_takes(made, tmp_path, small, capsys, method, setting):
+    argv = ["--sft", made / "sft", "--out", tmp_path, "--method", method, "--setting", setting]
+    assert f"--setting {setting!r}: {method} takes" in fails(capsys, unit.main, *argv)
+    assert not (tmp_path / "units").exists()
+
+
+def test_a_figure_of_points_that_are_all_beyond_its_end(swept, tmp_path):
+    need_matplotlib()
+    shutil.copy(swept / "frontier.csv", tmp_path / "frontier.csv")
+    points = [point for point in figure.read_csv(tmp_path / "frontier.csv") if point.kl > 0]
+    figure.draw(points, None, tmp_path / "x.png", kl_end=min(point.kl for point in points) / 2)
+    assert (tmp_path / "x.png").exists()
 
 
 # ---- what is subtracted comes from one path and one precision ----

@@ -117,11 +117,11 @@ def test_judge_against_one_sample_at_a_time(model, curve):
         for weight in policy.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=noise)
     prompts = [row["prompt"] for row in gap.toy.rows("prompts_test", 10) for _ in range(4)]
-    figures = gap.judge(policy, reference, tokenizer, prompts, curve, seed=3)
+    figures = gap.judge(policy, reference, tokenizer, prompts, curve, seed=4)
 
     # this model's context is shorter than LONGEST, so a prompt keeps its last 8 tokens
     ids = [[tokenizer.eot, *tokenizer.encode(prompt)[-8:]] for prompt in prompts]
-    samples = generate(policy, ids, gap.LONGEST, tokenizer.eot, generator=torch.Generator().manual_seed(3))
+    samples = generate(policy, ids, gap.LONGEST, tokenizer.eot, generator=torch.Generator().manual_seed(4))
     kls = []
     for x, y in zip(ids, samples, strict=True):
         logps = [m(torch.tensor([x + y[:-1]]))[0, len(x) - 1 :].double().log_softmax(-1) for m in (policy, reference)]
@@ -132,8 +132,8 @@ def test_judge_against_one_sample_at_a_time(model, curve):
     assert figures["reward"] == pytest.approx(reward, abs=1e-12)
     assert figures["gap"] == pytest.approx(1 - (reward + 1) / (2 * kl**0.5), rel=1e-2)
     residuals = [r - k / kl**0.5 for r, k in zip(rewards, kls, strict=True)]  # the made-up slope there: kl^-1/2
-    mean = sum(residuals) / 40
-    se = (sum((r - mean) ** 2 for r in residuals) / 39 / 40) ** 0.5
+    means = [sum(residuals[i : i + 4]) / 4 for i in range(0, 40, 4)]  # the four samples of a prompt go together
+    se = statistics.stdev(means) / 10**0.5
     assert figures["gap_se"] == pytest.approx(se / (2 * kl**0.5), rel=2e-2)
 
 
@@ -186,6 +186,29 @@ def test_command_trains_once_and_goes_on_where_it_was(argv, tmp_path, capsys, mo
     assert f"{statistics.mean(other):.1%}" in line
 
 
+def test_runs_of_the_csv_are_measured_by_the_limit_asked_for(argv, curve, tmp_path):
+    argv += ["--seeds", 1, "--pairs", 60, "--cause", "DPO"]
+    tiny.call(gap.main, *argv)
+    (first,) = gap.read(tmp_path / "gap.csv")
+    higher = [p._replace(reward=p.reward + p.kl**0.5) for p in curve]  # a gain of 3 sqrt(kl) in place of 2
+    common.write_csv(tmp_path / "limit.csv", higher, digits=6)
+    tiny.call(gap.main, *argv)
+    (again,) = gap.read(tmp_path / "gap.csv")
+    assert 1 - again.gap == pytest.approx((1 - first.gap) * 2 / 3, abs=1e-3)
+
+
+def test_runs_made_otherwise_are_not_mixed_in(argv, model, tmp_path, capsys):
+    argv += ["--seeds", 1, "--pairs", 60, "--cause", "DPO"]
+    tiny.call(gap.main, *argv)
+    for flag in ("--beta", "--lr"):
+        assert "another --beta or --lr" in tiny.fails(capsys, gap.main, *argv, flag, 0.5)
+    sft, tokenizer, _ = checkpoint.load(model)
+    with torch.no_grad():
+        sft.wte.weight += 0.1
+    checkpoint.save(tmp_path / "other", sft, tokenizer)
+    assert "another SFT model" in tiny.fails(capsys, gap.main, *argv, "--init", tmp_path / "other", "--pairs", 70)
+
+
 def test_every_cause_changes_the_run(argv, tmp_path):
     tiny.call(gap.main, *argv, "--seeds", 1, "--pairs", 70, "--cause", ",".join(gap.CAUSES))
     rows = {row.cause: row for row in gap.read(tmp_path / "gap.csv")}
@@ -195,6 +218,8 @@ def test_every_cause_changes_the_run(argv, tmp_path):
 
 def test_command_refuses(argv, tmp_path, capsys):
     assert "did you mean" in tiny.fails(capsys, gap.main, *argv, "--cause", "no label nois").lower()
+    for pairs in ("abc", 0, 91):  # seed 0 has 90 pairs here; the next ones are those of seed 1
+        assert "from 1 to 90" in tiny.fails(capsys, gap.main, *argv, "--pairs", pairs)
     with open(tmp_path / "gap.csv", "w", encoding="utf-8") as file:
         csv.writer(file).writerows([["a"], ["1"]])
     assert "columns must be cause,pairs" in tiny.fails(capsys, gap.main, *argv)

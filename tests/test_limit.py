@@ -314,6 +314,9 @@ def test_command_draws_once_and_goes_on_where_it_was(run, tmp_path, capsys, monk
     assert len(drawn_now) == 1 and out.read_bytes() == first
     tiny.call(limit.main, *command(run, out, "--seed", 1))  # other draws: nothing of the old ones is used
     assert len(drawn_now) == 4 and out.read_bytes() != first
+    tiny.call(limit.main, *command(run, out, "--max-new-tokens", 6, "--seed", 11))
+    tiny.call(limit.main, *command(run, out, "--max-new-tokens", 61, "--seed", 1))  # the same digits in a row
+    assert len(drawn_now) == 10
 
 
 def test_command_draws_again_for_another_reward_in_the_same_file(run, tmp_path, capsys, monkeypatch):

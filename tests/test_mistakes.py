@@ -146,6 +146,9 @@ def test_curves_train_once_and_the_page_holds_what_was_measured(tmp_path, monkey
     monkeypatch.setattr(curves, "train", None)  # would fail if it were called
     call(command.main, *flags)
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == page
+    monkeypatch.setattr(curves, "broken", lambda run: "# the code has changed")
+    with pytest.raises(TypeError):  # all is trained again
+        call(command.main, *flags)
 
 
 def test_every_section_of_the_page_is_whole():

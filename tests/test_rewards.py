@@ -234,6 +234,7 @@ def test_command_trains_two_classifiers_on_halves_that_share_no_review(tmp_path,
     [
         ([{"text": "fine", "label": 1}, {"text": "no label"}], "row 2.*label.*None"),
         ([{"text": "fine", "label": 1}, {"text": "x", "label": "pos"}], "row 2.*label.*'pos'"),
+        ([{"text": "fine", "label": 1}, {"text": "x", "label": True}], "row 2.*label.*True"),
         ([{"text": "fine", "label": 1}], "both labels"),
         ([{"text": 3, "label": 1}], "line 1.*text"),
     ],

@@ -98,8 +98,9 @@ def test_long_posts_lose_lines_from_the_end_then_characters(query):
     assert query("HEAD ", text, len("HEAD first line" + end)) == "HEAD first line" + end
     assert query("HEAD ", text, len("HEAD first" + end)) == "HEAD first" + end
     assert query("HEAD ", text, len("HEAD f" + end)) == "HEAD f" + end
-    with pytest.raises(LeftOut, match="no room"):
-        query("HEAD ", text, len("HEAD " + end) - 1)
+    for room in (-1, 0):  # a query without any text is left out, too
+        with pytest.raises(LeftOut, match="no room"):
+            query("HEAD ", text, len("HEAD " + end) + room)
 
 
 def test_characters_are_not_cut_in_two(query):

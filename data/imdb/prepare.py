@@ -146,7 +146,7 @@ def main(argv=None):
     write_rows(settings.out, files)
     train_prompts = {row["prompt"] for row in files["prompts_train"]}
     shared = sum(row["prompt"] in train_prompts for row in files["prompts_test"])
-    print(f"{shared} of the {len(files['prompts_test'])} test prompts are also the beginning of a training review")
+    print(f"{shared} of the {len(files['prompts_test'])} test prompts are also training prompts")
 
 
 if __name__ == "__main__":

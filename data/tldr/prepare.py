@@ -74,7 +74,7 @@ def query_maker(tokenizer, limit, counts):
             kept = kept[: kept.rindex("\n")]
         if not fits(head, kept):  # one line is left: find the longest part that fits by bisection
             too_long = bisect.bisect_left(range(len(kept) + 1), True, key=lambda n: not fits(head, kept[:n]))
-            if too_long == 0:
+            if too_long <= 1:
                 raise LeftOut("no room for the text after its title")
             kept = kept[: too_long - 1]
         counts["cut"] += kept != text

@@ -59,8 +59,8 @@ def units(settings):
     for seed in range(settings.seeds):
         # the long ones first, so that no process is left alone with one at the end
         for method in sorted(methods, key=lambda method: "ppo" not in method):
-            one_setting = [""] if method in ("sft", "best-of-n") else None  # one batch of samples serves every N
-            for setting in one_setting or SWEEPS[settings.data].settings[method]:
+            once = method in ("sft", "best-of-n")  # one batch of samples serves every N
+            for setting in [""] if once else SWEEPS[settings.data].settings[method]:
                 unit = Unit(method, setting, seed)
                 found += [unit.needs, unit] if unit.needs else [unit]
     return list(dict.fromkeys(found))
@@ -95,24 +95,26 @@ def sweep(settings):
                     log = unit_path(settings.out, unit, "log")
                     last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
                     raise UserError(f"{unit.name} failed; {log} ends with\n{last}")
-                write_csv(settings)
+                write_csv(setup)
                 bar.update()
     finally:
         bar.close()
         for process in running.values():
             process.terminate()
             process.wait()
-    write_csv(settings)
+    write_csv(setup)
 
 
 # ---- 2. The table and the command ----
 
 
-def write_csv(settings):
-    """Writes the points of all units on disk to --csv, and the covariances of their errors beside it."""
-    points = []
-    for path in (Path(settings.out) / "units").glob("*.json"):
-        points += json.loads(path.read_text(encoding="utf-8"))["points"]
+def write_csv(setup):
+    """Writes the points of all units of this set-up to --csv, and the covariances of their errors beside it."""
+    settings, points = setup.settings, []
+    for path in (setup.out / "units").glob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if setup.contents.items() <= found["made_of"].items():  # not of another SFT model, reward or pairs
+            points += found["points"]
     place = lambda p: (METHODS.index(p["method"]), number(p["setting"]), str(p["setting"]), p["seed"], p["step"])  # noqa: E731
     points.sort(key=place)
     paths = {figure.Point: settings.csv_path, figure.Covariance: figure.covariance_path(settings.csv_path)}

@@ -1,6 +1,6 @@
 """How often is the implicit reward right? Accuracy on held-out pairs, next to rewards learned, true and naive.
 
-    python -m experiments.frontier.accuracy --policy runs/toy/dpo --reference runs/toy/sft \
+    python -m experiments.frontier.accuracy --policy runs/toy/dpo --reference runs/toy/sft \\
         --reward-model runs/frontier/toy/reward_model_0 --data toy --reward toy
 
 Each reward prefers one response of each held-out pair, and is right if that one was chosen. A tie is half right.

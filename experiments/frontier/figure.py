@@ -30,7 +30,7 @@ class Point(NamedTuple):
 
 
 class Covariance(NamedTuple):
-    """A row of NAME_cov.csv: how the errors of kl and reward, means over the same samples, go together."""
+    """A row of NAME_cov.csv: the covariance of the errors of kl and reward, means over the same samples."""
 
     method: str
     setting: str
@@ -114,15 +114,14 @@ def draw(points, curve, path, kl_end=20.0):
                     axis.scatter(x, y, color=colour, marker=marker, zorder=3 + order, **look)
         axis.set_ylabel(columns[column])
         axis.grid(alpha=0.25)
-    if curve:
+    if curve and points:
         axes[0].plot([p.kl for p in curve], [p.reward for p in curve], "k-", linewidth=1.2, label="the limit")
-        rings = list(theory(points, curve).values())
-        if rings:
+        if rings := list(theory(points, curve).values()):
             label, look = "where theory puts DPO", dict(facecolors="none", edgecolors=LOOKS["dpo"][1], s=42)
             axes[0].scatter(*zip(*rings, strict=True), zorder=2.5, label=label, **look)
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right", framealpha=0.9)
-    longest = max(p.kl for p in points)
+    longest = max((p.kl for p in points), default=kl_end)
     # the limit of a reward of normal distribution is sd sqrt(2 KL): over the root of the KL, a straight line
     root, square = lambda kl: np.sign(kl) * np.sqrt(np.abs(kl)), lambda x: np.sign(x) * np.square(x)
     axes[-1].set_xscale("function", functions=(root, square))
@@ -159,13 +158,11 @@ def summary(points, curve, covariances=None):
     groups = defaultdict(list)
     for point in last_points(points):
         groups[point.method, point.setting].append(point)
-    lines = [
-        f"{'method':14}{'setting':>10}{'seeds':>6}{'KL':>9}{'reward':>8}{'of the limit':>17}{'grammatical':>13}{'s':>7}"
-    ]
+    names = f"{'KL':>9}{'reward':>8}{'of the limit':>17}{'grammatical':>13}{'s':>7}"
+    lines = [f"{'method':14}{'setting':>10}{'seeds':>6}{names}"]
     for (method, setting), group in groups.items():
-        kl, reward, grammatical, seconds = (
-            statistics.mean(getattr(p, name) for p in group) for name in ("kl", "reward", "grammatical", "seconds")
-        )
+        columns = ("kl", "reward", "grammatical", "seconds")
+        kl, reward, grammatical, seconds = (statistics.mean(getattr(p, name) for p in group) for name in columns)
         shares = [math.nan]
         if curve and method != "sft":
             shares = [limit.share_of_gain(curve, p.kl, p.reward) for p in group]
@@ -173,24 +170,22 @@ def summary(points, curve, covariances=None):
         if share and len(shares) > 1:
             share += f" +- {statistics.stdev(shares) / len(shares) ** 0.5:.1%}"
         accepted = "" if math.isnan(grammatical) else f"{grammatical:.1%}"
-        lines.append(
-            f"{method:14}{setting:>10}{len(group):6}{kl:9.3g}{reward:8.2f}{share:>17}{accepted:>13}{seconds:7.0f}"
-        )
+        cells = f"{kl:9.3g}{reward:8.2f}{share:>17}{accepted:>13}{seconds:7.0f}"
+        lines.append(f"{method:14}{setting:>10}{len(group):6}{cells}")
     if curve:
         for beta, (kl, reward) in theory(points, curve).items():
             lines.append(f"DPO's optimum at beta {beta:g} is at a KL of {kl:.2f} and a reward of {reward:.2f}")
         heights = {p: height(p, curve, (covariances or {}).get(p[:4])) for p in points}
-        above = [p for p in points if heights[p] > 2]
-        lines += [f"{heights[p]:.1f} standard errors above the limit, look for the bug: {p}" for p in above]
-        if not above:
-            lines.append("no point is above the limit by more than two standard errors")
+        look = "standard errors above the limit, look for the bug:"
+        above = [f"{heights[p]:.1f} {look} {p}" for p in points if heights[p] > 2]
+        lines += above or ["no point is above the limit by more than two standard errors"]
     return "\n".join(lines)
 
 
 def height(point, curve, cov=None):
     """Returns how far a point is above the limit at its KL, in standard errors; NaN where the limit is not drawn.
 
-    cov: of the errors of kl and reward. Without it, the largest that is possible: the error is then the smallest.
+    cov: of the errors of kl and reward. None: the largest possible, which gives the smallest error.
     """
     best, slope = limit.reward_at(curve, point.kl), limit.slope_at(curve, point.kl)
     cov = point.kl_se * point.reward_se if cov is None else cov

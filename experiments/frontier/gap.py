@@ -1,11 +1,10 @@
 """What DPO's distance to the limit is made of: the gap at equal KL against the number of pairs, on the toy.
 
-    python -m experiments.frontier.gap --init runs/toy/sft --beta 0.9 --lr 0.0037
+    python -m experiments.frontier.gap --init runs/toy/sft
 
-This trains what the CSV lacks and draws the figure.
-
-With endless pairs DPO's optimum is the limit's own policy (Eq. 4 of the paper). Each of `CAUSES` changes one thing. The
-gap is 1 - (DPO's gain in reward over the reference) / (the limit's gain at DPO's own KL).
+It trains what the CSV lacks, then draws it. With endless pairs DPO's optimum is the limit's own policy (Eq. 4 of the
+paper). Each of `CAUSES` changes one thing. The gap is 1 - (DPO's gain in reward over the reference) / (the limit's gain
+at DPO's own KL).
 """
 
 import copy
@@ -28,7 +27,7 @@ from experiments import common
 from experiments.evaluate import sequence_kl
 from experiments.frontier import limit
 from experiments.frontier.baselines import fit
-from minidpo import dataset
+from minidpo import checkpoint, dataset
 from minidpo.files.writing import claim
 from minidpo.run import count_steps
 from minidpo.settings import UserError, knob, parse_settings, run_main
@@ -45,7 +44,6 @@ DEFAULT = ("DPO", "no label noise", "AdamW")
 PAIRS = (1000, 3000, 10000, 30000)
 LONGEST = 96  # tokens of a sampled response
 SAMPLES = 4  # of each of the 500 held-out prompts
-TARGET = 0.03  # a gap of 3 %
 
 
 @dataclasses.dataclass
@@ -57,8 +55,8 @@ class Settings:
     cause: str = knob(",".join(DEFAULT), f"what to change, with commas between: {', '.join(CAUSES)}")
     pairs: list = knob(None, f"pairs to train on; may be repeated (default: {', '.join(map(str, PAIRS))})")
     seeds: int = knob(3, "runs of each kind, each with pairs of its own", least=1)
-    beta: float = knob(0.7, "of DPO", least=1e-3)
-    lr: float = knob(0.006, "learning rate of DPO")
+    beta: float = knob(0.9, "of DPO", least=1e-3)
+    lr: float = knob(0.0037, "learning rate of DPO")
 
 
 class Run(NamedTuple):
@@ -68,20 +66,22 @@ class Run(NamedTuple):
     pairs: int
     seed: int
     beta: float
+    lr: float  # the flag: a cause can have a learning rate of its own
     kl: float  # nats per response
     reward: float
     gap: float
-    gap_se: float  # of the sampling
+    gap_se: float  # sampling error only
     grammatical: float  # share of the samples
     steps: int
     seconds: float  # of training
+    sft: str  # fingerprint of the weights of --init
 
 
 # ---- 1. The pairs ----
 
 
 def grammar_pairs(n, seed):
-    """Returns n pairs from the toy's generator, the first of them the same for every n."""
+    """Returns the first n pairs of this seed from the toy's generator."""
     first = seed * max(PAIRS)  # seed 0 begins with the toy's own 10,000
     return list(itertools.islice(toy.rows("pairs_train", first + n), first, None))
 
@@ -111,13 +111,10 @@ def train_step(model, optimizer, rows, reference, preferred, indices, settings):
 
 
 def judge(policy, reference, tokenizer, prompts, points, seed):
-    """Samples one completion of each prompt -> kl, reward, gap, gap_se and grammatical, by name.
-
-    gap_se is of the sampling.
-    """
+    """Samples each prompt once; SAMPLES neighbours are equal -> kl, reward, gap, gap_se and grammatical, by name."""
     samples = common.sample(policy, tokenizer, prompts, LONGEST, seed, batch_size=limit.ROWS)
     kls, _ = sequence_kl(policy, reference, samples.prompt_ids, samples.ids)
-    found = limit.moments([grammar.reward(text) for text in samples.texts], kls)
+    found = limit.moments([grammar.reward(text) for text in samples.texts], kls, SAMPLES)
     kl, reward = found.pop("kl"), found.pop("reward")
     error = limit.height_se(limit.slope_at(points, kl), **found)
     accepted = [grammar.grammatical(p + t) for p, t in zip(prompts, samples.texts, strict=True)]
@@ -157,7 +154,8 @@ def one_run(cause, pairs, seed, model, tokenizer, points, settings):
     prompts = [record["prompt"] for record in held_out for _ in range(SAMPLES)]
     figures = judge(policy, model, tokenizer, prompts, points, seed)
     figures = {name: round(value, 5) for name, value in figures.items()}
-    return Run(cause, pairs, seed, settings.beta, steps=count_steps(rows, made)[1], seconds=seconds, **figures)
+    figures |= dict(steps=count_steps(rows, made)[1], seconds=seconds, sft=checkpoint.fingerprint(model))
+    return Run(cause, pairs, seed, settings.beta, settings.lr, **figures)
 
 
 # ---- 3. The file and the picture ----
@@ -183,7 +181,7 @@ def draw(path, runs):
             axes.plot(sizes, [100 * gap for gap in means], "o-", color=f"C{i}", label=cause)
             axes.plot([run.pairs for run in shown], [100 * run.gap for run in shown], ".", color=f"C{i}", alpha=0.5)
     axes.plot([], [], ".", color="0.3", alpha=0.5, label="single runs; lines: their means")
-    axes.axhline(100 * TARGET, color="black", linewidth=0.8, linestyle="--", label=f"a gap of {TARGET:.0%}")
+    axes.axhline(3, color="black", linewidth=0.8, linestyle="--", label="a gap of 3%")
     axes.set(xscale="log", xlabel="pairs", ylabel="gap to the limit at equal KL, %", ylim=(0, None))
     axes.set_xticks(PAIRS, [f"{n:,}" for n in PAIRS])
     axes.minorticks_off()
@@ -208,18 +206,23 @@ def main():
     causes = common.names_in("--cause", settings.cause, CAUSES, DEFAULT)
     points = limit.read(settings.limit)
     gap = lambda run: round(1 - limit.share_of_gain(points, run.kl, run.reward), 5)  # noqa: E731
-    runs = [run._replace(gap=gap(run)) for run in read(settings.csv)]  # to the limit as it is now
-    if any(run.beta != settings.beta for run in runs):
-        raise UserError(f"{settings.csv} holds runs of another beta. Give that --beta, or another --csv.")
+    runs = [run._replace(gap=gap(run)) for run in read(settings.csv)]  # by this --limit
+    if any(run[3:5] != (settings.beta, settings.lr) for run in runs):
+        raise UserError(f"{settings.csv} holds runs of another --beta or --lr. Give those, or another --csv.")
+    if not all(str(size).isdigit() and 0 < int(size) <= max(PAIRS) for size in settings.pairs or PAIRS):
+        raise UserError(f"--pairs: give whole numbers from 1 to {max(PAIRS)}, the number of pairs of one seed.")
     done = {run[:3] for run in runs}
     kinds = itertools.product(map(int, settings.pairs or PAIRS), range(settings.seeds), causes)
     work = [(cause, pairs, seed) for pairs, seed, cause in kinds if (cause, pairs, seed) not in done]
     if work:
         (model,), tokenizer = common.load_models(settings.init)
         model.set_dropout(0.0)
+        if any(run.sft != checkpoint.fingerprint(model) for run in runs):
+            raise UserError(f"{settings.csv} holds runs from another SFT model. Give another --csv.")
     for kind in tqdm(work, desc="gap", unit="run"):
         runs.append(one_run(*kind, model, tokenizer, points, settings))
         write(settings.csv, runs)  # a stopped study continues after its last run
+    write(settings.csv, runs)
     runs = read(settings.csv)
     draw(settings.figure, runs)
     print(table(runs))

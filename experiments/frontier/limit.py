@@ -50,7 +50,7 @@ class Settings:
     out: str = knob(dataclasses.MISSING, "the CSV file to write; the draws are kept beside it, in OUT.draws")
     proposal: list = knob(None, "a policy trained from the reference, to sample from as well; may be repeated")
     temperature: float = knob(1.2, "of the proposals' samples; the reference's is 1", least=0.1)
-    prompts: int = knob(50, "use the first so many prompts; 0: all. Judge policies on the same ones")
+    prompts: int = knob(50, "use the first so many prompts; 0: all")
     samples: int = knob(1024, "draws for each prompt, from all models together; at least four from each", least=8)
     max_new_tokens: int = knob(96, "longest response, in tokens: of the limit, and so of what is compared", least=1)
     seed: int = knob(0, "of the sampling")
@@ -74,7 +74,7 @@ class Point(NamedTuple):
     kl_se: float
     reward: float
     reward_se: float
-    gain_se: float  # of reward - (reference's reward) at a given KL: errors of kl and reward go along the curve
+    gain_se: float  # of the limit's gain over the reference at a given KL
     ess_min: float  # effective samples of the worst prompt
     ess_median: float
 
@@ -165,13 +165,10 @@ def all_draws(sources, prompts, tokenizer, reward, settings):
     """
     counts, folder = shares(settings.samples, len(sources)), Path(f"{settings.out}.draws")
     knobs = content(settings.reward), settings.samples, settings.max_new_tokens, settings.seed
-    made_of = checkpoint.fingerprint(*itertools.chain(*sources), tokenizer.fingerprint, *knobs)
+    made_of = checkpoint.fingerprint(*itertools.chain(*sources), (tokenizer.fingerprint, *knobs))
     at_once = max(1, ROWS // counts[-1])
-    firsts = range(0, len(prompts), at_once)
-    paths = {
-        first: folder / f"{checkpoint.fingerprint(made_of, first, prompts[first : first + at_once])}.pt"
-        for first in firsts
-    }
+    name = lambda first: checkpoint.fingerprint(made_of, first, prompts[first : first + at_once])  # noqa: E731
+    paths = {first: folder / f"{name(first)}.pt" for first in range(0, len(prompts), at_once)}
     if others := set(folder.glob("*.pt")) - set(paths.values()):
         print(f"{folder}: {len(others)} files were drawn from other models, rewards or settings, and are not used")
     ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, *(model for model, _ in sources))
@@ -229,7 +226,7 @@ def moments(rewards, kls, per_prompt=1):
 def height_se(slope, kl_se, reward_se, cov):
     """Standard error of reward - slope * KL, from those of both means and their covariance.
 
-    It is a policy's error across the limit. High rewards and high KLs go together, and so their errors nearly cancel.
+    This is the error of a policy's distance to the limit. The errors of reward and KL nearly cancel in it.
     """
     return math.sqrt(max(0.0, reward_se**2 + (slope * kl_se) ** 2 - 2 * slope * cov))
 

@@ -48,7 +48,7 @@ class Sweep:
     max_new_tokens: int  # longest completion
     reward: str = ""  # the true reward, unless --reward says otherwise; "": there is none of its own
     grammatical: Callable | None = None  # text -> whether the grammar accepts it
-    reward_sd: float = 1.5  # of the SFT model's samples: PPO's first price of a nat goes by it
+    reward_sd: float = 1.5  # SD of the SFT model's rewards; it sets PPO's first kl_coef
     rescale: bool = False  # bring a learned reward to `reward_sd` first: its own scale says nothing
 
 
@@ -63,8 +63,8 @@ def number(setting):
 def dpo_optimizer(setting):
     """DPO on the toy: SGD with momentum, or AdamW with the settings of the other methods.
 
-    For SGD, the gradient grows with beta, and the log-ratios it has to reach with 1/beta. So lr beta^2 decides how far
-    a run gets. Below beta 0.5 the first steps, which grow with lr beta, would be too long: there lr beta is fixed.
+    With SGD, the gradient grows like beta, and the log-ratios that it has to reach like 1/beta. So lr beta^2 decides
+    how far a run gets. Below beta 0.5 the first steps, which grow with lr beta, would be too long: lr beta is fixed.
     """
     if str(setting).endswith("-adamw"):
         return {}

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -89,7 +90,7 @@ class Setup:
 
     @functools.cached_property
     def contents(self):
-        """Fingerprints of all that a unit's points are made from: a file of the same name may hold something else."""
+        """Fingerprints of all that a unit's points are made from, since files change under their names."""
         prompts = self.prompts, common.read_prompts(self.settings.data, "prompts_train")
         return {
             "weights of --sft": checkpoint.fingerprint(self.sft),
@@ -118,7 +119,7 @@ class Setup:
 
 
 class Watch:
-    """`on_step` of a training: evaluates at evenly spaced steps, and counts the seconds between the evaluations."""
+    """`on_step` of a training: evaluates at evenly spaced steps, and counts the seconds without evaluations."""
 
     def __init__(self, setup, policy, last_step, seed):
         self.setup, self.policy, self.last_step, self.seed = setup, policy, last_step, seed
@@ -164,7 +165,7 @@ def best_of(setup, unit):
     """Best-of-N for all N, from one batch of samples."""
     began, sizes = time.perf_counter(), setup.sweep.settings["best-of-n"]
     k = max(sizes)
-    model, _ = reward_model.load(setup.out / f"reward_model_{unit.seed}")
+    model, _ = reward_model.load(setup.out / f"reward_model_{unit.seed}", setup.tokenizer)
     samples = setup.sample(setup.sft, setup.prompts, unit.seed, k)
     scores = model.to(setup.device).score(samples.prompt_ids, samples.ids, limit.ROWS).view(-1, k)
     seconds, points = time.perf_counter() - began, []
@@ -235,11 +236,14 @@ def made_of(setup, unit):
     """What decides a unit's points, by name."""
     names = ("data", "reward", "pairs", "prompts", "samples", "points", "max_new_tokens")
     knobs = dataclasses.asdict(training(unit, setup.settings)) if unit.method not in ("sft", "best-of-n") else {}
+    knobs |= {"N": setup.sweep.settings["best-of-n"]} if unit.method == "best-of-n" else {}
+    needed = made_of(setup, unit.needs) if unit.method in ("best-of-n", "ppo") else {}
     elsewhere = {field.name for field in dataclasses.fields(Settings)} | {"init", "dtype"}
     return {
         **setup.contents,
         **{f"--{name.replace('_', '-')}": getattr(setup.settings, name) for name in names},
         **{name: value for name, value in knobs.items() if name not in elsewhere},
+        **{f"reward model: {name}": value for name, value in needed.items()},
     }
 
 
@@ -249,13 +253,10 @@ def is_done(setup, unit):
     if not path.exists():
         return False
     before, now = json.loads(path.read_text(encoding="utf-8"))["made_of"], made_of(setup, unit)
-    if not setup.contents.keys() <= before.keys():
-        print(f"{path} does not say which reward, pairs and prompts it was made from: it is made again")
-        return False
     # a knob that only one of the two has was added to the code or removed since: it is not compared
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    if changed:
-        what = ", ".join(f"{name} {before[name]!r} in place of {now[name]!r}" for name in changed)
+    compared = before.keys() & now.keys() | setup.contents.keys()
+    if changed := [name for name in now if name in compared and before.get(name) != now[name]]:
+        what = ", ".join(f"{name} {before.get(name)!r} in place of {now[name]!r}" for name in changed)
         raise UserError(f"{path} was made with {what}. Delete it to make it again, or give another --out.")
     return True
 
@@ -271,9 +272,11 @@ def run(setup, unit):
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
     torch.set_num_threads(1)  # two processes of one thread get more done than one of two: the matrices are small
-    plain = settings.setting and "-" not in settings.setting
-    setting = float(settings.setting) if plain else settings.setting
-    unit = Unit(settings.method, setting, settings.seed)
+    takes = settings.method in ("unlikelihood", "dpo", "ppo", "ppo-gt")
+    if not re.fullmatch(r"\d*\.?\d+(-adamw)?" if takes else "", settings.setting):
+        raise UserError(f"--setting {settings.setting!r}: {settings.method} takes {'a number' if takes else 'none'}.")
+    plain = takes and not settings.setting.endswith("-adamw")
+    unit = Unit(settings.method, float(settings.setting) if plain else settings.setting, settings.seed)
     claim(unit_path(settings.out, unit))
     run(Setup(settings), unit)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 from experiments import common, evaluate
-from experiments.mistakes import PAGE, Mistake, copy, read_page, read_section, run_in
+from experiments.mistakes import PAGE, Mistake, broken, copy, read_page, read_section, run_in
 from experiments.rewards import load_reward
 from minidpo import checkpoint
 from minidpo.files.writing import atomic_write, claim
@@ -43,7 +43,8 @@ def train_all(mistakes, init, folder):
     atomic_write(folder / "pairs.jsonl", pairs)
     runs = {run.name: run for mistake in mistakes if mistake.shows for run in (healthy(mistake), mistake)}
     for name, run in tqdm(runs.items(), desc="runs", unit="run"):
-        made_of = checkpoint.fingerprint(model, pairs, STEPS, SETS["toy"], run.new, run.flags, run.resumed)
+        how = (STEPS, LAST, PROMPTS), SETS["toy"], broken(run), run.flags, run.resumed
+        made_of = checkpoint.fingerprint(model, pairs, *how)
         if made_of != read(folder, run).get("made_of"):
             result = train(run, init, folder)
             if "stopped" not in result:
@@ -144,5 +145,6 @@ def write_page(folder, page):
             sections[i] = "\n\n".join([*kept[:-1], *measured(mistake, folder), kept[-1]]) + "\n"
     atomic_write(page, "\n## ".join([above, *sections]))
     print(f"{page}: {len(trained)} mistakes trained")
-    print(f"samples of the SFT model: {read(folder, healthy(trained[0]))['start']}")
+    if trained:
+        print(f"samples of the SFT model: {read(folder, healthy(trained[0]))['start']}")
     draw(page.with_suffix(".png"), trained, folder)

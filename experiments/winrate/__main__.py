@@ -78,10 +78,10 @@ def completions(journal, name, model, tokenizer, prompts, ids, temperature, sett
     batches = range(0, len(prompts), settings.batch_size)
     for i in tqdm(batches, desc=f"{name} at temperature {temperature:g}", unit="batch"):
         batch, batch_ids = (x[i : i + settings.batch_size] for x in (prompts, ids))
-        key = checkpoint.fingerprint(weights, batch_ids, temperature, longest, settings.seed, i)
+        key = checkpoint.fingerprint(weights, batch_ids, (temperature, longest, settings.seed, i))
         if key not in journal.entries:
             seed = random.Random(f"{settings.seed} {temperature} {i}").getrandbits(63)  # each batch has its own
-            new = sample(model, tokenizer, batch, longest, seed, ids=batch_ids, temperature=temperature)
+            new = sample(model, tokenizer, batch, longest, seed, 1, batch_ids, temperature, len(batch))
             lengths = map(len, new.ids)
             done = [dict(text=t, ended=e, tokens=n) for t, e, n in zip(new.texts, new.ended, lengths, strict=True)]
             journal.add(key, run=name, temperature=temperature, completions=done)

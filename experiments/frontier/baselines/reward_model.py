@@ -116,10 +116,10 @@ def train_step(model, optimizer, pairs, indices, settings):
         part = losses.sum() / len(indices)  # the mean over the pairs of the step
         part.backward()
         loss += part.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
     metrics = {"loss": loss.item(), "grad_norm": grad_norm.item()}
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"not a finite number in {metrics}\nin the batch of usable pairs {sorted(indices)}, from 0.")
+        raise UserError(f"not a finite number in {metrics}\nBatch: usable pairs {sorted(indices)}, counted from 0.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return metrics
