@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 import data
 from minidpo import checkpoint, dataset
-from minidpo.dataset import read_jsonl
 from minidpo.files.writing import atomic, atomic_write
 from minidpo.sampling import generate
 from minidpo.settings import UserError, unknown
@@ -42,7 +41,7 @@ def load_models(*names, device="cpu"):
 
 def read_prompts(name, file="prompts_test", limit=0):
     """Returns the first `limit` prompts (0: all) of a dataset's file, or of the JSONL file `name`, as texts."""
-    return [record["prompt"] for record in read_jsonl(data.find(name, file), ("prompt",))][: limit or None]
+    return [record["prompt"] for record in dataset.read_jsonl(data.find(name, file), ("prompt",))][: limit or None]
 
 
 def prompt_ids(tokenizer, prompts, max_new_tokens, *models):

@@ -344,8 +344,7 @@ def draw(path, result):
 def main():
     settings = parse_settings(Settings, __doc__)
     torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and it would round differently
-    out = Path(settings.out)
-    path = new_file(out / "displacement.json", settings.overwrite)
+    path = new_file(Path(settings.out) / "displacement.json", settings.overwrite)
     work = [(displaced, start, seed) for start in STARTS for seed in range(settings.seeds)]
     work += [(question, seed) for question in (at_optimum, by_length) for seed in range(settings.seeds)]
     result = {"settings": dataclasses.asdict(settings), "displaced": [], "at_optimum": [], "by_length": []}
@@ -353,7 +352,7 @@ def main():
         result[question.__name__].append(question(*arguments, settings))
     atomic_write(path, json.dumps(result) + "\n")
     print(tables(result))
-    draw(out / "displacement.png", result)
+    draw(path.with_suffix(".png"), result)
     print(f"everything measured: {path}")
 
 

@@ -75,8 +75,7 @@ def training_settings(settings):
                 f"{' and '.join(LOSSES)} of train_dpo.py. Add the new loss to `formulas` in experiments/explain.py."
             )
     given = {k: getattr(settings, k) for k in ("beta", "lr") if getattr(settings, k)}
-    device = pick_device(settings.device)
-    plain = dict(device=device, dtype="float32", fast=False, micro_batch_size=0)
+    plain = dict(device=pick_device(settings.device), dtype="float32", fast=False, micro_batch_size=0)
     return dataclasses.replace(train, data=name, **plain, **given)
 
 
@@ -100,9 +99,8 @@ def every_token_logp(model, pair, device):
 
     The first token of the prompt, the eot, has none (None): the model starts from it.
     """
-    batch = dataset.preference_batch([pair], device)
     logps = {}
-    for side, rows in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+    for side, rows in dataset.preference_batch([pair], device)._asdict().items():
         every = train_dpo.token_logps(model(rows.ids), rows.targets)[0]
         logps[side] = every[rows.mask[0]].tolist()
         logps["prompt"] = [None, *every[~rows.mask[0]].tolist()]  # the same on both sides, up to rounding
@@ -142,7 +140,8 @@ def anatomy(policy, reference, pair, train):
         with torch.no_grad():
             return torch.cat(train_dpo.logps_of(model, [pair], [0], train))  # (2,): chosen, rejected
 
-    before, fixed = sums(policy), sums(reference)
+    fixed = sums(reference)
+    before = loss_figures(sums(policy), fixed, train.variant)
     optimizer = make_optimizer(stepped, train.optimizer, train.lr)
     metrics = train_dpo.train_step(stepped, optimizer, [pair], fixed[None], [0], train)
 
@@ -152,12 +151,8 @@ def anatomy(policy, reference, pair, train):
         rows = zip(ids, *(of_model[part] for of_model in logps), strict=True)
         names = ("id", "log_pi", "log_ref", "log_pi_after")
         tokens[part] = [{"scored": part != "prompt", **dict(zip(names, row, strict=True))} for row in rows]
-    return {
-        "tokens": tokens,
-        "before": loss_figures(before, fixed, train.variant),
-        "after": loss_figures(sums(stepped), fixed, train.variant),
-        "grad_norm": metrics["grad_norm"],
-    }
+    after = loss_figures(sums(stepped), fixed, train.variant)
+    return {"tokens": tokens, "before": before, "after": after, "grad_norm": metrics["grad_norm"]}
 
 
 # ---- 2. The words ----
@@ -222,7 +217,7 @@ def formulas(figures, train):
 BOLD, DIM, RED, GREEN = "1", "2", "31", "32"  # escape codes; these two colours can be read on light and on dark
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 TITLES = {"prompt": "PROMPT x, not scored", "chosen": "CHOSEN y_w", "rejected": "REJECTED y_l"}
-HEADS = ("log pi", "log ref", "diff", "log pi", "diff", "change")
+HEADS = "".join(f"{head:>9}" for head in ("log pi", "log ref", "diff", "log pi", "diff", "change"))
 
 
 def paint(text, *styles):
@@ -271,10 +266,9 @@ def terminal(found, settings, train, source, tokenizer, colour):
         f"loss       {train.loss_type}{smoothing}, beta {train.beta:g}",
         f"step       {train.optimizer}, learning rate {train.lr:g}; gradient norm {norm:.3g}{clipped}",
     ]
-    heads = "".join(f"{head:>9}" for head in HEADS)
     for part, tokens in found["tokens"].items():
         lines += ["", paint(f"{fit(TITLES[part], 22)}{'before the step':>27} |{'after it':>27}", BOLD)]
-        lines.append(paint(f"{'token':18}mask{heads[:27]} |{heads[27:]}", DIM))
+        lines.append(paint(f"{'token':18}mask{HEADS[:27]} |{HEADS[27:]}", DIM))
         for t in tokens:
             text = "∎" if t["id"] == tokenizer.eot else visible(tokenizer.tokens[t["id"]])
             mask, style = ("x", ()) if t["scored"] else (".", (DIM,))

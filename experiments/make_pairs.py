@@ -65,11 +65,9 @@ def pairs_of(prompt, completions, labels, generator, counts):
             continue
         counts["the lower reward chosen"] += (reward_a > reward_b) != a_wins and reward_a != reward_b
         (chosen, chosen_ended, _), (rejected, rejected_ended, _) = both if a_wins else both[::-1]
-        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        for name, ended in (("chosen_ended", chosen_ended), ("rejected_ended", rejected_ended)):
-            if not ended:  # cut at max_new_tokens: training must not add an eot
-                pair[name] = False
-        yield pair
+        ended = {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended}  # not ended: cut at max_new_tokens
+        cut = {name: False for name, value in ended.items() if not value}  # training must not add an eot
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **cut}
 
 
 def main():

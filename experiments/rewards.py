@@ -186,10 +186,8 @@ def report(classifiers, texts, labels):
         for name, sign in zip(NAMES, signs, strict=True):
             hits = sum(s == bool(label) for s, label in zip(sign, labels, strict=True))
             low, high = wilson(hits, len(labels))
-            print(
-                f"{kind:14}  {name}: accuracy {hits / len(labels):.1%}, 95% interval {low:.1%} to {high:.1%}, "
-                f"calls {sum(sign) / len(sign):.1%} positive (n = {len(labels)})"
-            )
+            accuracy = f"accuracy {hits / len(labels):.1%}, 95% interval {low:.1%} to {high:.1%}"
+            print(f"{kind:14}  {name}: {accuracy}, calls {sum(sign) / len(sign):.1%} positive (n = {len(labels)})")
         agree = sum(a == b for a, b in zip(*signs, strict=True))
         print(f"{kind:14}  the two agree on {agree / len(labels):.1%}")
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -32,10 +33,11 @@ from experiments.rewards import SentimentClassifier
 from minidpo import checkpoint
 from minidpo.model import GPT, GPTConfig
 from minidpo.sampling import generate
+from minidpo.settings import UserError, parse_settings
 from minidpo.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-HEADER = "method,setting,seed,step,kl,kl_se,reward,reward_se,grammatical,seconds"
+HEADER = "method,setting,seed,step,kl,kl_se,reward,reward_se,grammatical,second_reward,seconds"
 LONGEST = 10  # tokens of a response
 PROMPTS = 40
 # one setting of each method, with steps large enough to get somewhere within 8 of them
@@ -302,7 +304,7 @@ def test_dpo_stands_beside_the_baselines_with_their_optimiser():
     assert ours.beta == sgd.beta == 0.5 and sgd.optimizer == "sgd" and ours.optimizer == "adamw"
     for name in ("optimizer", "lr", "warmup_steps", "decay", "batch_size", "epochs", "fast"):
         assert getattr(ours, name) == getattr(theirs, name)
-    point = figure.Point("dpo", "0.5-adamw", 0, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0)
+    point = figure.Point("dpo", "0.5-adamw", 0, 1, 1.0, 0.0, 1.0, 0.0, 1.0, math.nan, 1.0)
     assert figure.kind(point) == "dpo-adamw" and figure.kind(point._replace(setting="0.5")) == "dpo"
 
 
@@ -507,6 +509,41 @@ def test_a_unit_has_the_setting_that_its_method_takes(made, tmp_path, small, cap
     assert not (tmp_path / "units").exists()
 
 
+def test_the_second_reward_is_reported_and_trains_nothing(made, swept, tmp_path, small, capsys):
+    SentimentClassifier({"a": -1.0, "e": 3.0}, 0.5).save(tmp_path / "second.pt")
+    argv = flags(made, tmp_path / "out", "--methods", "sft,preferred-ft", "--second-reward", tmp_path / "second.pt")
+    call(frontier.main, *argv)
+    assert "second reward" in capsys.readouterr().out
+    both = rows_of(tmp_path / "out" / "frontier.csv")
+    alone = [row for row in rows_of(swept / "frontier.csv") if row["method"] in ("sft", "preferred-ft")]
+    assert all(row["second_reward"] == "" for row in alone) and len(both) == len(alone) > 1
+    for row, other in zip(both, alone, strict=True):
+        assert {**row, "seconds": 0, "second_reward": 0} == {**other, "seconds": 0, "second_reward": 0}
+    setup = unit.Setup(parse_settings(frontier.Settings, "", argv))
+    samples = setup.sample(setup.sft, setup.prompts, 0, 4)
+    by_hand = [
+        0.5 - ("a" in words) + 3 * ("e" in words)
+        for words in (
+            re.findall(r"[^\W_]+(?:'[^\W_]+)*", (p + t).lower())
+            for p, t in zip(samples.prompts, samples.texts, strict=True)
+        )
+    ]
+    assert float(both[0]["second_reward"]) == pytest.approx(statistics.mean(by_hand), rel=1e-4)
+    SentimentClassifier({"a": 1.0}, 0.5).save(tmp_path / "second.pt")
+    assert "content of --second-reward" in fails(capsys, frontier.main, *argv)
+
+
+def test_ppo_targets_and_where_theory_puts_dpo_are_asked_for():
+    asked = frontier.Settings(data="imdb", methods="ppo,ppo-gt", ppo_targets="3,6", seeds=1)
+    assert [u.setting for u in frontier.units(asked) if u.method == "ppo-gt"] == [3.0, 6.0]
+    with pytest.raises(UserError, match="--ppo-targets"):
+        frontier.units(frontier.Settings(data="imdb", ppo_targets="4"))
+    points = [figure.Point("dpo", "1.0", 0, 5, 0.5, 0.1, 1.0, 0.1, math.nan, 2.0, 1.0)]
+    curve = [limit.Point(beta, 1 / beta, 0, 2 / beta, 0, 0, 900, 900) for beta in (math.inf, 2.0, 0.5)]
+    assert figure.theory(points, curve) == {}
+    assert figure.theory(points, curve, bradley_terry=True) == {1.0: pytest.approx((1.0, 2.0))}
+
+
 def test_a_figure_of_points_that_are_all_beyond_its_end(swept, tmp_path):
     need_matplotlib()
     shutil.copy(swept / "frontier.csv", tmp_path / "frontier.csv")
@@ -565,8 +602,8 @@ def test_no_sft_model(made, tmp_path, capsys):
         ("method,setting,seed\n", "line 1"),
         (HEADER + "\n", "no points"),
         (HEADER + "\ndpo,0.1,0,4,1.0\n", "line 2"),
-        (HEADER + "\ndpo,0.1,0,4,1.0,x,1,0.1,,3\n", "line 2"),
-        (HEADER + "\ndop,0.1,0,4,1.0,0.1,1,0.1,,3\n", "line 2: unknown method 'dop'"),
+        (HEADER + "\ndpo,0.1,0,4,1.0,x,1,0.1,,,3\n", "line 2"),
+        (HEADER + "\ndop,0.1,0,4,1.0,0.1,1,0.1,,,3\n", "line 2: unknown method 'dop'"),
         (None, "not found"),
     ],
 )
@@ -614,10 +651,10 @@ def need_matplotlib():
 def test_summary_against_values_by_hand(tmp_path, capsys):
     path = tmp_path / "toy.csv"
     lines = [
-        "dpo,0.7,0,10,1.0,0.01,0.7,0.01,0.9,5",  # on the way: not in the means
-        "dpo,0.7,0,20,2.0,0.01,1.9,0.01,0.9,11",  # 95 % of sqrt(4)
-        "dpo,0.7,1,20,2.0,0.01,1.8,0.01,0.8,13",  # 90 %
-        "best-of-n,4,0,0,4.0,0,1.0,0.01,1,3",  # beyond the limit as it is drawn
+        "dpo,0.7,0,10,1.0,0.01,0.7,0.01,0.9,,5",  # on the way: not in the means
+        "dpo,0.7,0,20,2.0,0.01,1.9,0.01,0.9,,11",  # 95 % of sqrt(4)
+        "dpo,0.7,1,20,2.0,0.01,1.8,0.01,0.8,,13",  # 90 %
+        "best-of-n,4,0,0,4.0,0,1.0,0.01,1,,3",  # beyond the limit as it is drawn
     ]
     path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
     write_limit(tmp_path / "toy_limit.csv")
@@ -631,7 +668,7 @@ def test_summary_against_values_by_hand(tmp_path, capsys):
     assert "beta 0.7 is at a KL of 1.0" in out  # the limit of `write_limit` has beta = 1 / sqrt(2 KL)
 
     # 2.1 is 0.1 above the limit, whose slope there is 1/2: 0.1 / hypot(0.03, 0.5 * 0.02) = 3.2 if independent
-    lines += ["ppo,2,0,5,2.0,0.02,2.1,0.03,1,3", "ppo,4,0,5,2.0,0.02,2.1,0.06,1,3"]  # the second one 1.6
+    lines += ["ppo,2,0,5,2.0,0.02,2.1,0.03,1,,3", "ppo,4,0,5,2.0,0.02,2.1,0.06,1,,3"]  # the second one 1.6
     path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
     write_covariances(tmp_path, 0.0, 0.0)
     above = printed_above(path, capsys)
@@ -653,14 +690,14 @@ def printed_above(path, capsys):
 def test_alarm_takes_the_joint_error_of_reward_and_kl(tmp_path, capsys):
     """0.05 above the limit of slope 1/2. Independent errors: 0.05 / hypot(0.03, 0.5 * 0.06) = 1.2, no alarm."""
     path = tmp_path / "toy.csv"
-    lines = ["ppo,2,0,5,2.0,0.06,2.05,0.03,1,3", "ppo,4,0,5,2.0,0.06,2.05,0.03,1,3"]
+    lines = ["ppo,2,0,5,2.0,0.06,2.05,0.03,1,,3", "ppo,4,0,5,2.0,0.06,2.05,0.03,1,,3"]
     path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
     write_limit(tmp_path / "toy_limit.csv")
     write_covariances(tmp_path, 0.0016, 0.0)  # 0.05 / sqrt(0.0009 + 0.0009 - 0.0016) = 3.5
     above = printed_above(path, capsys)
     assert len(above) == 1 and above[0].startswith("3.5 standard errors") and "setting='2'" in above[0]
     (tmp_path / "toy_cov.csv").unlink()  # unknown: the smallest error that is possible
-    lines = ["ppo,2,0,5,2.0,0.02,2.05,0.03,1,3", "ppo,4,0,5,2.0,0.02,2.05,0.04,1,3"]  # 0.05 / 0.02 and 0.05 / 0.03
+    lines = ["ppo,2,0,5,2.0,0.02,2.05,0.03,1,,3", "ppo,4,0,5,2.0,0.02,2.05,0.04,1,,3"]  # 0.05 / 0.02 and 0.05 / 0.03
     path.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
     above = printed_above(path, capsys)
     assert len(above) == 1 and above[0].startswith("2.5 standard errors")
@@ -678,7 +715,7 @@ def test_the_sweep_writes_the_covariance_of_each_point(swept):
 def test_a_sweep_without_a_grammar_has_one_panel(tmp_path, capsys):
     need_matplotlib()
     path = tmp_path / "imdb.csv"
-    path.write_text(HEADER + "\nsft,,0,0,0,0,1.0,0.1,,0\ndpo,1,0,9,3.0,0.1,1.5,0.1,,8\n", encoding="utf-8")
+    path.write_text(HEADER + "\nsft,,0,0,0,0,1.0,0.1,,,0\ndpo,1,0,9,3.0,0.1,1.5,0.1,,,8\n", encoding="utf-8")
     call(frontier.main, "--plot-only", "--csv", path)
     assert "nan" not in capsys.readouterr().out
     assert path.with_suffix(".png").exists()

@@ -147,13 +147,10 @@ def main():
         return tell(settings, "precision", text, text, lambda *_: None, {})
     sizes, names, dtypes = DEFAULTS[settings.device]
     names = names_in("--implementations", settings.implementations, IMPLEMENTATIONS, names)
-    cells = itertools.product(
-        names_in("--shapes", settings.shapes, SHAPES, sizes),
-        names_in("--dtypes", settings.dtypes, DTYPES, dtypes),
-        IDEAS if settings.ablation else names,
-    )
+    sizes = names_in("--shapes", settings.shapes, SHAPES, sizes)
+    dtypes = names_in("--dtypes", settings.dtypes, DTYPES, dtypes)
     works = {}
-    for shape, dtype, name in cells:
+    for shape, dtype, name in itertools.product(sizes, dtypes, IDEAS if settings.ablation else names):
         if not (SHAPES[shape].get("sft") and name in DPO_ONLY):
             works[shape, dtype, name] = work_of(SHAPES[shape], name, dtype, settings.device, settings.threads)
     if not works:

@@ -72,12 +72,10 @@ def draw(path, result):
 def report(result):
     """Returns every point as a line of a Markdown table, under a line that says where it was measured."""
     rate, settings = result["flops_per_second"], result["settings"]
-    head = (
-        f"{result['cpu']}, {result['threads']} threads; {settings['dtype']}, {settings['pairs']} pairs per step; "
-        f"a large matrix product alone: {rate / 1e9:,.0f} GFLOP/s."
-    )
+    where = f"{result['cpu']}, {result['threads']} threads"
+    work = f"{settings['dtype']}, {settings['pairs']} pairs per step"
     points = [point | dict(value=label(point["value"]), bound=point["flops"] / rate) for point in result["points"]]
-    return f"{head}\n\n{table(points, COLUMNS)}"
+    return f"{where}; {work}; a large matrix product alone: {rate / 1e9:,.0f} GFLOP/s.\n\n{table(points, COLUMNS)}"
 
 
 def main():

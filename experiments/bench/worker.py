@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 import train_dpo
 import train_sft
@@ -32,7 +31,6 @@ from minidpo.scale.weights import load_pretrained, save_pretrained
 from minidpo.settings import UserError
 
 BETA, CLIP, BETAS = train_dpo.Settings.beta, 1.0, (0.9, 0.99)  # BETAS are AdamW's, those of minidpo.optim
-
 
 # ---- Time and memory ----
 
@@ -159,7 +157,6 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
     last = work["model"]["vocab_size"] - 1  # the trainer takes the id of padding from a tokenizer
     words = Tokenizer(models.WordLevel({str(i): i for i in range(last + 1)}, unk_token="0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(last), pad_token=str(last))
-    optim = {"adamw": "adamw_torch_fused", "rmsprop": "rmsprop"}[work["optimizer"]]
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     dataset = Dataset.from_list([dict(zip(columns, pair, strict=True)) for pair in pairs])
     with tempfile.TemporaryDirectory() as folder:
@@ -168,9 +165,9 @@ def trl_trainer(work, pairs, clock, micro_batch, precomputed):
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=work["pairs"] // micro_batch,
             precompute_ref_log_probs=precomputed, precompute_ref_batch_size=micro_batch, max_length=None,
             beta=BETA, disable_dropout=True, gradient_checkpointing=False, max_grad_norm=CLIP, weight_decay=0.0,
-            optim=optim, adam_beta1=BETAS[0], adam_beta2=BETAS[1], learning_rate=work["lr"],
-            lr_scheduler_type="constant", bf16=work["dtype"] == "bfloat16", use_cpu=work["device"] == "cpu",
-            dataloader_pin_memory=False,
+            optim={"adamw": "adamw_torch_fused", "rmsprop": "rmsprop"}[work["optimizer"]], adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1], learning_rate=work["lr"], lr_scheduler_type="constant",
+            bf16=work["dtype"] == "bfloat16", use_cpu=work["device"] == "cpu", dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = Timed(model=policy, args=config, train_dataset=dataset, processing_class=tokenizer)
         trainer.add_callback(Timer())
@@ -181,7 +178,7 @@ def hf_logps(model, pairs, device, dtype):
     """Log-probabilities (R,) of a transformers model: of the chosen, then the rejected responses, or of SFT's rows."""
 
     def padded(rows):
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
     rows = [(pair[0], pair[side]) for side in range(1, len(pairs[0])) for pair in pairs]
     ids = padded([prompt + response for prompt, response in rows])
@@ -239,7 +236,6 @@ RUNNERS = {
     "hf-plain": hf_plain,
     "matmul-rate": matmul_rate,
 }
-
 
 # ---- The process ----
 
@@ -299,8 +295,7 @@ def main():
     torch.manual_seed(0)
     if pick_dtype(work["dtype"], work["device"], n_embd=0) != work["dtype"]:
         raise UserError("this card has no bfloat16. Take --dtypes float32.")
-    measured = measure(work)
-    print(json.dumps({**measured, **machine(work["device"])}), flush=True)
+    print(json.dumps({**measure(work), **machine(work["device"])}), flush=True)
     os._exit(0)  # without the clean-up of the libraries, which takes seconds
 
 

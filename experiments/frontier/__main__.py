@@ -36,8 +36,10 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 class Settings(SweepSettings):
     csv: str = knob("", "the points as a table; empty: frontier.csv in --out. The figure goes beside it, as a .png")
     methods: str = knob("", f"sweep these only, with commas between: {', '.join(METHODS)}; empty: all")
+    ppo_targets: str = knob("", "sweep these of PPO's KL targets only, with commas between, such as 3,6; empty: all")
     seeds: int = knob(3, "how many seeds, 0 the first", least=1)
     kl_end: float = knob(20.0, "the figure ends at this KL, in nats; points beyond are named in it", least=1)
+    bradley_terry: bool = knob(False, "the labels were drawn by it, as on the toy: show where theory puts DPO")
     jobs: int = knob(1, "units at a time, each in a process of one thread", least=1)
     plot_only: bool = knob(False, "draw the figure from --csv and print the summary, nothing else")
 
@@ -56,11 +58,14 @@ class Settings(SweepSettings):
 def units(settings):
     """Returns all units that are asked for, seed by seed; what a unit needs comes before it."""
     found, methods = [], common.names_in("--methods", settings.methods, METHODS, METHODS)
+    every = [f"{target:g}" for target in SWEEPS[settings.data].settings["ppo"]]
+    targets = [float(target) for target in common.names_in("--ppo-targets", settings.ppo_targets, every, every)]
     for seed in range(settings.seeds):
         # the long ones first, so that no process is left alone with one at the end
         for method in sorted(methods, key=lambda method: "ppo" not in method):
             once = method in ("sft", "best-of-n")  # one batch of samples serves every N
-            for setting in [""] if once else SWEEPS[settings.data].settings[method]:
+            own = targets if "ppo" in method else SWEEPS[settings.data].settings.get(method)
+            for setting in [""] if once else own:
                 unit = Unit(method, setting, seed)
                 found += [unit.needs, unit] if unit.needs else [unit]
     return list(dict.fromkeys(found))
@@ -131,8 +136,8 @@ def main():
     points = figure.read_csv(settings.csv_path)
     curve = limit.read(settings.limit_path) if settings.limit_path.exists() else None
     picture = settings.csv_path.with_suffix(".png")
-    figure.draw(points, curve, picture, settings.kl_end)
-    print(figure.summary(points, curve, figure.read_covariances(settings.csv_path)))
+    figure.draw(points, curve, picture, settings.kl_end, settings.bradley_terry)
+    print(figure.summary(points, curve, figure.read_covariances(settings.csv_path), settings.bradley_terry))
     print(f"{settings.csv_path}, {picture}")
     if not curve:
         print(f"no limit is drawn: {settings.limit_path} not found. Make it with experiments.frontier.limit.")

@@ -86,8 +86,7 @@ def main():
     (policy, reference), tokenizer = common.load_models(settings.policy, settings.reference, device=device)
     reward = reward_model.load(settings.reward_model, tokenizer)[0].to(device)
     max_length = min(model.config.block_size for model in (policy, reference, reward))
-    held_out = data.find(settings.data, "pairs_test")
-    pairs = dataset.load_rows(held_out, dataset.PAIR, tokenizer, max_length)
+    pairs = dataset.load_rows(data.find(settings.data, "pairs_test"), dataset.PAIR, tokenizer, max_length)
 
     scores = scores_of(pairs, policy, reference, reward, tokenizer, true_reward, settings.batch_size)
     prompts = [tuple(prompt) for prompt, *_ in pairs]

@@ -26,6 +26,7 @@ class Point(NamedTuple):
     reward: float
     reward_se: float
     grammatical: float  # share of the samples; NaN without a grammar
+    second_reward: float  # mean reward by another judge; NaN without one
     seconds: float  # of training
 
 
@@ -88,35 +89,32 @@ def kind(point):
 TICKS = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
-def draw(points, curve, path, kl_end=20.0):
-    """Draws the figure: reward against KL, and below it the share of grammatical samples, if there is a grammar.
+def draw(points, curve, path, kl_end=20.0, bradley_terry=False):
+    """Draws the figure: reward against KL, and below it the share of grammatical samples and the second reward, if any.
 
     curve: the limit's Points, or None. Points beyond a KL of kl_end are named in the figure.
     """
     final = set(last_points(points))
-    columns = {"reward": "mean true reward", "grammatical": "grammatical"}
-    if any(math.isnan(p.grammatical) for p in points):
-        del columns["grammatical"]
+    columns = {"reward": "mean true reward", "grammatical": "grammatical", "second_reward": "second reward"}
+    columns = {name: label for name, label in columns.items() if has(points, name)}
     beyond = sorted(p for p in final if p.kl > kl_end)
     points, final = [p for p in points if p.kl <= kl_end], final - set(beyond)
     if not (figure := common.figure(path, (7.5, 4.5 + 2 * (len(columns) - 1)))):
         return
-    axes = figure.subplots(len(columns), sharex=True, squeeze=False, height_ratios=(5, 2)[: len(columns)])[:, 0]
+    axes = figure.subplots(len(columns), sharex=True, squeeze=False, height_ratios=(5, 2, 2)[: len(columns)])[:, 0]
     for axis, column in zip(axes, columns, strict=True):
         for order, (method, (label, colour, marker)) in enumerate(reversed(LOOKS.items())):
-            for chosen, look in (
-                (set(points) - final, dict(s=8, alpha=0.35, linewidths=0)),
-                (final, dict(s=42, edgecolors="white", linewidths=0.6, label=label)),
-            ):
-                shown = [p for p in points if kind(p) == method and p in chosen]
-                if shown:
+            on_the_way = set(points) - final, dict(s=8, alpha=0.35, linewidths=0)
+            at_the_end = final, dict(s=42, edgecolors="white", linewidths=0.6, label=label)
+            for chosen, look in (on_the_way, at_the_end):
+                if shown := [p for p in points if kind(p) == method and p in chosen]:
                     x, y = [max(0, p.kl) for p in shown], [getattr(p, column) for p in shown]
                     axis.scatter(x, y, color=colour, marker=marker, zorder=3 + order, **look)
         axis.set_ylabel(columns[column])
         axis.grid(alpha=0.25)
     if curve and points:
         axes[0].plot([p.kl for p in curve], [p.reward for p in curve], "k-", linewidth=1.2, label="the limit")
-        if rings := list(theory(points, curve).values()):
+        if rings := list(theory(points, curve, bradley_terry).values()):
             label, look = "where theory puts DPO", dict(facecolors="none", edgecolors=LOOKS["dpo"][1], s=42)
             axes[0].scatter(*zip(*rings, strict=True), zorder=2.5, label=label, **look)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -138,18 +136,23 @@ def draw(points, curve, path, kl_end=20.0):
     common.save_figure(path, figure)
 
 
-def theory(points, curve):
+def has(points, column):
+    """Whether all points have a number in this column."""
+    return not any(math.isnan(getattr(p, column)) for p in points)
+
+
+def theory(points, curve, bradley_terry=False):
     """Returns {beta: (KL, reward)} of the optima of DPO's betas, where the limit is drawn.
 
-    {} without a grammar: only the toy has one, and only its labels are drawn by Bradley-Terry from the true reward.
+    {} unless the labels were drawn by Bradley-Terry from the true reward, as those of the toy (which has a grammar).
     """
-    if math.isnan(points[0].grammatical):
+    if not bradley_terry and not has(points, "grammatical"):
         return {}
     betas = sorted({number(p.setting) for p in points if p.method == "dpo"})
     return {beta: at for beta in betas if not math.isnan((at := limit.at_beta(curve, beta))[0])}
 
 
-def summary(points, curve, covariances=None):
+def summary(points, curve, covariances=None, bradley_terry=False):
     """Returns a table as text: means over the seeds of the last points, and which points lie above the limit.
 
     "of the limit": the gain in reward over the reference as a share of the limit's gain at the same KL, with the
@@ -159,21 +162,24 @@ def summary(points, curve, covariances=None):
     for point in last_points(points):
         groups[point.method, point.setting].append(point)
     names = f"{'KL':>9}{'reward':>8}{'of the limit':>17}{'grammatical':>13}{'s':>7}"
+    names += f"{'second reward':>15}" if has(points, "second_reward") else ""
     lines = [f"{'method':14}{'setting':>10}{'seeds':>6}{names}"]
     for (method, setting), group in groups.items():
-        columns = ("kl", "reward", "grammatical", "seconds")
-        kl, reward, grammatical, seconds = (statistics.mean(getattr(p, name) for p in group) for name in columns)
-        shares = [math.nan]
-        if curve and method != "sft":
-            shares = [limit.share_of_gain(curve, p.kl, p.reward) for p in group]
-        share = "" if math.isnan(sum(shares)) else f"{statistics.mean(shares):.1%}"
+        columns = ("kl", "reward", "grammatical", "seconds", "second_reward")
+        kl, reward, grammatical, seconds, second = (
+            statistics.mean(getattr(p, name) for p in group) for name in columns
+        )
+        compared = group if curve and method != "sft" else []
+        shares = [limit.share_of_gain(curve, p.kl, p.reward) for p in compared]
+        share = f"{statistics.mean(shares):.1%}" if shares and not math.isnan(sum(shares)) else ""
         if share and len(shares) > 1:
             share += f" +- {statistics.stdev(shares) / len(shares) ** 0.5:.1%}"
         accepted = "" if math.isnan(grammatical) else f"{grammatical:.1%}"
         cells = f"{kl:9.3g}{reward:8.2f}{share:>17}{accepted:>13}{seconds:7.0f}"
+        cells += f"{second:15.2f}" if has(points, "second_reward") else ""
         lines.append(f"{method:14}{setting:>10}{len(group):6}{cells}")
     if curve:
-        for beta, (kl, reward) in theory(points, curve).items():
+        for beta, (kl, reward) in theory(points, curve, bradley_terry).items():
             lines.append(f"DPO's optimum at beta {beta:g} is at a KL of {kl:.2f} and a reward of {reward:.2f}")
         heights = {p: height(p, curve, (covariances or {}).get(p[:4])) for p in points}
         look = "standard errors above the limit, look for the bug:"

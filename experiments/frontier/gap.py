@@ -116,15 +116,10 @@ def judge(policy, reference, tokenizer, prompts, points, seed):
     kls, _ = sequence_kl(policy, reference, samples.prompt_ids, samples.ids)
     found = limit.moments([grammar.reward(text) for text in samples.texts], kls, SAMPLES)
     kl, reward = found.pop("kl"), found.pop("reward")
-    error = limit.height_se(limit.slope_at(points, kl), **found)
+    gap = 1 - limit.share_of_gain(points, kl, reward)
+    gap_se = limit.height_se(limit.slope_at(points, kl), **found) / (limit.reward_at(points, kl) - points[0].reward)
     accepted = [grammar.grammatical(p + t) for p, t in zip(prompts, samples.texts, strict=True)]
-    return {
-        "kl": kl,
-        "reward": reward,
-        "gap": 1 - limit.share_of_gain(points, kl, reward),
-        "gap_se": error / (limit.reward_at(points, kl) - points[0].reward),
-        "grammatical": sum(accepted) / len(prompts),
-    }
+    return dict(kl=kl, reward=reward, gap=gap, gap_se=gap_se, grammatical=sum(accepted) / len(prompts))
 
 
 def training(settings, **knobs):
@@ -152,8 +147,7 @@ def one_run(cause, pairs, seed, model, tokenizer, points, settings):
     seconds = round(time.perf_counter() - began, 1)
     held_out = toy.rows("prompts_test", toy.ROWS["prompts_test"])
     prompts = [record["prompt"] for record in held_out for _ in range(SAMPLES)]
-    figures = judge(policy, model, tokenizer, prompts, points, seed)
-    figures = {name: round(value, 5) for name, value in figures.items()}
+    figures = {name: round(value, 5) for name, value in judge(policy, model, tokenizer, prompts, points, seed).items()}
     figures |= dict(steps=count_steps(rows, made)[1], seconds=seconds, sft=checkpoint.fingerprint(model))
     return Run(cause, pairs, seed, settings.beta, settings.lr, **figures)
 

@@ -52,7 +52,10 @@ class Sweep:
     rescale: bool = False  # bring a learned reward to `reward_sd` first: its own scale says nothing
 
 
-SETTINGS = {"preferred-ft": [""], "unlikelihood": [0.05, 0.1, 0.5, 1.0], "best-of-n": [2, 4, 16, 64]}
+def every_setting(kl_targets, betas):
+    """Returns the settings of every method: PPO's targets of the KL and DPO's betas differ between the datasets."""
+    same = {"preferred-ft": [""], "unlikelihood": [0.05, 0.1, 0.5, 1.0], "best-of-n": [2, 4, 16, 64]}
+    return {**same, "ppo": kl_targets, "ppo-gt": kl_targets, "dpo": betas}
 
 
 def number(setting):
@@ -74,13 +77,10 @@ def dpo_optimizer(setting):
 
 SWEEPS = {
     "toy": Sweep(
-        settings={
-            **SETTINGS,
-            "ppo": [0.5, 1.0, 2.0, 4.0],
-            "ppo-gt": [0.5, 1.0, 2.0, 4.0],
-            "dpo": [0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0]
-            + [f"{beta}-adamw" for beta in (0.5, 0.75, 1.0, 1.4)],
-        },
+        settings=every_setting(
+            kl_targets=[0.5, 1.0, 2.0, 4.0],
+            betas=[0.05, 0.1, 0.3, 0.5, 0.62, 0.75, 1.0, 1.4, 5.0, "0.5-adamw", "0.75-adamw", "1.0-adamw", "1.4-adamw"],
+        ),
         base="toy",
         training={"dpo": dpo_optimizer, "reward-model": lambda _: {"batch_size": 32}},
         records=lambda n: list(toy.rows("pairs_train", n)),  # the generator makes more than the file holds
@@ -90,12 +90,7 @@ SWEEPS = {
         grammatical=grammar.grammatical,
     ),
     "imdb": Sweep(
-        settings={
-            **SETTINGS,
-            "ppo": [3.0, 6.0, 9.0, 12.0],
-            "ppo-gt": [3.0, 6.0, 9.0, 12.0],
-            "dpo": [0.05, 0.1, 0.3, 1.0, 5.0],
-        },
+        settings=every_setting(kl_targets=[3.0, 6.0, 9.0, 12.0], betas=[0.05, 0.1, 0.3, 1.0, 5.0]),
         base="imdb-small",
         training={method: lambda _: {"steps": 100, "lr": 1e-4, "value_lr": 2e-4} for method in ("ppo", "ppo-gt")},
         records=lambda n: dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None],

@@ -24,8 +24,7 @@ import train_sft
 from experiments import common
 from experiments.evaluate import sequence_kl
 from experiments.frontier import limit
-from experiments.frontier.baselines import best_of_n, fit, ppo, reward_model
-from experiments.frontier.baselines.unlikelihood import unlikelihood_loss
+from experiments.frontier.baselines import best_of_n, fit, ppo, reward_model, unlikelihood
 from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
@@ -43,6 +42,9 @@ class SweepSettings:
     sft: str = knob("runs/toy/sft", "the SFT model that every method starts from: a run folder, a GPT-2 folder or name")
     out: str = knob("runs/frontier/toy", "folder for the points, the reward models and the policies")
     reward: str = knob("", "the true reward: toy, or the file of a trained classifier; empty: the dataset's own")
+    second_reward: str = knob(
+        "", "another reward, which is only reported: the file of a classifier that labelled nothing"
+    )
     pairs: int = knob(0, "train on the first so many pairs; 0: 30,000 for the toy, all for imdb")
     prompts: int = knob(500, "evaluate on the first so many held-out prompts", least=2)
     samples: int = knob(4, "completions per prompt for the last point of a unit; one on the way", least=1)
@@ -78,6 +80,7 @@ class Setup:
         (self.sft,), self.tokenizer = common.load_models(settings.sft, device=self.device)
         self.sft.set_dropout(0.0)
         self.reward = load_reward(settings.reward)
+        self.second_reward = load_reward(settings.second_reward) if settings.second_reward else None
         self.prompts = common.read_prompts(settings.data, "prompts_test", settings.prompts)
 
     @functools.cached_property
@@ -92,9 +95,11 @@ class Setup:
     def contents(self):
         """Fingerprints of all that a unit's points are made from, since files change under their names."""
         prompts = self.prompts, common.read_prompts(self.settings.data, "prompts_train")
+        second = self.settings.second_reward
         return {
             "weights of --sft": checkpoint.fingerprint(self.sft),
             "content of --reward": limit.content(self.settings.reward),
+            **({"content of --second-reward": limit.content(second)} if second else {}),
             "content of the pairs": checkpoint.fingerprint(self.records),
             "content of the prompts": checkpoint.fingerprint(prompts),
         }
@@ -104,12 +109,13 @@ class Setup:
         return common.sample(model, self.tokenizer, prompts, longest, seed, per_prompt, batch_size=limit.ROWS)
 
     def judge(self, samples, per_prompt, kls=None):
-        """Mean true reward and KL of samples, and the share that is grammatical -> columns by name."""
+        """Mean true reward and KL of samples, the share that is grammatical, mean second reward -> columns by name."""
         rewards = self.reward(samples.prompts, samples.texts)
         reviews = [prompt + text for prompt, text in zip(samples.prompts, samples.texts, strict=True)]
         accepted = statistics.mean(map(self.sweep.grammatical, reviews)) if self.sweep.grammatical else ""
+        second = statistics.mean(self.second_reward(samples.prompts, samples.texts)) if self.second_reward else ""
         kls = torch.zeros(len(rewards)) if kls is None else kls
-        return {**limit.moments(rewards, kls, per_prompt), "grammatical": accepted}
+        return {**limit.moments(rewards, kls, per_prompt), "grammatical": accepted, "second_reward": second}
 
     def evaluate(self, policy, per_prompt, seed):
         """A policy's point -> columns by name. KL and reward are of the same samples, for `limit.share_of_gain`."""
@@ -151,7 +157,7 @@ def pairwise(setup, unit):
     if unit.method == "preferred-ft":  # SFT on the chosen responses
         rows, step = [(prompt, chosen) for prompt, chosen, _ in rows], train_sft.train_step
     else:
-        loss = unlikelihood_loss if unit.method == "unlikelihood" else train_dpo.dpo_loss
+        loss = unlikelihood.unlikelihood_loss if unit.method == "unlikelihood" else train_dpo.dpo_loss
         reference = checkpoint.read(setup.out / "reference_logps.pt", keys=("logps",))["logps"]
         train_dpo.check_start(policy, rows, reference, list(range(min(len(rows), made.batch_size))), made, loss)
         step = functools.partial(train_dpo.train_step, reference=reference, loss=loss)
@@ -179,8 +185,7 @@ def by_ppo(setup, unit):
     """PPO on the learned reward, or on the true one."""
     policy, made = copy.deepcopy(setup.sft), training(unit, setup.settings)
     if unit.method == "ppo":
-        model, _ = reward_model.load(setup.out / f"reward_model_{unit.seed}", setup.tokenizer)
-        model.to(setup.device)
+        model = reward_model.load(setup.out / f"reward_model_{unit.seed}", setup.tokenizer)[0].to(setup.device)
         reward = lambda samples: model.score(samples.prompt_ids, samples.ids).tolist()  # noqa: E731
         if setup.sweep.rescale:
             reward = to_scale(setup, reward, unit.seed)
@@ -224,7 +229,6 @@ def reference_logps(setup, unit):
 RUN = {"sft": sft, "best-of-n": best_of, "reward-model": learn_reward, "reference-logps": reference_logps}
 RUN |= {"preferred-ft": pairwise, "unlikelihood": pairwise, "dpo": pairwise, "ppo": by_ppo, "ppo-gt": by_ppo}
 
-
 # ---- 3. The file ----
 
 
@@ -234,7 +238,7 @@ def unit_path(out, unit, kind="json"):
 
 def made_of(setup, unit):
     """What decides a unit's points, by name."""
-    names = ("data", "reward", "pairs", "prompts", "samples", "points", "max_new_tokens")
+    names = ("data", "reward", "second_reward", "pairs", "prompts", "samples", "points", "max_new_tokens")
     knobs = dataclasses.asdict(training(unit, setup.settings)) if unit.method not in ("sft", "best-of-n") else {}
     knobs |= {"N": setup.sweep.settings["best-of-n"]} if unit.method == "best-of-n" else {}
     needed = made_of(setup, unit.needs) if unit.method in ("best-of-n", "ppo") else {}
@@ -261,14 +265,6 @@ def is_done(setup, unit):
     return True
 
 
-def run(setup, unit):
-    """Runs one unit and writes its points."""
-    began = time.perf_counter()
-    points = [{**unit._asdict(), **row} for row in RUN[unit.method](setup, unit)]
-    found = {"made_of": made_of(setup, unit), "seconds": time.perf_counter() - began, "points": points}
-    atomic_write(unit_path(setup.out, unit), json.dumps(found, indent=1) + "\n")
-
-
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
     torch.set_num_threads(1)  # two processes of one thread get more done than one of two: the matrices are small
@@ -278,7 +274,10 @@ def main():
     plain = takes and not settings.setting.endswith("-adamw")
     unit = Unit(settings.method, float(settings.setting) if plain else settings.setting, settings.seed)
     claim(unit_path(settings.out, unit))
-    run(Setup(settings), unit)
+    setup, began = Setup(settings), time.perf_counter()
+    points = [{**unit._asdict(), **row} for row in RUN[unit.method](setup, unit)]
+    found = {"made_of": made_of(setup, unit), "seconds": time.perf_counter() - began, "points": points}
+    atomic_write(unit_path(setup.out, unit), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

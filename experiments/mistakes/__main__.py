@@ -17,10 +17,9 @@ class Settings:
 
 def main():
     settings = parse_settings(Settings, __doc__)
-    names = [mistake.name for mistake in GALLERY]
-    if settings.only and settings.only not in names:
-        raise unknown("mistake", settings.only, names)
     mistakes = [mistake for mistake in GALLERY if settings.only in ("", mistake.name)]
+    if not mistakes:
+        raise unknown("mistake", settings.only, [mistake.name for mistake in GALLERY])
     if settings.curves:
         curves.train_all(mistakes, settings.init, settings.curves)
         curves.write_page(settings.curves, settings.page)

@@ -82,8 +82,7 @@ def completions(journal, name, model, tokenizer, prompts, ids, temperature, sett
         if key not in journal.entries:
             seed = random.Random(f"{settings.seed} {temperature} {i}").getrandbits(63)  # each batch has its own
             new = sample(model, tokenizer, batch, longest, seed, 1, batch_ids, temperature, len(batch))
-            lengths = map(len, new.ids)
-            done = [dict(text=t, ended=e, tokens=n) for t, e, n in zip(new.texts, new.ended, lengths, strict=True)]
+            done = [dict(text=t, ended=e, tokens=len(y)) for t, e, y in zip(new.texts, new.ended, new.ids, strict=True)]
             journal.add(key, run=name, temperature=temperature, completions=done)
         found += journal.entries[key]["completions"]
     return found
@@ -162,8 +161,7 @@ def main():
             outcomes[name] += found
             shown = {key: fmean(completion[key] for completion in done) for key in ("ended", "tokens")}
             rows.append(Row(name, run, temperature, **count(found), **shown, distinct=len(set(texts))))
-    pairs = itertools.combinations(judges, 2)
-    agreements = [Agreement(a, b, **agreement(outcomes[a], outcomes[b])) for a, b in pairs]
+    agreements = [Agreement(a, b, **agreement(outcomes[a], outcomes[b])) for a, b in itertools.combinations(judges, 2)]
     lines = []
     for (run, temperature), done in sampled.items():
         for prompt, theirs, completion in zip(prompts, own, done, strict=True):

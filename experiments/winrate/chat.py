@@ -63,27 +63,21 @@ class ChatJudge:
         if not endpoint or not model:
             raise UserError("a chat judge needs --endpoint URL and --model NAME.")
         if not ADDRESS.fullmatch(endpoint):  # it may hold a secret, so it is not printed
-            raise UserError(
-                "--endpoint must be a plain base URL such as https://api.openai.com/v1, without user name, query or "
-                "fragment."
-            )
+            what = "a plain base URL such as https://api.openai.com/v1, without user name, query or fragment"
+            raise UserError(f"--endpoint must be {what}.")
         key = os.environ.get(key_env, "").strip()
         if not re.fullmatch("[!-~]+", key):
-            raise UserError(
-                f"no key: the environment variable {key_env} is empty, or holds a character that no key has. Put the "
-                "endpoint's key there, or name another variable with --key-env. For a local server without a key, any "
-                "word will do."
-            )
+            what = f"the environment variable {key_env} is empty, or holds a character that no key has."
+            how = "Put the endpoint's key there, or name another variable with --key-env."
+            raise UserError(f"no key: {what} {how} For a local server without a key, any word will do.")
         try:
-            import openai
+            from openai import DefaultHttpxClient, OpenAI
         except ImportError:
             raise UserError('a chat judge needs the package openai: pip install -e ".[judge]"') from None
         self.question, self.model, self.answers = QUESTIONS[question], model, answers
         self.key_env, self.key = key_env, key
-        http = openai.DefaultHttpxClient(follow_redirects=False)  # a redirect would send the texts elsewhere
-        self.client = openai.OpenAI(
-            base_url=endpoint, api_key=key, timeout=timeout, max_retries=RETRIES, http_client=http
-        )
+        http = DefaultHttpxClient(follow_redirects=False)  # a redirect would send the texts elsewhere
+        self.client = OpenAI(base_url=endpoint, api_key=key, timeout=timeout, max_retries=RETRIES, http_client=http)
 
     def __call__(self, prompts, a, b):
         verdicts = []
@@ -112,10 +106,9 @@ class ChatJudge:
             reason = self.without_key(str(error))[:300]
         except (AttributeError, LookupError, TypeError, ValueError):
             reason = "The answer is not a chat completion."
-        raise UserError(
-            f"{self.client.base_url}: {reason} Check --endpoint, --model and the key in {self.key_env}. The answers so "
-            f"far are in {self.answers.path}: the same command continues from there."
-        )
+        how = f"Check --endpoint, --model and the key in {self.key_env}."
+        kept = f"The answers so far are in {self.answers.path}: the same command continues from there."
+        raise UserError(f"{self.client.base_url}: {reason} {how} {kept}")
 
     def without_key(self, text):
         """A text from the server without the key. A key under 8 characters is a placeholder, perhaps a common word."""

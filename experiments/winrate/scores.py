@@ -49,8 +49,7 @@ def agreement(a, b):
     their outcomes were independent (Cohen 1960). kappa is NaN if chance is 1. Unreadable outcomes are left out.
     """
     both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    n = len(both)
-    if not n:
+    if not (n := len(both)):
         return {"n": 0, "share": math.nan, "kappa": math.nan}
     share = sum(x == y for x, y in both) / n
     of_a, of_b = Counter(x for x, _ in both), Counter(y for _, y in both)

@@ -32,10 +32,8 @@ def best_of(scores, n):
 
     Of a tie the first is taken. Where n does not divide K, the samples that are left over are not used.
     """
-    P, K = scores.shape
-    groups = K // n
-    best = scores[:, : groups * n].reshape(P, groups, n).argmax(dim=-1)  # (P, groups): places within the group
-    return best + n * torch.arange(groups, device=scores.device)
+    best = scores.unfold(1, n, n).argmax(dim=-1)  # (P, K // n): places within each group of n
+    return best + n * torch.arange(best.shape[1], device=scores.device)
 
 
 def best_samples(samples, scores, n):

@@ -160,8 +160,7 @@ class Rollout(NamedTuple):
 def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, generator, prompt_ids=None):
     """Samples one response to each of `prompts` (texts) and scores it -> Rollout. Arguments as in common.sample."""
     samples = common.sample(policy, tokenizer, prompts, settings.max_new_tokens, generator, ids=prompt_ids)
-    device = policy.wte.weight.device
-    rows = dataset.sft_batch(list(zip(samples.prompt_ids, samples.ids, strict=True)), device)
+    rows = dataset.sft_batch(list(zip(samples.prompt_ids, samples.ids, strict=True)), policy.wte.weight.device)
     parts = []
     for ids, targets in zip(*(t.split(settings.minibatch_size) for t in (rows.ids, rows.targets)), strict=True):
         parts.append((token_logps(policy(ids), targets), token_logps(reference(ids), targets), value(ids)))
