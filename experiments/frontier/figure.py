@@ -156,7 +156,7 @@ def summary(points, curve, covariances=None, bradley_terry=False):
     """Returns a table as text: means over the seeds of the last points, and which points lie above the limit.
 
     "of the limit": the gain in reward over the reference as a share of the limit's gain at the same KL, with the
-    standard error of its mean over the seeds.
+    standard error of its mean over the seeds. "s": the shortest time of training, in seconds.
     """
     groups = defaultdict(list)
     for point in last_points(points):
@@ -165,10 +165,9 @@ def summary(points, curve, covariances=None, bradley_terry=False):
     names += f"{'second reward':>15}" if has(points, "second_reward") else ""
     lines = [f"{'method':14}{'setting':>10}{'seeds':>6}{names}"]
     for (method, setting), group in groups.items():
-        columns = ("kl", "reward", "grammatical", "seconds", "second_reward")
-        kl, reward, grammatical, seconds, second = (
-            statistics.mean(getattr(p, name) for p in group) for name in columns
-        )
+        columns = ("kl", "reward", "grammatical", "second_reward")
+        kl, reward, grammatical, second = (statistics.mean(getattr(p, name) for p in group) for name in columns)
+        seconds = min(p.seconds for p in group)  # of the seed that other work disturbed least
         compared = group if curve and method != "sft" else []
         shares = [limit.share_of_gain(curve, p.kl, p.reward) for p in compared]
         share = f"{statistics.mean(shares):.1%}" if shares and not math.isnan(sum(shares)) else ""
