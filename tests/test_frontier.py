@@ -731,10 +731,10 @@ def test_the_page_in_docs_holds_the_summary_of_its_csv():
 
 
 def test_the_limits_in_docs_are_one_where_both_are_drawn():
-    """With responses of up to 56 and of up to 96 tokens: within 0.7 %, as docs/frontier.md says."""
+    """With responses of up to 56 and of up to 96 tokens: within 0.8 %, as docs/frontier.md says."""
     short, long = (limit.read(ROOT / f"docs/frontier/{name}.csv") for name in ("toy_limit", "toy_limit_96"))
     compared = [p for p in short if 0 < p.kl < long[-1].kl]
     assert len(compared) > 50 and long[-1].kl > 1.8
     for p in compared:
         gain = limit.reward_at(long, p.kl) - long[0].reward
-        assert p.reward - short[0].reward == pytest.approx(gain, rel=7e-3)
+        assert p.reward - short[0].reward == pytest.approx(gain, rel=8e-3)
