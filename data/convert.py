@@ -41,9 +41,8 @@ def read(path):
         raise UserError(f"{path}: begins with a JSON object. Write each object of the file on one line: that is JSONL.")
     else:
         csv.field_size_limit(1 << 30)  # the default limit, 128 kB, is too short for some texts
-        lines = csv.DictReader(
-            io.StringIO(text, newline=""), strict=True, delimiter="\t" if Path(path).suffix.lower() == ".tsv" else ","
-        )
+        delimiter = "\t" if Path(path).suffix.lower() == ".tsv" else ","
+        lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
         try:
             rows = list(lines)
         except csv.Error as error:

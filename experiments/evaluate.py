@@ -102,11 +102,10 @@ def evaluate(policy, reference, tokenizer, prompts, reward, settings):
     """
     per_prompt = settings.samples_per_prompt
     ids = prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy, reference)
-
     what, how = (tokenizer, prompts, settings.max_new_tokens), dict(ids=ids, batch_size=settings.batch_size)
-    other = random.Random(f"reference {settings.seed}").getrandbits(63)  # the win rate is over independent samples
+    other_seed = random.Random(f"reference {settings.seed}").getrandbits(63)  # so that the samples are independent
     ours = sample(policy, *what, settings.seed, per_prompt, **how, progress="sampling policy")
-    theirs = sample(reference, *what, other, per_prompt, **how, progress="sampling reference")
+    theirs = sample(reference, *what, other_seed, per_prompt, **how, progress="sampling reference")
     rewards, reference_rewards = (reward(samples.prompts, samples.texts) for samples in (ours, theirs))
     figures = describe(ours, rewards, per_prompt, settings.reward == "toy")
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(rewards, reference_rewards, strict=True)]

@@ -7,8 +7,8 @@ K (K - 1) / 2 pairs are written, except pairs of equal texts and ties under hard
 
     hard   The completion with the higher reward is chosen, as in the paper's IMDb experiment. Such labels are never
            wrong, so the DPO loss has no finite minimum.
-    bt     The label is drawn from the Bradley-Terry model with the reward (Eq. 1). Only with
-           these labels does DPO converge to the optimum of Eq. 4.
+    bt     The label is drawn from the Bradley-Terry model with the reward (Eq. 1). With hard labels DPO does not
+           converge to the optimum of Eq. 4; with these it does.
 """
 
 import dataclasses
@@ -65,9 +65,11 @@ def pairs_of(prompt, completions, labels, generator, counts):
             continue
         counts["the lower reward chosen"] += (reward_a > reward_b) != a_wins and reward_a != reward_b
         (chosen, chosen_ended, _), (rejected, rejected_ended, _) = both if a_wins else both[::-1]
-        ended = {"chosen_ended": chosen_ended, "rejected_ended": rejected_ended}  # not ended: cut at max_new_tokens
-        cut = {name: False for name, value in ended.items() if not value}  # training must not add an eot
-        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **cut}
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for name, ended in (("chosen_ended", chosen_ended), ("rejected_ended", rejected_ended)):
+            if not ended:  # cut at max_new_tokens: training must not add an eot
+                pair[name] = False
+        yield pair
 
 
 def main():

@@ -119,7 +119,8 @@ def cached(path, compute):
 def fingerprint(*things):
     """Hex digest of `things`. A model counts by its shape and every bit of its weights, anything else by its repr."""
     digest = hashlib.sha256()
-    for thing in things:
+    for i, thing in enumerate(things):
+        digest.update(b"\0" if i else b"")  # between two parts, so that 1, 23 differs from 12, 3
         if not isinstance(thing, torch.nn.Module):
             digest.update(repr(thing).encode())
             continue

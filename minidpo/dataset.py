@@ -42,9 +42,9 @@ def cut_to_context(prompt, responses, ended, eot, max_length, min_prompt_tokens=
 def encode(records, fields, tokenizer, max_length):
     """Records -> (rows, counts). A row is (prompt_ids, *response_ids), with the responses in the order of `fields`.
 
-    A record with an empty response, or with two responses that are equal after the cut, is dropped. `counts` says how
-    many were dropped, and what was cut. If a sampler cut a response, its record says so, for example "chosen_ended":
-    false. That response gets no eot.
+    A record with an empty response, or with two responses that are equal after the cut, is dropped. `counts` has the
+    numbers of dropped records and of cuts. A field such as "chosen_ended": false says that a sampler cut this response
+    before its end. Such a response gets no eot.
     """
     is_pair = fields == PAIR
     rows, counts = [], Counter({"pairs" if is_pair else "rows": len(records)})

@@ -42,7 +42,7 @@ PHASES = {  # phase: functions that are it, in either stage
 
 
 def save_with_tokenizer(folder, model):
-    """Saves the model as a run, with a tokenizer of its size: the single bytes, and tokens that do not occur."""
+    """Saves the model with a tokenizer: the 256 bytes, the eot, and words that no text has, one per row left."""
     more = [b"%d" % i for i in range(10**6, 10**6 + model.config.vocab_size - 257)]
     checkpoint.save(folder, model, Tokenizer([bytes([i]) for i in range(256)] + more))
 

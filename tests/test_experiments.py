@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 from typing import NamedTuple
 
 import pytest
@@ -438,6 +439,11 @@ def test_json_holds_the_contract(home, tmp_path, capsys):
          "--reward", "toy", "--json", tmp_path / "same.json")  # fmt: skip
     same = json.loads((tmp_path / "same.json").read_text(encoding="utf-8"))
     assert same["kl"] == same["kl_exact"] == 0 and 0 < same["win_rate"] < 1
+    seed = random.Random("reference 0").getrandbits(63)  # the reference's figures are those of a policy with its seed
+    call(evaluate.main, "--policy", home / "sft", "--reference", home / "sft", "--data", home / "prompts.jsonl",
+         "--reward", "toy", "--seed", seed, "--json", tmp_path / "other.json")  # fmt: skip
+    other = json.loads((tmp_path / "other.json").read_text(encoding="utf-8"))
+    assert {k: other[k] for k in same["reference"]} == same["reference"]
 
 
 def test_policy_and_reference_are_sampled_independently(home):

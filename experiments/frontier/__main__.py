@@ -60,12 +60,12 @@ def units(settings):
     found, methods = [], common.names_in("--methods", settings.methods, METHODS, METHODS)
     every = [f"{target:g}" for target in SWEEPS[settings.data].settings["ppo"]]
     targets = [float(target) for target in common.names_in("--ppo-targets", settings.ppo_targets, every, every)]
+    chosen = {**SWEEPS[settings.data].settings, "ppo": targets, "ppo-gt": targets}
+    chosen |= {"sft": [""], "best-of-n": [""]}  # one batch of samples serves every N
     for seed in range(settings.seeds):
         # the long ones first, so that no process is left alone with one at the end
         for method in sorted(methods, key=lambda method: "ppo" not in method):
-            once = method in ("sft", "best-of-n")  # one batch of samples serves every N
-            own = targets if "ppo" in method else SWEEPS[settings.data].settings.get(method)
-            for setting in [""] if once else own:
+            for setting in chosen[method]:
                 unit = Unit(method, setting, seed)
                 found += [unit.needs, unit] if unit.needs else [unit]
     return list(dict.fromkeys(found))

@@ -162,7 +162,8 @@ def summary(points, curve, covariances=None, bradley_terry=False):
     for point in last_points(points):
         groups[point.method, point.setting].append(point)
     names = f"{'KL':>9}{'reward':>8}{'of the limit':>17}{'grammatical':>13}{'s':>7}"
-    names += f"{'second reward':>15}" if has(points, "second_reward") else ""
+    two_judges = has(points, "second_reward")
+    names += f"{'second reward':>15}" if two_judges else ""
     lines = [f"{'method':14}{'setting':>10}{'seeds':>6}{names}"]
     for (method, setting), group in groups.items():
         columns = ("kl", "reward", "grammatical", "second_reward")
@@ -175,7 +176,7 @@ def summary(points, curve, covariances=None, bradley_terry=False):
             share += f" +- {statistics.stdev(shares) / len(shares) ** 0.5:.1%}"
         accepted = "" if math.isnan(grammatical) else f"{grammatical:.1%}"
         cells = f"{kl:9.3g}{reward:8.2f}{share:>17}{accepted:>13}{seconds:7.0f}"
-        cells += f"{second:15.2f}" if has(points, "second_reward") else ""
+        cells += f"{second:15.2f}" if two_judges else ""
         lines.append(f"{method:14}{setting:>10}{len(group):6}{cells}")
     if curve:
         for beta, (kl, reward) in theory(points, curve, bradley_terry).items():

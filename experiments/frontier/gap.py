@@ -2,9 +2,9 @@
 
     python -m experiments.frontier.gap --init runs/toy/sft
 
-It trains what the CSV lacks, then draws it. With endless pairs DPO's optimum is the limit's own policy (Eq. 4 of the
-paper). Each of `CAUSES` changes one thing. The gap is 1 - (DPO's gain in reward over the reference) / (the limit's gain
-at DPO's own KL).
+The command trains what the CSV lacks, then draws it. With endless pairs DPO's optimum is the limit's own policy (Eq. 4
+of the paper). Each of `CAUSES` changes one thing. The gap is 1 - (DPO's gain in reward over the reference) / (the
+limit's gain at DPO's own KL).
 """
 
 import copy
@@ -111,7 +111,10 @@ def train_step(model, optimizer, rows, reference, preferred, indices, settings):
 
 
 def judge(policy, reference, tokenizer, prompts, points, seed):
-    """Samples each prompt once; SAMPLES neighbours are equal -> kl, reward, gap, gap_se and grammatical, by name."""
+    """Judges one sample per prompt -> kl, reward, gap, gap_se and grammatical, by name.
+
+    Each prompt occurs SAMPLES times in `prompts`, one after the other.
+    """
     samples = common.sample(policy, tokenizer, prompts, LONGEST, seed, batch_size=limit.ROWS)
     kls, _ = sequence_kl(policy, reference, samples.prompt_ids, samples.ids)
     found = limit.moments([grammar.reward(text) for text in samples.texts], kls, SAMPLES)
@@ -211,7 +214,7 @@ def main():
     if work:
         (model,), tokenizer = common.load_models(settings.init)
         model.set_dropout(0.0)
-        if any(run.sft != checkpoint.fingerprint(model) for run in runs):
+        if {run.sft for run in runs} - {checkpoint.fingerprint(model)}:
             raise UserError(f"{settings.csv} holds runs from another SFT model. Give another --csv.")
     for kind in tqdm(work, desc="gap", unit="run"):
         runs.append(one_run(*kind, model, tokenizer, points, settings))

@@ -42,9 +42,7 @@ class SweepSettings:
     sft: str = knob("runs/toy/sft", "the SFT model that every method starts from: a run folder, a GPT-2 folder or name")
     out: str = knob("runs/frontier/toy", "folder for the points, the reward models and the policies")
     reward: str = knob("", "the true reward: toy, or the file of a trained classifier; empty: the dataset's own")
-    second_reward: str = knob(
-        "", "another reward, which is only reported: the file of a classifier that labelled nothing"
-    )
+    second_reward: str = knob("", "another reward to report: the file of a classifier that labelled no pair")
     pairs: int = knob(0, "train on the first so many pairs; 0: 30,000 for the toy, all for imdb")
     prompts: int = knob(500, "evaluate on the first so many held-out prompts", least=2)
     samples: int = knob(4, "completions per prompt for the last point of a unit; one on the way", least=1)
@@ -95,11 +93,10 @@ class Setup:
     def contents(self):
         """Fingerprints of all that a unit's points are made from, since files change under their names."""
         prompts = self.prompts, common.read_prompts(self.settings.data, "prompts_train")
-        second = self.settings.second_reward
+        rewards = {"--reward": self.settings.reward, "--second-reward": self.settings.second_reward}
         return {
             "weights of --sft": checkpoint.fingerprint(self.sft),
-            "content of --reward": limit.content(self.settings.reward),
-            **({"content of --second-reward": limit.content(second)} if second else {}),
+            **{f"content of {flag}": limit.content(reward) for flag, reward in rewards.items() if reward},
             "content of the pairs": checkpoint.fingerprint(self.records),
             "content of the prompts": checkpoint.fingerprint(prompts),
         }

@@ -9,8 +9,8 @@ with E[log F] = -1/N:
 
     KL(best of N || pi)  =  E[ log N + (N-1) log F ]  =  log N - (N-1)/N
 
-(Stiennon et al. 2020, arXiv 2009.01325, Appendix G.3). Two samples can be the same response, so ties occur.
-Then this is an upper bound (Beirami et al. 2024, arXiv 2401.01879).
+(Stiennon et al. 2020, arXiv 2009.01325, Appendix G.3). Two samples can be the same response, so ties occur. With ties
+this is an upper bound (Beirami et al. 2024, arXiv 2401.01879).
 
 One batch of samples serves every smaller N: K samples of a prompt are cut into K / N groups, each with a best.
 """
