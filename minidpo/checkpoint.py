@@ -117,10 +117,12 @@ def cached(path, compute):
 
 
 def fingerprint(*things):
-    """Hex digest of `things`. A model counts by its shape and every bit of its weights, anything else by its repr."""
+    """Hex digest of `things`. A model counts by its shape and every bit of its weights, anything else by its repr.
+
+    The parts are joined without a separator. So give several numbers as one tuple: (1, 23) differs from (12, 3).
+    """
     digest = hashlib.sha256()
-    for i, thing in enumerate(things):
-        digest.update(b"\0" if i else b"")  # between two parts, so that 1, 23 differs from 12, 3
+    for thing in things:
         if not isinstance(thing, torch.nn.Module):
             digest.update(repr(thing).encode())
             continue

@@ -165,7 +165,7 @@ def all_draws(sources, prompts, tokenizer, reward, settings):
     """
     counts, folder = shares(settings.samples, len(sources)), Path(f"{settings.out}.draws")
     knobs = content(settings.reward), settings.samples, settings.max_new_tokens, settings.seed
-    made_of = checkpoint.fingerprint(*itertools.chain(*sources), tokenizer.fingerprint, *knobs)
+    made_of = checkpoint.fingerprint(*itertools.chain(*sources), (tokenizer.fingerprint, *knobs))
     at_once = max(1, ROWS // counts[-1])
     name = lambda first: checkpoint.fingerprint(made_of, first, prompts[first : first + at_once])  # noqa: E731
     paths = {first: folder / f"{name(first)}.pt" for first in range(0, len(prompts), at_once)}

@@ -78,7 +78,7 @@ def completions(journal, name, model, tokenizer, prompts, ids, temperature, sett
     batches = range(0, len(prompts), settings.batch_size)
     for i in tqdm(batches, desc=f"{name} at temperature {temperature:g}", unit="batch"):
         batch, batch_ids = (x[i : i + settings.batch_size] for x in (prompts, ids))
-        key = checkpoint.fingerprint(weights, batch_ids, temperature, longest, settings.seed, i)
+        key = checkpoint.fingerprint(weights, batch_ids, (temperature, longest, settings.seed, i))
         if key not in journal.entries:
             seed = random.Random(f"{settings.seed} {temperature} {i}").getrandbits(63)  # each batch has its own
             new = sample(model, tokenizer, batch, longest, seed, 1, batch_ids, temperature, len(batch))
