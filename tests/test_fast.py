@@ -113,7 +113,7 @@ def test_the_comparison_goes_red_for_a_small_mistake(mistake, monkeypatch):
     mistakes = [
         ("pack", lambda *sides: (p := pack(*sides))._replace(positions=torch.arange(len(p.ids)) % 48)),
         ("pack", lambda *sides: (p := pack(*sides))._replace(targets=p.targets.roll(1))),
-        ("pack", lambda *sides: (p := pack(*sides))._replace(again_at=p.again_at[:0], again_of=p.again_of[:0])),
+        ("pack", lambda *sides: (p := pack(*sides))._replace(home=p.home.roll(1))),
         ("causal_attention", lambda q, k, v: attention(q, k, v.flip(0))),
     ]
     monkeypatch.setattr(fast, *mistakes[mistake])
@@ -325,8 +325,8 @@ def test_compiled_blocks_change_no_number(monkeypatch):
 @pytest.mark.parametrize("idea", ablation.WITHOUT)
 def test_without_any_one_idea_the_numbers_are_the_same(idea, monkeypatch):
     """So that the ablation measures what an idea costs or saves, and nothing else."""
-    names = ("shared_prefix", "real_positions", "hidden_states", "ScoredLogps", "ToRows", "FromRows")
-    for name in (*names, "causal_attention", "keep_freed_memory"):
+    names = ("shared_prefix", "real_positions", "hidden_states", "ScoredLogps", "causal_attention", "keep_freed_memory")
+    for name in names:
         monkeypatch.setattr(fast, name, getattr(fast, name))  # to be put back
     monkeypatch.setattr(F, "embedding", F.embedding)
     before = {**vars(fast), "embedding": F.embedding}

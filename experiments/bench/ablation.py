@@ -58,10 +58,6 @@ WITHOUT = {  # idea: takes it out of the running process
     "head at scored tokens only": head_at_all_tokens,
     "last block at scored tokens only": last_block_at_all_tokens,
     "gradient in place of the logits": lambda: replace(ScoredLogps=SimpleNamespace(apply=plain_head)),
-    "rows made and undone by a copy": lambda: replace(
-        ToRows=SimpleNamespace(apply=lambda x, packed: x[packed.place]),
-        FromRows=SimpleNamespace(apply=lambda x, packed: x.flatten(0, 1)[packed.home]),
-    ),
     "sparse gradient of the lookup": dense_embedding,
     "attention written out (bf16 on a CPU)": lambda: replace(
         causal_attention=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
