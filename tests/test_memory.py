@@ -82,7 +82,7 @@ def test_activations_of_the_fast_path_are_what_autograd_keeps(dtype, times, with
     packed, block = fast.pack(*preference_batch(rows)), model.h[0]
     x = torch.randn(len(packed.ids), model.config.n_embd, requires_grad=True) + 0
     with autocast("cpu", dtype):
-        kept = kept_by(block, fast.through, block, x, packed, slice(None))
+        kept = kept_by(block, fast.through, block, x, packed)
         last = kept_by(block, fast.through, block, x, packed, packed.scored)
     planned = plan(model.config, rows, dtype=dtype, fast=True, device="cpu").activations / model.config.n_layer
     assert planned == pytest.approx(kept, rel=within) and last < kept

@@ -1,11 +1,13 @@
-"""The log-probabilities of both stages in less time and memory (--fast).
+"""The log-probabilities of both stages, with less time and memory (--fast).
 
 `response_logps` at the end returns the numbers of train_dpo.response_logps, but skips work that does not change them.
-Tokens that both rows of a pair begin with are computed once. One matrix (N, C) holds all tokens, so only attention has
-rows and padding. Logits are computed only where a response token is predicted. There is no dropout. docs/fast.md
-measures each idea. `row_logps` is for SFT, whose rows have one side; pairs have two sides, chosen and rejected.
+The two rows of a pair begin with the same tokens: these are computed once. One matrix (N, C) holds all tokens, so only
+attention has rows and padding. Logits are computed only where a response token is predicted. There is no dropout.
+docs/fast.md measures each idea. `row_logps` serves both stages: SFT gives it one side of rows, DPO gives it two, chosen
+and rejected.
 
-Shapes: B rows per side, R rows in all, T positions, N different tokens, n scored tokens, C channels, V vocabulary.
+Shapes: B rows per side, R rows in all, T positions, N tokens (a shared one counts once), n scored tokens, C channels,
+V vocabulary.
 """
 
 import ctypes
@@ -24,7 +26,7 @@ CHUNK = 2**22  # number of logits that are computed at a time, in fp32
 
 
 class Packed(NamedTuple):
-    """The N different tokens of a batch, and the positions of the rows that they belong to.
+    """The N tokens of a batch, and where each stands in the rows.
 
     The chosen rows come first, then the rejected rows. For one pair with the inputs  e 5 7 8  and  e 5 6  the shared
     prompt is  e 5,  so ids is  e 5 7 8 6,  and
@@ -32,7 +34,7 @@ class Packed(NamedTuple):
         field       value        meaning
         place       0 1 2 3      per row and position: the index of its token in ids (padding: any index)
                     0 1 4 .
-        home        0 1 2 3 6    per token: its first position, counted through all R * T
+        home        0 1 2 3 6    per token: its first position, of all R * T
     """
 
     ids: torch.Tensor  # (N,)
@@ -48,32 +50,31 @@ def pack(*sides):
     """Rows -> Packed; for pairs the Rows of the chosen and the Rows of the rejected responses."""
     T = max(rows.ids.shape[1] for rows in sides)
     padded = [[F.pad(tensor, (0, T - tensor.shape[1])) for tensor in rows] for rows in sides]
-    ids, targets, scored = map(torch.stack, zip(*padded, strict=True))  # each (sides, B, T)
-    real = real_positions(scored)
+    ids, targets, mask = map(torch.stack, zip(*padded, strict=True))  # each (sides, B, T)
+    real = real_positions(mask)
     shared = shared_prefix(ids, real)
     own = real & ~shared
-    number = own.flatten().cumsum(0).view_as(own) - 1
-    place = torch.where(shared, number[0], number).clamp(min=0).view(-1, T)
-    scored = scored.view(-1, T)
+    number = own.flatten().cumsum(0).view_as(own) - 1  # the index in `ids` of each own token
+    place = torch.where(shared, number[0], number).clamp(min=0)
     return Packed(
         ids=ids[own],
         positions=torch.arange(T, device=ids.device).expand_as(own)[own],
-        place=place,
-        home=own.flatten().nonzero().squeeze(-1),
-        scored=place[scored],
-        targets=targets.view(-1, T)[scored],
-        row=scored.nonzero()[:, 0],
+        place=place.flatten(0, 1),
+        home=own.flatten().nonzero()[:, 0],
+        scored=place[mask],
+        targets=targets[mask],
+        row=mask.flatten(0, 1).nonzero()[:, 0],
     )
 
 
-def real_positions(scored):
-    """scored (sides, B, T) -> true where a token is. Everything after the last scored position is padding."""
-    return scored.flip(-1).cumsum(-1).flip(-1) > 0
+def real_positions(mask):
+    """mask (sides, B, T) -> true where a token is. Everything after the last scored position is padding."""
+    return mask.flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def shared_prefix(ids, real):
     """ids, real (sides, B, T) -> true where the second side still equals the first, in prompt or response."""
-    equal = ((ids == ids[0]) & real & real[0]).cumprod(-1).bool()
+    equal = ((ids == ids[0]) & real & real[0]).cumprod(-1).bool()  # cumprod: 1 until the first difference
     equal[0] = False
     return equal
 
@@ -81,18 +82,17 @@ def shared_prefix(ids, real):
 class ScoredLogps(torch.autograd.Function):
     """hidden (n, C), embedding (V, C), targets (n,) -> log-probabilities of the targets (n,), in fp32 or float64.
 
-    Logits are computed in fp32, for a few tokens at a time. Only the gradient with respect to them is kept (n, V), in
-    `dtype`: onehot(target) - softmax. Under autocast this is bf16, and so are both products of the backward pass.
+    Logits are computed for a few tokens at a time. Only the gradient with respect to them is kept (n, V), in `dtype`:
+    onehot(target) - softmax. Under autocast this is bf16, and so are both products of the backward pass.
     """
 
     @staticmethod
     def forward(ctx, hidden, embedding, targets, dtype):
-        weight = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-        gradient = hidden.new_empty(len(hidden), len(weight) if ctx.needs_input_grad[0] else 0, dtype=dtype)
-        size, found = max(1, CHUNK // len(weight)), []
-        parts = (tensor.split(size) for tensor in (hidden.to(weight.dtype), targets[:, None], gradient))
+        gradient = hidden.new_empty(len(hidden), len(embedding) if ctx.needs_input_grad[0] else 0, dtype=dtype)
+        size, found = max(1, CHUNK // len(embedding)), []
+        parts = (tensor.split(size) for tensor in (hidden.to(embedding.dtype), targets[:, None], gradient))
         for x, target, kept in zip(*parts, strict=True):
-            logps = F.linear(x, weight).log_softmax(-1)
+            logps = F.linear(x, embedding).log_softmax(-1)
             found.append(logps.gather(-1, target))
             if kept.numel():
                 kept.copy_(logps.exp_().neg_().scatter_add_(-1, target, torch.ones_like(found[-1])))
@@ -104,7 +104,7 @@ class ScoredLogps(torch.autograd.Function):
         hidden, embedding, gradient = ctx.saved_tensors
         weight, grad = embedding, grad[:, None]
         if gradient.dtype != embedding.dtype:
-            # each row of `gradient` sums to 0: subtracting the mean of the weights is exact, and bf16 then rounds less
+            # a row of `gradient` sums to 0, so the mean of the weights adds nothing; smaller weights round less
             weight = torch.sub(weight, weight.mean(0), out=torch.empty_like(weight, dtype=gradient.dtype))
         to_hidden = grad * (gradient @ weight)
         to_embedding = gradient.T @ (grad * hidden).to(gradient.dtype)
@@ -113,27 +113,28 @@ class ScoredLogps(torch.autograd.Function):
 
 def hidden_states(model, packed):
     """`model.hidden` at the scored tokens -> (n, C)."""
-    # sparse: the gradient has N rows; a dense one would be (V, C) and mostly zeros
+    # sparse: the gradient has N rows in place of V, which saves memory with a large vocabulary
     x = F.embedding(packed.ids, model.wte.weight, sparse=True) + model.wpe(packed.positions)
     for block in model.h:
         # after the last attention no token reads another, so only the scored ones continue
-        kept = packed.scored if block is model.h[-1] else None
+        scored = packed.scored if block is model.h[-1] else None
         function = compiled_through() if block.compiled else through
         if block.recompute and torch.is_grad_enabled():
             function = functools.partial(recompute, function, use_reentrant=False)
-        x = function(block, x, packed, kept)
+        x = function(block, x, packed, scored)
     return model.ln_f(x)
 
 
-def through(block, x, packed, kept=None):
-    """Block.forward on packed tokens: x (N, C) -> the residual stream of the tokens `kept`; None: of all."""
-    # index_select rather than x[index]: the same numbers, and on a CPU its backward pass is several times as fast
+def through(block, x, packed, scored=None):
+    """Block.forward on packed tokens: x (N, C) -> the residual stream of the tokens `scored` (None: of all)."""
+    R, T = packed.place.shape
+    # index_select, not x[index]: on a CPU its backward pass is several times as fast
     qkv = block.attn.c_attn(block.ln_1(x)).index_select(0, packed.place.flatten())  # (R T, 3C)
-    qkv = qkv.view(*packed.place.shape, 3, block.attn.n_head, -1)  # (R, T, 3, H, C/H)
-    y = causal_attention(*qkv.permute(2, 0, 3, 1, 4))  # (R, H, T, C/H); padding comes last, so no token reads it
-    y = y.transpose(1, 2).reshape(packed.place.numel(), -1).index_select(0, packed.home)  # (N, C)
-    if kept is not None:
-        x, y = x.index_select(0, kept), y.index_select(0, kept)
+    y = causal_attention(*qkv.view(R, T, 3, block.attn.n_head, -1).permute(2, 0, 3, 1, 4))  # (R, H, T, C/H)
+    home = packed.home  # padding comes last in a row, so no token has read it
+    if scored is not None:
+        x, home = x.index_select(0, scored), home[scored]
+    y = y.transpose(1, 2).reshape(R * T, -1).index_select(0, home)
     x = x + block.attn.c_proj(y)
     return x + block.mlp(block.ln_2(x))
 
