@@ -13,6 +13,7 @@ import torch
 from test_theory import EOT, PROMPTS, RESPONSES, SYMBOLS, every_logp, objective, optimum
 
 from experiments.frontier.baselines import ppo
+from minidpo.device import autocast
 from minidpo.model import GPT, GPTConfig
 from minidpo.optim import make_optimizer
 from minidpo.settings import UserError
@@ -222,19 +223,22 @@ def test_trap8_in_bf16_the_policy_starts_at_the_reference():
     assert ((again - rollout.logps)[mask].abs() <= 1e-3 * again[mask].abs()).all()
 
 
-def test_before_the_first_update_every_ratio_is_1_and_nothing_is_clipped():
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_before_the_first_update_every_ratio_is_1_and_nothing_is_clipped(dtype, within):
     policy = gpt()
-    rollout, value = sampled(policy)
+    rollout, value = sampled(policy, dtype=dtype)
+    assert (rollout.logps == rollout.reference_logps).all() and rollout.values.dtype == torch.float32
     i = torch.arange(10, 30)  # a minibatch: other rows beside each row than in the rollout
-    logps = token_logps(policy(rollout.rows.ids[i]), rollout.rows.targets[i])
+    with autocast("cpu", dtype):
+        logps = token_logps(policy(rollout.rows.ids[i]), rollout.rows.targets[i])
     mask, advantages = rollout.rows.mask[i], torch.randn(20, rollout.rows.mask.shape[1])
-    assert ((logps - rollout.logps[i])[mask].abs() < 1e-5).all()
-    loss, clip_fraction = ppo.policy_loss(logps, rollout.logps[i], advantages, mask, clip=1e-4)
-    assert clip_fraction == 0 and loss.item() == pytest.approx(-advantages[mask].mean().item(), abs=1e-5)
-    once = settings(epochs=1, minibatch_size=64, lr=1e-3)
+    assert ((logps - rollout.logps[i])[mask].abs() < within).all()
+    loss, clip_fraction = ppo.policy_loss(logps, rollout.logps[i], advantages, mask, clip=10 * within)
+    assert clip_fraction == 0 and loss.item() == pytest.approx(-advantages[mask].mean().item(), abs=within)
+    once = settings(epochs=1, minibatch_size=64, lr=1e-3, dtype=dtype)
     optimizers = [make_optimizer(model, "adamw", 1e-3) for model in (policy, value)]
     metrics = ppo.update(policy, value, optimizers, rollout, 0.1, once, torch.Generator().manual_seed(0))
-    assert metrics["clip_fraction"] == 0 and abs(metrics["loss/policy"]) < 1e-5  # whitened advantages: mean 0
+    assert metrics["clip_fraction"] == 0 and abs(metrics["loss/policy"]) < within  # whitened advantages: mean 0
 
 
 def test_the_value_model_shares_nothing_with_the_policy_and_learns_the_unwhitened_returns():

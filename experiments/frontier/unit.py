@@ -28,7 +28,7 @@ from experiments.frontier.baselines import best_of_n, fit, ppo, reward_model, un
 from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
-from minidpo.device import DEVICES, pick_device
+from minidpo.device import DEVICES, pick_device, pick_dtype
 from minidpo.files.writing import atomic, atomic_write, claim
 from minidpo.run import count_steps, place
 from minidpo.settings import UserError, knob, parse_settings, run_main
@@ -188,6 +188,7 @@ def by_ppo(setup, unit):
             reward = to_scale(setup, reward, unit.seed)
     else:
         reward = lambda samples: setup.reward(samples.prompts, samples.texts)  # noqa: E731
+    made.dtype = pick_dtype("auto", setup.device, policy.config.n_embd)
     watch = Watch(setup, policy, made.steps, unit.seed)
     prompts = common.read_prompts(setup.settings.data, "prompts_train")
     ppo.train(policy, setup.sft, reward, prompts, setup.tokenizer, made, watch)

@@ -38,6 +38,7 @@ from torch import nn
 
 from experiments import common
 from minidpo import dataset
+from minidpo.device import autocast
 from minidpo.optim import learning_rate, make_optimizer, set_learning_rate
 from minidpo.settings import UserError
 from train_dpo import token_logps
@@ -127,6 +128,7 @@ class Settings:
     grad_clip: float = 1.0  # longest gradient, in L2 norm, of either network
     max_new_tokens: int = 64  # longest response, in tokens; a longer one is cut, and scored as it stands
     seed: int = 0  # of the choice of the prompts and of the sampling
+    dtype: str = "float32"  # of the matrix products in forward and backward passes, as in minidpo.device.autocast
 
 
 # ---- 3. The pieces of the loop ----
@@ -143,7 +145,9 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids):
-        return self.head(self.body.hidden(ids)).squeeze(-1)
+        hidden = self.body.hidden(ids)
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
 
 class Rollout(NamedTuple):
@@ -163,7 +167,8 @@ def roll_out(policy, value, reference, reward, prompts, tokenizer, settings, gen
     rows = dataset.sft_batch(list(zip(samples.prompt_ids, samples.ids, strict=True)), policy.wte.weight.device)
     parts = []
     for ids, targets in zip(*(t.split(settings.minibatch_size) for t in (rows.ids, rows.targets)), strict=True):
-        parts.append((token_logps(policy(ids), targets), token_logps(reference(ids), targets), value(ids)))
+        with autocast(ids.device.type, settings.dtype):
+            parts.append((token_logps(policy(ids), targets), token_logps(reference(ids), targets), value(ids)))
     logps, reference_logps, values = (torch.cat(part) for part in zip(*parts, strict=True))
     scores = torch.tensor(reward(samples)).to(logps)
     return Rollout(rows, logps, reference_logps, values, scores)
@@ -179,9 +184,10 @@ def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
     sums, n = 0.0, 0
     for _ in range(settings.epochs):
         for i in torch.randperm(len(ids), generator=generator).to(ids.device).split(settings.minibatch_size):
-            logps = token_logps(policy(ids[i]), targets[i])
+            with autocast(ids.device.type, settings.dtype):
+                logps, values = token_logps(policy(ids[i]), targets[i]), value(ids[i])
             loss, clip_fraction = policy_loss(logps, rollout.logps[i], advantages[i], mask[i], settings.clip)
-            error = value_loss(value(ids[i]), rollout.values[i], returns[i], mask[i], settings.value_clip)
+            error = value_loss(values, rollout.values[i], returns[i], mask[i], settings.value_clip)
             norms = []
             for model, optimizer, objective in zip((policy, value), optimizers, (loss, error), strict=True):
                 objective.backward()
