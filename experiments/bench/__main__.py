@@ -2,7 +2,7 @@
 
     python -m experiments.bench --json docs/bench/bench.json --markdown docs/bench.md            # on a CPU
     python -m experiments.bench --device cuda --rounds 1 --json gpu.json                         # GPT-2's four sizes
-    python -m experiments.bench --ablation --shapes W1,W2,W3 --dtypes bfloat16 --rounds 1 --markdown docs/fast.md
+    python -m experiments.bench --ablation --shapes W1,W2,W3 --dtypes bfloat16 --rounds 2 --cache runs/ablation
     python -m experiments.bench --precision runs/toy/sft --markdown docs/fast.md                 # errors of bf16
 
 docs/bench.md explains the shapes, the implementations and the figures.

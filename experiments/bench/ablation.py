@@ -47,18 +47,12 @@ def last_block_at_all_tokens():
     replace(hidden_states=lambda model, packed: hidden_states(model, all_scored(packed))[packed.scored])
 
 
-def dense_embedding():
-    embedding = F.embedding
-    F.embedding = lambda ids, weight, *_, **__: embedding(ids, weight)
-
-
 WITHOUT = {  # idea: takes it out of the running process
     "shared prompts": lambda: replace(shared_prefix=lambda ids, real: torch.zeros_like(real)),
     "padding left out": lambda: replace(real_positions=torch.ones_like),
     "head at scored tokens only": head_at_all_tokens,
     "last block at scored tokens only": last_block_at_all_tokens,
     "gradient in place of the logits": lambda: replace(ScoredLogps=SimpleNamespace(apply=plain_head)),
-    "sparse gradient of the lookup": dense_embedding,
     "attention written out (bf16 on a CPU)": lambda: replace(
         causal_attention=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     ),

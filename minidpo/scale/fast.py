@@ -113,8 +113,7 @@ class ScoredLogps(torch.autograd.Function):
 
 def hidden_states(model, packed):
     """`model.hidden` at the scored tokens -> (n, C)."""
-    # sparse: the gradient has N rows in place of V, which saves memory with a large vocabulary
-    x = F.embedding(packed.ids, model.wte.weight, sparse=True) + model.wpe(packed.positions)
+    x = model.wte(packed.ids) + model.wpe(packed.positions)
     for block in model.h:
         # after the last attention no token reads another, so only the scored ones continue
         scored = packed.scored if block is model.h[-1] else None
