@@ -138,7 +138,7 @@ def test_tokens_and_positions_by_hand():
 DEEP = dict(vocab_size=2000, block_size=256, n_layer=8, n_head=4, n_embd=256)
 WIDE = dict(vocab_size=1000, block_size=64, n_layer=6, n_head=8, n_embd=384)
 WORDY = dict(vocab_size=25000, block_size=128, n_layer=2, n_head=4, n_embd=256)
-MANY_WORDS = dict(vocab_size=8000, block_size=64, n_layer=1, n_head=2, n_embd=64)
+MANY_WORDS = dict(vocab_size=9000, block_size=64, n_layer=1, n_head=2, n_embd=64)
 TINY = dict(vocab_size=300, block_size=40, n_layer=1, n_head=2, n_embd=16)
 RMSPROP, ADAMW = (dict(optimizer=name, dtype="float32") for name in ("rmsprop", "adamw"))
 RUNS = [  # stage, shape, tokens of prompt and response, flags
@@ -214,7 +214,7 @@ def test_the_peak_of_a_run_does_not_depend_on_the_batch(stage, fast_path, tmp_pa
     for size in (2, 64):
         flags |= {"batch_size": size, "samples": min(size, 16)}
         peaks.append(peaks_of(tmp_path / str(size), stage, MANY_WORDS, (10, 31), flags)[1])
-    assert 10e6 < peaks[1] < 1.25 * peaks[0]
+    assert 15e6 < peaks[1] < 1.25 * peaks[0]
 
 
 # ---- before a run ----

@@ -214,9 +214,9 @@ def test_rollout_logps_are_those_of_the_sampled_ids_one_response_at_a_time():
 
 def test_trap8_in_bf16_the_policy_starts_at_the_reference():
     """One path and one precision for both sides of each difference: exactly 0 against the reference."""
-    with torch.autocast("cpu", torch.bfloat16):
-        policy = gpt(n_embd=64)
-        rollout, _ = sampled(policy, gpt(n_embd=64))
+    policy = gpt(n_embd=64)
+    rollout, _ = sampled(policy, gpt(n_embd=64), dtype="bfloat16")
+    with autocast("cpu", "bfloat16"):
         again = token_logps(policy(rollout.rows.ids), rollout.rows.targets)
     mask = rollout.rows.mask
     assert rollout.logps.dtype == torch.float32 and torch.equal(rollout.logps[mask], rollout.reference_logps[mask])

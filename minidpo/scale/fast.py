@@ -34,7 +34,7 @@ class Packed(NamedTuple):
         field       value        meaning
         place       0 1 2 3      per row and position: the index of its token in ids (padding: any index)
                     0 1 4 .
-        home        0 1 2 3 6    per token: its first position, of all R * T
+        home        0 1 2 3 6    per token: its first position among the R * T positions of all rows
     """
 
     ids: torch.Tensor  # (N,)
@@ -55,7 +55,7 @@ def pack(*sides):
     shared = shared_prefix(ids, real)
     own = real & ~shared
     number = own.flatten().cumsum(0).view_as(own) - 1  # the index in `ids` of each own token
-    place = torch.where(shared, number[0], number).clamp(min=0)
+    place = torch.where(shared, number[0], number).clamp(min=0)  # a shared token is the chosen row's
     return Packed(
         ids=ids[own],
         positions=torch.arange(T, device=ids.device).expand_as(own)[own],
@@ -130,7 +130,7 @@ def through(block, x, packed, scored=None):
     # index_select, not x[index]: on a CPU its backward pass is several times as fast
     qkv = block.attn.c_attn(block.ln_1(x)).index_select(0, packed.place.flatten())  # (R T, 3C)
     y = causal_attention(*qkv.view(R, T, 3, block.attn.n_head, -1).permute(2, 0, 3, 1, 4))  # (R, H, T, C/H)
-    home = packed.home  # padding comes last in a row, so no token has read it
+    home = packed.home  # only here the result is read, so not at padding
     if scored is not None:
         x, home = x.index_select(0, scored), home[scored]
     y = y.transpose(1, 2).reshape(R * T, -1).index_select(0, home)

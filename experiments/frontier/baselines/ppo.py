@@ -128,7 +128,7 @@ class Settings:
     grad_clip: float = 1.0  # longest gradient, in L2 norm, of either network
     max_new_tokens: int = 64  # longest response, in tokens; a longer one is cut, and scored as it stands
     seed: int = 0  # of the choice of the prompts and of the sampling
-    dtype: str = "float32"  # of the matrix products in forward and backward passes, as in minidpo.device.autocast
+    dtype: str = "float32"  # of the matrix products, or bfloat16; the sampling has the precision of the weights
 
 
 # ---- 3. The pieces of the loop ----
@@ -146,7 +146,7 @@ class ValueModel(nn.Module):
 
     def forward(self, ids):
         hidden = self.body.hidden(ids)
-        with torch.autocast(ids.device.type, enabled=False):
+        with torch.autocast(ids.device.type, enabled=False):  # the value in fp32 at least
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
 
