@@ -174,7 +174,7 @@ SETS = {
     "paper-tldr": dict(beta=0.5),
     # The toy's rewards differ by several units. At beta 0.1, exp(r / beta) outweighs pi_ref: ungrammatical text wins.
     "toy": dict(beta=0.7, optimizer="adamw", lr=7e-4, warmup_steps=20, decay=True),
-    "imdb-small": dict(beta=0.3, optimizer="adamw", lr=1e-4, warmup_steps=20, decay=True, sample_tokens=64),
+    "imdb-small": dict(beta=0.1, optimizer="adamw", lr=3e-5, warmup_steps=20, decay=True, sample_tokens=64),
 }
 
 

@@ -240,7 +240,7 @@ def test_the_toy_sweep_is_the_papers_and_more():
     sweep = sweeps.SWEEPS["toy"].settings
     assert {0.05, 0.1, 1.0, 5.0} <= set(sweep["dpo"]) and sweep["unlikelihood"] == [0.05, 0.1, 0.5, 1.0]
     assert sweep["ppo"] == sweep["ppo-gt"] == [0.5, 1.0, 2.0, 4.0] and sweep["best-of-n"] == [2, 4, 16, 64]
-    assert sweeps.SWEEPS["imdb"].settings["ppo"] == [3.0, 6.0, 9.0, 12.0]
+    assert sweeps.SWEEPS["imdb"].settings["ppo"] == [1.0, 3.0, 6.0, 9.0, 12.0]
     units = frontier.units(frontier.Settings())
     for one in units:
         assert one.needs is None or units.index(one.needs) < units.index(one)
@@ -465,6 +465,18 @@ def test_a_retrained_reward_or_other_pairs_under_the_same_name_are_not_mixed_in(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sweeps.SWEEPS, "toy", dataclasses.replace(SMALL, records=turned))
         assert "content of the pairs" in fails(capsys, frontier.main, *argv)
+
+
+def test_pairs_come_from_the_file_that_is_named(made, swept, tmp_path, small, capsys):
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in toy.rows("pairs_train", 300)]
+    file = tmp_path / "turned.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in turned), encoding="utf-8")
+    argv = flags(made, tmp_path / "out", "--methods", "sft", "--pairs-file", file)
+    setup = unit.Setup(parse_settings(frontier.Settings, "", argv))
+    assert setup.records == turned[: SMALL.pairs]
+    call(frontier.main, *argv)
+    file.write_text(json.dumps(turned[0]) + "\n", encoding="utf-8")
+    assert "content of the pairs" in fails(capsys, frontier.main, *argv)
 
 
 def test_a_unit_that_does_not_say_what_it_was_made_from_is_refused(made, swept, tmp_path, small, capsys):
@@ -720,13 +732,13 @@ def test_a_sweep_without_a_grammar_has_one_panel(tmp_path, capsys):
     assert path.with_suffix(".png").exists()
 
 
-def test_the_page_in_docs_holds_the_summary_of_its_csv():
-    """Made by: python -m experiments.frontier --plot-only --csv docs/frontier/toy.csv"""
-    path = ROOT / "docs/frontier/toy.csv"
-    points, curve = figure.read_csv(path), limit.read(ROOT / "docs/frontier/toy_limit.csv")
-    assert figure.summary(points, curve, figure.read_covariances(path)) in (ROOT / "docs/frontier.md").read_text(
-        encoding="utf-8"
-    )
+@pytest.mark.parametrize(("name", "bradley_terry"), [("toy", False), ("imdb", True)])
+def test_the_page_in_docs_holds_the_summary_of_its_csv(name, bradley_terry):
+    """Made by: python -m experiments.frontier --plot-only --csv docs/frontier/NAME.csv [--bradley-terry]"""
+    path, limits = ROOT / f"docs/frontier/{name}.csv", ROOT / f"docs/frontier/{name}_limit.csv"
+    points, curve = figure.read_csv(path), limit.read(limits) if limits.exists() else None
+    summary = figure.summary(points, curve, figure.read_covariances(path), bradley_terry)
+    assert summary in (ROOT / "docs/frontier.md").read_text(encoding="utf-8")
 
 
 def test_the_limits_in_docs_are_one_where_both_are_drawn():

@@ -20,7 +20,7 @@ CPU_SHAPES = {
     "W2": dict(GPT2, pairs=8, prompt=(4, 8), response=(32, 64)),
     "W3": dict(GPT2, pairs=4, prompt=(200, 350), response=(25, 60)),
     "S1": dict(SMALL, **ROWS, model={**PRESETS["toy"], "vocab_size": 1232}, pairs=32, response=(19, 49)),
-    "S2": dict(SMALL, **ROWS, model=PRESETS["imdb"], pairs=16, response=(99, 249)),
+    "S2": dict(SMALL, **ROWS, model={**PRESETS["imdb"], "n_layer": 4}, pairs=16, response=(99, 249)),
     "S3": dict(GPT2, **ROWS, pairs=4, response=(99, 249)),
 }
 LENGTHS = {"full": ((255, 255), (256, 256)), "summaries": ((349, 349), (25, 45)), "reviews": ((3, 7), (32, 64))}

@@ -90,9 +90,12 @@ SWEEPS = {
         grammatical=grammar.grammatical,
     ),
     "imdb": Sweep(
-        settings=every_setting(kl_targets=[3.0, 6.0, 9.0, 12.0], betas=[0.05, 0.1, 0.3, 1.0, 5.0]),
+        settings=every_setting(kl_targets=[1.0, 3.0, 6.0, 9.0, 12.0], betas=[0.05, 0.1, 0.2, 0.5, 1.0]),
         base="imdb-small",
-        training={method: lambda _: {"steps": 100, "lr": 1e-4, "value_lr": 2e-4} for method in ("ppo", "ppo-gt")},
+        training={
+            **{method: lambda _: {"steps": 60, "lr": 1e-4, "value_lr": 2e-4} for method in ("ppo", "ppo-gt")},
+            "reward-model": lambda _: {"lr": 3e-4},
+        },
         records=lambda n: dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None],
         pairs=0,
         max_new_tokens=64,

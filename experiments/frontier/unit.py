@@ -43,6 +43,7 @@ class SweepSettings:
     out: str = knob("runs/frontier/toy", "folder for the points, the reward models and the policies")
     reward: str = knob("", "the true reward: toy, or the file of a trained classifier; empty: the dataset's own")
     second_reward: str = knob("", "another reward to report: the file of a classifier that labelled no pair")
+    pairs_file: str = knob("", "a JSONL file of pairs to train on; empty: the dataset's own")
     pairs: int = knob(0, "train on the first so many pairs; 0: 30,000 for the toy, all for imdb")
     prompts: int = knob(500, "evaluate on the first so many held-out prompts", least=2)
     samples: int = knob(4, "completions per prompt for the last point of a unit; one on the way", least=1)
@@ -83,7 +84,8 @@ class Setup:
 
     @functools.cached_property
     def records(self):
-        return self.sweep.records(self.settings.pairs)
+        file, n = self.settings.pairs_file, self.settings.pairs
+        return dataset.read_jsonl(file, dataset.PAIR)[: n or None] if file else self.sweep.records(n)
 
     @functools.cached_property
     def pairs(self):
