@@ -34,9 +34,7 @@ SETS = {
     # The toy's BPE ends at 1,232 tokens, when every word is one token. A narrow model and many steps learn its grammar
     # fastest. Each row is seen twice: after more passes, DPO makes the text ungrammatical more easily.
     "toy": dict(preset="toy", vocab_size=2048, batch_size=32, lr=4e-3, weight_decay=0.0, epochs=2.0, eval_every=1000),
-    "imdb-small": dict(
-        preset="imdb", batch_size=8, lr=1e-3, epochs=2.75, warmup_steps=300, eval_every=1000, sample_tokens=64
-    ),
+    "imdb-small": dict(preset="imdb", batch_size=8, lr=1e-3, epochs=2.75, warmup_steps=300, eval_every=1000),
 }
 
 
