@@ -75,6 +75,11 @@ def dpo_optimizer(setting):
     return {"optimizer": "sgd", "lr": lr}
 
 
+def read_pairs(path, n):
+    """The first n pairs of a JSONL file (0: all) as records."""
+    return dataset.read_jsonl(path, dataset.PAIR)[: n or None]
+
+
 SWEEPS = {
     "toy": Sweep(
         settings=every_setting(
@@ -92,11 +97,9 @@ SWEEPS = {
     "imdb": Sweep(
         settings=every_setting(kl_targets=[1.0, 3.0, 6.0, 9.0, 12.0], betas=[0.05, 0.1, 0.2, 0.5, 1.0]),
         base="imdb-small",
-        training={
-            **{method: lambda _: {"steps": 60, "lr": 1e-4, "value_lr": 2e-4} for method in ("ppo", "ppo-gt")},
-            "reward-model": lambda _: {"lr": 3e-4},
-        },
-        records=lambda n: dataset.read_jsonl(data.find("imdb", "pairs_train"), dataset.PAIR)[: n or None],
+        training=dict.fromkeys(("ppo", "ppo-gt"), lambda _: {"steps": 60, "lr": 1e-4, "value_lr": 2e-4})
+        | {"reward-model": lambda _: {"lr": 3e-4}},
+        records=lambda n: read_pairs(data.find("imdb", "pairs_train"), n),
         pairs=0,
         max_new_tokens=64,
         rescale=True,

@@ -25,7 +25,7 @@ from experiments import common
 from experiments.evaluate import sequence_kl
 from experiments.frontier import limit
 from experiments.frontier.baselines import best_of_n, fit, ppo, reward_model, unlikelihood
-from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, training
+from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, read_pairs, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device, pick_dtype
@@ -85,7 +85,7 @@ class Setup:
     @functools.cached_property
     def records(self):
         file, n = self.settings.pairs_file, self.settings.pairs
-        return dataset.read_jsonl(file, dataset.PAIR)[: n or None] if file else self.sweep.records(n)
+        return read_pairs(file, n) if file else self.sweep.records(n)
 
     @functools.cached_property
     def pairs(self):
