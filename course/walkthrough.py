@@ -278,7 +278,7 @@ figure.draw(points, curve, RUNS / "frontier.png")
 show.picture(RUNS / "frontier.png")
 
 # %%
-print(figure.summary(points, curve))
+print(figure.summary(points, curve, figure.read_covariances("docs/frontier/toy.csv")))
 
 # %% [markdown]
 # ## What next

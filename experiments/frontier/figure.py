@@ -120,7 +120,7 @@ def draw(points, curve, path, kl_end=20.0, bradley_terry=False):
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right", framealpha=0.9)
     longest = max((p.kl for p in points), default=kl_end)
-    # the limit of a reward of normal distribution is sd sqrt(2 KL): over the root of the KL, a straight line
+    # if the reward is normally distributed, the limit is sd sqrt(2 KL): a straight line over the root of the KL
     root, square = lambda kl: np.sign(kl) * np.sqrt(np.abs(kl)), lambda x: np.sign(x) * np.square(x)
     axes[-1].set_xscale("function", functions=(root, square))
     ticks = [tick for tick in TICKS if tick <= 1.3 * longest]
@@ -152,7 +152,7 @@ def theory(points, curve, bradley_terry=False):
     return {beta: at for beta in betas if not math.isnan((at := limit.at_beta(curve, beta))[0])}
 
 
-def summary(points, curve, covariances=None, bradley_terry=False):
+def summary(points, curve, covariances, bradley_terry=False):
     """Returns a table as text: means over the seeds of the last points, and which points lie above the limit.
 
     "of the limit": the gain in reward over the reference as a share of the limit's gain at the same KL, with the
@@ -181,7 +181,7 @@ def summary(points, curve, covariances=None, bradley_terry=False):
     if curve:
         for beta, (kl, reward) in theory(points, curve, bradley_terry).items():
             lines.append(f"DPO's optimum at beta {beta:g} is at a KL of {kl:.2f} and a reward of {reward:.2f}")
-        heights = {p: height(p, curve, (covariances or {}).get(p[:4])) for p in points}
+        heights = {p: height(p, curve, covariances.get(p[:4])) for p in points}
         look = "standard errors above the limit, look for the bug:"
         above = [f"{heights[p]:.1f} {look} {p}" for p in points if heights[p] > 2]
         lines += above or ["no point is above the limit by more than two standard errors"]
