@@ -513,7 +513,11 @@ def test_points_of_another_sft_model_stay_out_of_the_csv(made, swept, tmp_path, 
     assert {row["method"] for row in rows_of(out / "frontier.csv")} == {"preferred-ft"}
 
 
-@pytest.mark.parametrize(("method", "setting"), [("unlikelihood", ""), ("dpo", ""), ("ppo", "abc"), ("sft", "1.0")])
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("unlikelihood", ""), ("dpo", ""), ("ppo", "abc"), ("sft", "1.0")]
+    + [("ppo", "2-adamw"), ("unlikelihood", "0.5-adamw"), ("dpo", "0"), ("ppo-gt", "0.0")],
+)
 def test_a_unit_has_the_setting_that_its_method_takes(made, tmp_path, small, capsys, method, setting):
     argv = ["--sft", made / "sft", "--out", tmp_path, "--method", method, "--setting", setting]
     assert f"--setting {setting!r}: {method} takes" in fails(capsys, unit.main, *argv)

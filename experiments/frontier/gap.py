@@ -111,18 +111,15 @@ def train_step(model, optimizer, rows, reference, preferred, indices, settings):
 
 
 def judge(policy, reference, tokenizer, prompts, points, seed):
-    """Judges one sample per prompt -> kl, reward, gap, gap_se and grammatical, by name.
-
-    Each prompt occurs SAMPLES times in `prompts`, one after the other.
-    """
-    samples = common.sample(policy, tokenizer, prompts, LONGEST, seed, batch_size=limit.ROWS)
+    """Judges SAMPLES responses to each prompt -> kl, reward, gap, gap_se and grammatical, by name."""
+    samples = common.sample(policy, tokenizer, prompts, LONGEST, seed, SAMPLES, batch_size=limit.ROWS)
     kls, _ = sequence_kl(policy, reference, samples.prompt_ids, samples.ids)
     found = limit.moments([grammar.reward(text) for text in samples.texts], kls, SAMPLES)
     kl, reward = found.pop("kl"), found.pop("reward")
     gap = 1 - limit.share_of_gain(points, kl, reward)
     gap_se = limit.height_se(limit.slope_at(points, kl), **found) / (limit.reward_at(points, kl) - points[0].reward)
-    accepted = [grammar.grammatical(p + t) for p, t in zip(prompts, samples.texts, strict=True)]
-    return dict(kl=kl, reward=reward, gap=gap, gap_se=gap_se, grammatical=sum(accepted) / len(prompts))
+    accepted = [grammar.grammatical(p + t) for p, t in zip(samples.prompts, samples.texts, strict=True)]
+    return dict(kl=kl, reward=reward, gap=gap, gap_se=gap_se, grammatical=statistics.mean(accepted))
 
 
 def training(settings, **knobs):
@@ -148,8 +145,7 @@ def one_run(cause, pairs, seed, model, tokenizer, points, settings):
     policy, made, began = copy.deepcopy(model), training(settings, seed=seed, **knobs), time.perf_counter()
     fit(policy, rows, functools.partial(train_step, reference=reference, preferred=preferred), made)
     seconds = round(time.perf_counter() - began, 1)
-    held_out = toy.rows("prompts_test", toy.ROWS["prompts_test"])
-    prompts = [record["prompt"] for record in held_out for _ in range(SAMPLES)]
+    prompts = [record["prompt"] for record in toy.rows("prompts_test", toy.ROWS["prompts_test"])]
     figures = {name: round(value, 5) for name, value in judge(policy, model, tokenizer, prompts, points, seed).items()}
     figures |= dict(steps=count_steps(rows, made)[1], seconds=seconds, sft=checkpoint.fingerprint(model))
     return Run(cause, pairs, seed, settings.beta, settings.lr, **figures)
@@ -210,7 +206,7 @@ def main():
         raise UserError(f"--pairs: give whole numbers from 1 to {max(PAIRS)}, the number of pairs of one seed.")
     done = {run[:3] for run in runs}
     kinds = itertools.product(map(int, settings.pairs or PAIRS), range(settings.seeds), causes)
-    work = [(cause, pairs, seed) for pairs, seed, cause in kinds if (cause, pairs, seed) not in done]
+    work = [(cause, pairs, seed) for pairs, seed, cause in dict.fromkeys(kinds) if (cause, pairs, seed) not in done]
     if work:
         (model,), tokenizer = common.load_models(settings.init)
         model.set_dropout(0.0)

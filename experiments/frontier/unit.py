@@ -25,7 +25,7 @@ from experiments import common
 from experiments.evaluate import sequence_kl
 from experiments.frontier import limit
 from experiments.frontier.baselines import best_of_n, fit, ppo, reward_model, unlikelihood
-from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, read_pairs, training
+from experiments.frontier.sweeps import METHODS, SWEEPS, Unit, number, read_pairs, training
 from experiments.rewards import load_reward
 from minidpo import checkpoint, dataset
 from minidpo.device import DEVICES, pick_device, pick_dtype
@@ -268,9 +268,12 @@ def is_done(setup, unit):
 def main():
     settings = parse_settings(Settings, __doc__.split("\n\n")[0])
     torch.set_num_threads(1)  # two processes of one thread get more done than one of two: the matrices are small
-    takes = settings.method in ("unlikelihood", "dpo", "ppo", "ppo-gt")
-    if not re.fullmatch(r"\d*\.?\d+(-adamw)?" if takes else "", settings.setting):
-        raise UserError(f"--setting {settings.setting!r}: {settings.method} takes {'a number' if takes else 'none'}.")
+    above_0 = settings.method in ("dpo", "ppo", "ppo-gt")
+    takes = above_0 or settings.method == "unlikelihood"
+    pattern = (r"\d*\.?\d+" if takes else "") + ("(-adamw)?" if settings.method == "dpo" else "")
+    if not re.fullmatch(pattern, settings.setting) or (above_0 and not number(settings.setting)):
+        what = "a number above 0" if above_0 else "a number" if takes else "none"
+        raise UserError(f"--setting {settings.setting!r}: {settings.method} takes {what}.")
     plain = takes and not settings.setting.endswith("-adamw")
     unit = Unit(settings.method, float(settings.setting) if plain else settings.setting, settings.seed)
     claim(unit_path(settings.out, unit))
