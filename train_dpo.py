@@ -363,7 +363,7 @@ def main(settings_class=Settings, loss=dpo_loss):
     # -- the report
     after = run.complete(policy, tokenizer, prompts)
     note = f"DPO on {len(pairs):,} pairs of {settings.data}: {run.last_step} steps, beta {settings.beta}."
-    run.finish({"prompt": [tokenizer.decode(p) for p in prompts], "before": before, "after": after}, [note])
+    run.finish({"prompt": [tokenizer.decode(p) for p in prompts], "before": before, "after": after}, note)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def main():
         "data": [tokenizer.decode(response) for _, response in sample_rows],
     }
     note = f"SFT on {len(rows):,} rows of {settings.data}: {run.last_step} steps of {settings.batch_size} rows."
-    run.finish(columns, [note])
+    run.finish(columns, note)
 
 
 if __name__ == "__main__":

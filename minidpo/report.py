@@ -36,12 +36,12 @@ def samples_table(samples):
     return "\n".join(lines) + "\n"
 
 
-def write_report(folder, samples, notes, curves):
+def write_report(folder, samples, note, curves):
     """Writes samples.md and report.md. `samples` as in `samples_table`; `curves`: whether curves.png was drawn."""
     table = samples_table(samples)
     atomic_write(folder / "samples.md", f"# Samples at temperature 1\n\n{table}")
     metrics = read_metrics(folder)
-    text = [f"# {folder.name}", "", *notes, ""]
+    text = [f"# {folder.name}", "", note, ""]
     text += ["![curves](curves.png)", ""] if curves else []
     text += ["| metric | first | last |", "| --- | ---: | ---: |"]
     for name in sorted({k for m in metrics for k in m} - {"step"}):

@@ -91,7 +91,7 @@ class Run:
 
     def __init__(self, settings, stage):
         self.settings, self.stage = settings, stage
-        self.path = self.folder = Path(settings.out)  # folder: where it writes, path/NEW until the first save
+        self.path = self.folder = Path(settings.out)  # folder: where it writes; path/NEW while an older run is kept
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file. Give a folder.")
         with parallel.first_before_others():  # the others wait until process 0 has claimed the folder
@@ -118,10 +118,10 @@ class Run:
         at_end.callback(self._replace)
 
     def _replace(self):
-        """Replaces the run that is there by the one in NEW if that has saved, else removes NEW.
+        """If the run in NEW has saved, moves it into the place of the older run. Then removes NEW.
 
-        A process that is killed here leaves the rest to the next one. Without checkpoint.pt there is no run, so nobody
-        loads files of two runs.
+        If the process is killed here, the next command on this folder completes the move. While files are moved, the
+        folder has no checkpoint.pt, so nobody loads files of two runs.
         """
         if (self.path / NEW / FILE).exists():
             for name in WRITTEN[3:]:
@@ -235,9 +235,9 @@ class Run:
         return complete(model, tokenizer, prompts, self.settings.sample_tokens, self.settings.seed, batch_size=at_once)
 
     @parallel.by_process_0
-    def finish(self, samples, notes):
+    def finish(self, samples, note):
         """Writes samples.md, curves.png and report.md. samples: {"prompt": [...], column name: [...], ...} of texts."""
-        write_report(self.path, samples, notes, curves=draw_curves(self.path))
+        write_report(self.path, samples, note, curves=draw_curves(self.path))
         print(f"report: {self.path / 'report.md'}")
 
 
@@ -250,8 +250,8 @@ class CatchInterrupt:
 
     def __enter__(self):
         self.requested = False
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
-        self._previous = {s: signal.signal(s, self._on_signal) for s in (getattr(signal, name) for name in names)}
+        signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+        self._previous = {s: signal.signal(s, self._on_signal) for s in signals}
         return self
 
     def _on_signal(self, *_):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 at_end = contextlib.ExitStack()  # at_end.callback(f, ...): what a command must do at its end, even after an error
 atexit.register(at_end.close)
-NEW = ".new-run"  # folder in a run folder: files of a run that will replace the one there when it has saved
+NEW = ".new-run"  # subfolder of a run folder, with a new run's files; after its first save they replace the old run's
 
 
 class UserError(ValueError):
@@ -105,7 +105,7 @@ def parse_settings(cls, description, argv=None, sets=None):
         name = given.get("settings") or fitting_set(given, sets)
         if name not in sets:
             raise unknown("settings", name, list(sets))
-        base = {**sets[name], "settings": name}
+        base, given = sets[name], {**given, "settings": name}
     settings = cls(**{**base, **given})
     for field in fields:
         value, limits = getattr(settings, field.name), field.metadata
@@ -130,7 +130,7 @@ def fitting_set(given, sets):
         name = name if given.get("preset") in (None, sets.get(name, {}).get("preset")) else None
     if name in sets and not name.startswith("paper"):
         return name
-    return "paper-tldr" if given["data"] == "tldr" and "paper-tldr" in sets else "paper"
+    return "paper-tldr" if given["data"] == "tldr" else "paper"
 
 
 def settings_of(folder):
@@ -139,13 +139,12 @@ def settings_of(folder):
     if (new / "checkpoint.pt").exists() and (new / "settings.json").exists():
         path = new / "settings.json"  # a process was killed while replacing the older run; the next one goes on
     try:
-        saved = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}). Restore it, or start again with --overwrite.") from error
-    return saved
 
 
-MAY_CHANGE = {"out", "resume", "max_steps", "save_every", "eval_every", "epochs"}
+MAY_CHANGE = {"out", "max_steps", "save_every", "eval_every", "epochs"}
 ROUNDING = {"device", "compile", "fast", "recompute", "micro_batch_size", "micro_tokens"}  # change only the rounding
 
 
@@ -167,7 +166,7 @@ def _resumed(given, fields):
         if name == "epochs":
             print(f"{change} The learning rate now follows the new number of steps.")
         elif name in ROUNDING:
-            print(f"{change} From here on, results differ by rounding from those of a run that was not stopped.")
+            print(f"{change} From here on, results may differ by rounding from those of a run that was not stopped.")
         elif name not in MAY_CHANGE and not same_name and given[name] != "auto":
             advice = "A resumed run keeps its settings. To change them, start a new run with another --out."
             raise UserError(f"{change} {advice}")

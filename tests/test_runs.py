@@ -646,6 +646,7 @@ def test_a_model_from_scratch_takes_the_set_of_its_data_if_it_has_its_shape():
     assert stage1("--data", "imdb", "--preset", "imdb")["settings"] == "imdb-small"
     assert stage1("--data", "imdb", "--preset", "gpt2-large")["settings"] == "paper"
     assert stage1("--data", "toy", "--preset", "toy-wide")["settings"] == "paper"
+    assert stage1("--data", "toy", "--settings", "")["settings"] == "toy"  # empty: the one that fits, also when given
     assert (stage1("--data", "hh")["settings"], stage1("--data", "tldr")["settings"]) == ("paper", "paper-tldr")
     mine = stage1("--data", "mine.jsonl", "--settings", "toy", "--lr", "0.5")
     assert mine["lr"] == 0.5 and {k: mine[k] for k in train_sft.SETS["toy"]} == train_sft.SETS["toy"] | {"lr": 0.5}
