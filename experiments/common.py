@@ -103,7 +103,7 @@ def by_length(prompts, responses, device, batch_size=128, progress=None):
 def prompt_mean_se(values, per_prompt):
     """Returns the mean of values (N,) and its standard error. Raises UserError for fewer than two prompts.
 
-    Each `per_prompt` neighbours share a prompt. Only the means of different prompts are independent.
+    Every `per_prompt` values in a row share a prompt. Only the means of different prompts are independent.
     """
     means = torch.as_tensor(values, dtype=torch.float64).view(-1, per_prompt).mean(-1)
     if len(means) < 2:

@@ -11,8 +11,8 @@ sampled: not on dataset pairs, and not on the text encoded again. There are two 
 
 Which one to trust: report `kl_exact` for a single policy. At each position it sums over the whole vocabulary, where
 `kl` takes the one token that was sampled, so its standard error is smaller. Beside a reward of the same samples, as in
-docs/frontier.md, use the noisier `kl`. Chance makes reward and `kl` too high together. This moves the point along the
-limit and hardly across it.
+docs/frontier.md, use the noisier `kl`. If chance makes the reward of the samples too high, it also makes their `kl` too
+high: the point moves along the limit, hardly away from it.
 """
 
 import dataclasses

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import numpy
 import torch
 
+from minidpo import checkpoint
 from minidpo.files.forms import PAIR, SFT  # field names: prompt, chosen, rejected; prompt, completion
 from minidpo.files.jsonl import read_jsonl, texts
 from minidpo.files.traps import traps
 from minidpo.settings import UserError, run_main
+from minidpo.tokenizer import Tokenizer
 
 # ---- 1. Rows of token ids ----
 
@@ -165,7 +167,7 @@ def batches(rows, batch_size, seed, epoch, pool=32):
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
     order = torch.randperm(len(rows), generator=generator).tolist()
     full = len(order) - len(order) % batch_size
-    cut = [order[full:]] if order[full:] else []  # random rows: cut after sorting, the rest would be the longest rows
+    cut = [order[full:]] if order[full:] else []  # set aside before sorting, so they are random rows, not the longest
     for i in range(0, full, pool * batch_size):
         by_length = sorted(order[i : min(i + pool * batch_size, full)], key=lambda r: sum(map(len, rows[r])))
         cut += [by_length[j : j + batch_size] for j in range(0, len(by_length), batch_size)]
@@ -176,8 +178,8 @@ def micro_batches(batches, rows, size, tokens):
     """The batches (lists of indices of `rows`) cut into micro-batches that fit into memory, in the same order.
 
     A micro-batch has at most `size` rows or pairs and at most `tokens` input positions, padding and both sides of a
-    pair counted; 0 means no limit. A row that is longer stands alone. A step sums over its rows, so the cuts
-    change results only by rounding.
+    pair counted; 0 means no limit. A row or pair above `tokens` is a micro-batch of its own. A step sums over its rows,
+    so the cuts change results only by rounding.
     """
     cut = []
     for batch in batches:
@@ -207,12 +209,9 @@ def main():
     args = parser.parse_args()
     if args.rows < 0 or args.max_length < 2:
         raise UserError("--rows must be at least 0 and --max-length at least 2.")
-    from minidpo.checkpoint import load
-    from minidpo.tokenizer import Tokenizer
-
     fields = PAIR if "chosen" in read_jsonl(args.file, ("prompt",))[0] else SFT
     if args.run:
-        model, tokenizer, _ = load(args.run)
+        model, tokenizer, _ = checkpoint.load(args.run)
         args.max_length = model.config.block_size
     else:
         tokenizer = Tokenizer.train(texts(args.file), 1024)

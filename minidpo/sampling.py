@@ -102,7 +102,7 @@ def generate(
     was_training = model.training
     model.eval()
     completions = []
-    wide = torch.float32 if model.wte.weight.is_mps else torch.float64  # sums of p round less; MPS has no float64
+    wide = torch.float32 if model.wte.weight.is_mps else torch.float64  # more exact sums of p; MPS has no float64
     # each completion has random numbers of its own, so that it does not depend on the others of its batch
     uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, device=model.wte.weight.device, dtype=wide)
     for i in tqdm(range(0, len(prompts), batch_size), desc=progress, unit="batch", disable=progress is None):

@@ -104,9 +104,9 @@ class Tokenizer:
 def train_bpe(texts, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016; on bytes, as GPT-2's). Returns a list of bytes without eot.
 
-    Each merge makes the most frequent pair of neighbouring tokens a token; of equally frequent pairs, the one with the
-    smaller ids. A merge changes only the words that contain its pair. So `where` finds these words and their counts are
-    corrected, which takes seconds where counting all pairs again for each merge takes minutes.
+    Each merge makes one token of the most frequent pair of neighbouring tokens. Among equals, the smaller ids win. A
+    merge changes only the words that contain its pair. `where` finds them, and only their counts are corrected. This
+    takes seconds. Counting all pairs again for each merge would take minutes.
     """
     if vocab_size < 257:
         raise UserError(f"a vocabulary of {vocab_size} is too small: 256 single bytes and eot make 257.")

@@ -20,7 +20,7 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 
 IDEAS = (OURS, *(f"{OURS} without {idea}" for idea in WITHOUT))
 # The losses of two implementations may differ by this much. fp32 sums run in another order. bf16 rounds to 8 bits, and
-# the first steps of AdamW are signs of gradients, which rounding can turn.
+# the first steps of AdamW depend on the signs of gradients, which rounding can change.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
 COLUMNS = {  # header: key and format
     "shape": "shape", "implementation": "implementation", "precision": "dtype",
@@ -51,7 +51,7 @@ def disagreements(rows):
     """Returns a line for each row whose losses differ from the first of the same shape, precision and optimizer."""
     lines, first = [], {}
     for row in rows:
-        other = first.setdefault((row["shape"], row["dtype"], row.get("optimizer")), row)
+        other = first.setdefault((row["shape"], row["dtype"], row["optimizer"]), row)
         gaps = [abs(a - b) for a, b in zip(row["losses"], other["losses"], strict=True)]
         if not all(gap <= TOLERANCE[row["dtype"]] for gap in gaps):  # true for NaN, too
             names = f"{other['implementation']} and {row['implementation']}"

@@ -13,7 +13,7 @@ from minidpo.scale import fast
 
 
 def replace(**values):
-    """Puts others in the place of functions and classes of minidpo/scale/fast.py. The classes are called by .apply."""
+    """Replaces functions and classes of minidpo/scale/fast.py. Of a class only `apply` is called."""
     vars(fast).update(values)
 
 

@@ -51,7 +51,7 @@ def measure_all(works, settings):
     names = {f"{'-'.join(cell).replace(' ', '_')}-{i}": cell for i in range(settings.rounds) for cell in works}
     turns = {Path(settings.cache) / f"{name}.json": cell for name, cell in names.items()}
     measured = {}
-    for path, cell in turns.items():  # what an earlier command kept counts if it was exactly this work
+    for path, cell in turns.items():  # a file of an earlier command is used only if its work was exactly the same
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if record.get("work") == json.loads(json.dumps(works[cell])):
             measured[path] = record["measured"]

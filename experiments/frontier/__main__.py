@@ -37,9 +37,9 @@ class Settings(SweepSettings):
     csv: str = knob("", "the points as a table; empty: frontier.csv in --out. The figure goes beside it, as a .png")
     methods: str = knob("", f"sweep these only, with commas between: {', '.join(METHODS)}; empty: all")
     ppo_targets: str = knob("", "sweep these of PPO's KL targets only, with commas between, such as 3,6; empty: all")
-    seeds: int = knob(3, "how many seeds, 0 the first", least=1)
+    seeds: int = knob(3, "how many seeds, counted from 0", least=1)
     kl_end: float = knob(20.0, "the figure ends at this KL, in nats; points beyond are named in it", least=1)
-    bradley_terry: bool = knob(False, "the labels were drawn by it, as on the toy: show where theory puts DPO")
+    bradley_terry: bool = knob(False, "labels drawn by Bradley-Terry, as on the toy: show where theory puts DPO")
     jobs: int = knob(1, "units at a time, each in a process of one thread", least=1)
     plot_only: bool = knob(False, "draw the figure from --csv and print the summary, nothing else")
 
@@ -63,7 +63,7 @@ def units(settings):
     chosen = {**SWEEPS[settings.data].settings, "ppo": targets, "ppo-gt": targets}
     chosen |= {"sft": [""], "best-of-n": [""]}  # one batch of samples serves every N
     for seed in range(settings.seeds):
-        # the long ones first, so that no process is left alone with one at the end
+        # PPO first: it takes longest, and would run alone at the end
         for method in sorted(methods, key=lambda method: "ppo" not in method):
             for setting in chosen[method]:
                 unit = Unit(method, setting, seed)

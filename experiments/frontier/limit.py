@@ -52,8 +52,8 @@ class Settings:
     temperature: float = knob(1.2, "of the proposals' samples; the reference's is 1", least=0.1)
     prompts: int = knob(50, "use the first so many prompts; 0: all")
     samples: int = knob(1024, "draws for each prompt, from all models together; at least four from each", least=8)
-    max_new_tokens: int = knob(96, "longest response, in tokens: of the limit, and so of what is compared", least=1)
-    seed: int = knob(0, "of the sampling")
+    max_new_tokens: int = knob(96, "longest response, in tokens; use the same for the policies to compare", least=1)
+    seed: int = knob(0, "seed of the sampling")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
 
 
@@ -110,12 +110,12 @@ def curve(rewards, logps, counts, betas=BETAS):
     return [point(rewards, log_u, beta) for beta in betas]
 
 
-def doubling(rewards, logps, counts, betas=BETAS):
-    """The largest relative change of the gain, at equal KL above 0.1 nats, when half of the draws become all."""
+def doubling(rewards, logps, counts):
+    """The largest relative change of the gain, at equal KL above 0.1 nats, from half of the draws to all of them."""
     # every other draw of each model; they lie in blocks, one model after the other
     kept = torch.cat([torch.arange(n - n % 2)[::2] + sum(counts[:k]) for k, n in enumerate(counts)])
-    half = curve(rewards[:, kept], logps[:, :, kept], [n // 2 for n in counts], betas)
-    whole = [p for p in curve(rewards, logps, counts, betas) if p.ess_min >= LEAST_ESS]
+    half = curve(rewards[:, kept], logps[:, :, kept], [n // 2 for n in counts])
+    whole = [p for p in curve(rewards, logps, counts) if p.ess_min >= LEAST_ESS]
     compared = [p for p in whole if 0.1 < p.kl < half[-1].kl]
     move = half[0].reward - whole[0].reward
     return max((abs(share_of_gain(half, p.kl, p.reward + move) - 1) for p in compared), default=math.nan)
@@ -211,10 +211,10 @@ def slope_at(points, kl):
     return math.nan
 
 
-def moments(rewards, kls, per_prompt=1):
+def moments(rewards, kls, per_prompt):
     """Means of the rewards and KLs (N,) of the same samples, with standard errors and their covariance -> by name.
 
-    Each `per_prompt` neighbours share a prompt. Only the means of different prompts are independent.
+    Every `per_prompt` values in a row share a prompt. Only the means of different prompts are independent.
     """
     pair = torch.stack([torch.as_tensor(values, dtype=torch.float64) for values in (rewards, kls)])
     pair = pair.view(2, -1, per_prompt).mean(-1)
@@ -265,7 +265,7 @@ def main():
     print(f"{settings.out}: {len(prompts)} prompts x {settings.samples} draws from {', '.join(names)}")
     print(f"the reference's mean reward is {drawn[0].reward:.3f} +- {drawn[0].reward_se:.3f}")
     end, changed = drawn[-1], doubling(rewards, logps, counts)
-    print(f"drawn up to {end.kl:.2f} nats (beta {end.beta:.3f}), where no prompt has fewer than {LEAST_ESS}")
+    print(f"drawn up to {end.kl:.2f} nats (beta {end.beta:.3f}): each prompt has {LEAST_ESS} effective samples or more")
     print(f"doubling the samples changed the gain at equal KL by {changed:.2%} at most")
 
 

@@ -42,7 +42,7 @@ class Unit(NamedTuple):
 class Sweep:
     settings: dict  # method -> list of settings: alpha, N of Best-of-N, PPO's target of the KL in nats, beta
     base: str  # the named set of train_dpo.py that all methods but PPO train with
-    training: dict  # method -> function of the setting -> knobs of training that differ from that set, or from PPO's
+    training: dict  # method -> a function: it takes the setting, returns the knobs that differ from `base` or PPO's
     records: Callable  # n -> the first n training pairs (0: all) as records
     pairs: int  # how many of them, unless --pairs says otherwise
     max_new_tokens: int  # longest completion
@@ -66,8 +66,9 @@ def number(setting):
 def dpo_optimizer(setting):
     """DPO on the toy: SGD with momentum, or AdamW with the settings of the other methods.
 
-    With SGD, the gradient grows like beta, and the log-ratios that it has to reach like 1/beta. So lr beta^2 decides
-    how far a run gets. Below beta 0.5 the first steps, which grow with lr beta, would be too long: lr beta is fixed.
+    With SGD, the gradient is proportional to beta, and the log-ratios that a run has to reach to 1/beta. So lr beta^2
+    decides how far a run gets; it is the same for all betas above 0.5. Below, the first steps, which are proportional
+    to lr beta, would be too long: there lr beta is the same for all betas.
     """
     if str(setting).endswith("-adamw"):
         return {}
@@ -112,7 +113,7 @@ def training(unit, settings):
     sweep = SWEEPS[settings.data]
     own = sweep.training.get(unit.method, lambda _: {})(unit.setting)
     if unit.method in ("ppo", "ppo-gt"):
-        # the price at which the optimum is `kl_target` nats away, for a reward of normal distribution
+        # for a normally distributed reward, the optimum at this price is `kl_target` nats away
         price = sweep.reward_sd / math.sqrt(2 * unit.setting)
         values = dict(kl_target=unit.setting, kl_coef=price, max_new_tokens=settings.max_new_tokens, seed=unit.seed)
         steps = {"steps": settings.ppo_steps} if settings.ppo_steps else {}
@@ -120,6 +121,6 @@ def training(unit, settings):
     cls = unlikelihood.Settings if unit.method == "unlikelihood" else train_dpo.Settings
     knob = {"unlikelihood": "alpha", "dpo": "beta"}.get(unit.method)
     varied = {knob: number(unit.setting)} if knob else {}
-    # fast: policy and reference alike, because in bf16 the two paths differ
+    # fast in every unit: in bf16 the fast and the plain path differ, and policy and reference must take the same one
     values = {**train_dpo.SETS[sweep.base], "seed": unit.seed, "fast": True, **varied, **own}
     return cls(data=settings.data, init=settings.sft, out="", device=settings.device, **values)

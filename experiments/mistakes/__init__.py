@@ -92,7 +92,8 @@ def caught(mistake):
         return run_tests(folder, [mistake.test])[0], time.perf_counter() - started
 
 
-# Imports take longer than most tests. Where the system can fork, each process is forked from one that has made these.
+# Imports take longer than most tests. Where the system can fork, every process below is a fork of one that has already
+# made these imports.
 _CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 IMPORTED = ["torch._dynamo", "torch.distributed.tensor", "tiktoken", "pytest", "transformers", "matplotlib.pyplot"]
 _CONTEXT.set_forkserver_preload(IMPORTED)

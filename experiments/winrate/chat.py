@@ -1,7 +1,8 @@
 """A judge that asks a chat model, behind an OpenAI-compatible endpoint, which of two responses is better.
 
 The model reads both responses in one message and must choose one, as GPT-4 did in the paper. The questions follow the
-paper's idea (appendix D) in words of our own. Chat models prefer one place, so the caller swaps the two at random.
+paper's idea (appendix D) in words of our own. Chat models tend to favour one of the two places, whatever stands there,
+so the caller swaps the responses at random.
 """
 
 import hashlib
@@ -111,5 +112,5 @@ class ChatJudge:
         raise UserError(f"{self.client.base_url}: {reason} {how} {kept}")
 
     def without_key(self, text):
-        """A text from the server without the key. A key under 8 characters is a placeholder, perhaps a common word."""
+        """Removes the key from a server's text. A key under 8 characters stays: it is a placeholder."""
         return text if len(self.key) < 8 else text.replace(self.key, "[key]")

@@ -58,9 +58,9 @@ def load_judge(name, device="cpu", **chat):
         models, tokenizer = load_models(run, reference, device=device)
         bar = f"implicit reward of {run}"
         return lambda *texts: verdicts(implicit_rewards(*models, tokenizer, *texts, progress=bar).tolist())
-    if name != "toy" and Path(name).is_dir():
+    if name == "toy" or Path(name).is_file():
+        return reward_judge(load_reward(name))
+    if Path(name).is_dir():
         model, tokenizer = reward_model.load(name)
         return reward_judge(reward_model.of_texts(model.to(device), tokenizer))
-    if name == "toy" or Path(name).exists():
-        return reward_judge(load_reward(name))
     raise unknown("judge", name, ["toy", "FILE", "FOLDER", "implicit:RUN,REFERENCE", *(f"chat:{q}" for q in QUESTIONS)])

@@ -21,13 +21,13 @@ def compare(judge, prompts, ours, theirs, seed):
     return [outcomes[first].get(verdict, verdict) for first, verdict in zip(ours_first, verdicts, strict=True)]
 
 
-def interval(wins, ties, losses, seed=0, resamples=10_000):
+def interval(wins, ties, losses):
     """95 % bootstrap interval of the win rate over prompts, by the percentile method -> (low, high).
 
-    To draw as many prompts with replacement is to draw the three counts from a multinomial distribution.
+    Drawing n prompts with replacement is the same as drawing the three counts from a multinomial distribution.
     """
     n = wins + ties + losses
-    counts = numpy.random.default_rng(seed).multinomial(n, [wins / n, ties / n, losses / n], size=resamples)
+    counts = numpy.random.default_rng(0).multinomial(n, [wins / n, ties / n, losses / n], size=10_000)
     return tuple(numpy.quantile((counts[:, 0] + counts[:, 1] / 2) / n, [0.025, 0.975]).tolist())
 
 

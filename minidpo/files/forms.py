@@ -40,7 +40,7 @@ def chat_text(messages):
 
 
 def plain(record, fields):
-    """A record -> the same record with texts as its prompt and responses. Raises UserError where this is a guess.
+    """A record -> the same record with texts as prompt and responses. Raises UserError where it would have to guess.
 
     The prompt of messages, or of two dialogues, is all that comes before the last response (see `cut_prompt`). With the
     fields of SFT, the chosen response of a pair is the completion (Preferred-FT).
@@ -53,7 +53,7 @@ def plain(record, fields):
     if any(isinstance(v, list) and v and isinstance(v[0], dict) for v in (prompt, *values)):
         values = values or [[{"role": "assistant", "content": ""}]]  # a row with a prompt alone
         if record.get("tools") or not all(isinstance(v, list) for v in values):
-            raise UserError("messages beside tools, or beside a response that is no list of messages")
+            raise UserError("a row with messages must have no tools, and each response must be a list of messages")
         if isinstance(prompt, str) and any(v[:1] != [{"role": "user", "content": prompt}] for v in values):
             raise UserError("'prompt' is a text, but not the first message")
         begin = prompt if isinstance(prompt, list) else []

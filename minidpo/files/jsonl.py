@@ -89,7 +89,7 @@ def read_jsonl(path, fields):
 
 
 def texts(path):
-    """Yields the texts from which to learn a tokenizer: those of the rows of a JSONL file, or all lines of another.
+    """Yields the texts to learn a tokenizer from: those in the rows of a JSONL file, or all lines of any other file.
 
     A file is JSONL if its name says so, or if it begins with {". Raises UserError as `json_lines` does.
     """

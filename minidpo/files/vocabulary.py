@@ -75,7 +75,7 @@ def save_vocabulary(tokenizer, folder):
 
 
 def merges_of(tokens, file):
-    """The lines of merges.txt: of each token, the two parts that all earlier merges leave. Or UserError with `file`."""
+    """The lines of merges.txt: per token, the two parts left after all earlier merges. Raises UserError with `file`."""
     ranks = {token: i for i, token in enumerate(tokens)}
     if len(ranks) < len(tokens) or {bytes([b]) for b in range(256)} != set(tokens[:256]):
         raise UserError(f"{file}: the first 256 tokens must be the single bytes, and no token can be there twice.")

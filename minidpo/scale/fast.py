@@ -73,7 +73,7 @@ def real_positions(mask):
 
 
 def shared_prefix(ids, real):
-    """ids, real (sides, B, T) -> true where the second side still equals the first, in prompt or response."""
+    """ids, real (sides, B, T) -> true where the second side repeats the first, up to the first different token."""
     equal = ((ids == ids[0]) & real & real[0]).cumprod(-1).bool()  # cumprod: 1 until the first difference
     equal[0] = False
     return equal
@@ -130,7 +130,7 @@ def through(block, x, packed, scored=None):
     # index_select, not x[index]: on a CPU its backward pass is several times as fast
     qkv = block.attn.c_attn(block.ln_1(x)).index_select(0, packed.place.flatten())  # (R T, 3C)
     y = causal_attention(*qkv.view(R, T, 3, block.attn.n_head, -1).permute(2, 0, 3, 1, 4))  # (R, H, T, C/H)
-    home = packed.home  # only here the result is read, so not at padding
+    home = packed.home  # y is read at these positions only, so never at padding
     if scored is not None:
         x, home = x.index_select(0, scored), home[scored]
     y = y.transpose(1, 2).reshape(R * T, -1).index_select(0, home)

@@ -47,7 +47,8 @@ def plan(config, rows, settings):
     else:
         n = len(rows) * sum(longest)
         block = n * C * (8 + 14 * width)
-        # log-softmax of both sides, its gradient and the logits' gradient for one side at a time; in SFT, where scored
+        # pairs: log-softmax of both sides, and for one side at a time the gradients of log-softmax and of logits.
+        # SFT: these three at the scored tokens only
         head = max(8 * V * n if sides == 2 else 12 * V * scored, 2 * embedding)
     if settings.device == "cpu":  # the scores of attention, where they are written out
         short = SHORT[getattr(torch, settings.dtype)]
@@ -55,7 +56,8 @@ def plan(config, rows, settings):
     # --recompute keeps the inputs of all blocks, and one block is computed again after the memory of the head is free
     activations, head = (4 * n * C * L, max(head, block)) if settings.recompute else (L * block, head)
     state = weights * {"sgd": 1, "rmsprop": 1, "adamw": 2}[settings.optimizer]
-    # With several micro-batches, new gradients are held beside the old: in pairs without --fast all, else the head's
+    # With several micro-batches, new gradients wait beside the sum of the old ones: for pairs without --fast those of
+    # all weights, else only the head's
     waiting = weights - copies if sides == 2 and not settings.fast else embedding
     several = 0 < settings.micro_batch_size < settings.batch_size or settings.micro_tokens > 0
     parts = (weights, copies, weights + several * waiting, state, activations, head)

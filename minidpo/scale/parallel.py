@@ -96,6 +96,6 @@ def anywhere(flag):
     return all_sum(flag) > 0
 
 
-def seed(*numbers):
-    """Seeds dropout from `numbers`, such as seed and step, differently in each process."""
-    torch.manual_seed(functools.reduce(lambda a, b: a * 1_000_003 + b, (*numbers, rank())) % 2**64)
+def seed(run_seed, step):
+    """Seeds dropout from the run's seed and the step, differently in each process."""
+    torch.manual_seed(((run_seed * 1_000_003 + step) * 1_000_003 + rank()) % 2**64)

@@ -26,7 +26,7 @@ ONLY |= {name: (False,) for name in ("scale_attn_by_inverse_layer_idx", "add_cro
 
 
 def load_with_tokenizer(name_or_folder):
-    """As `load_pretrained`, but -> (model, tokenizer). Rows that no token has are kept, and get no logits."""
+    """As `load_pretrained`, but -> (model, tokenizer). Embedding rows without a token are kept, but get no logits."""
     folder = _find_folder(str(name_or_folder))
     config, eos = _read_config(folder / "config.json")
     tokenizer, rows = load_vocabulary(folder, config.vocab_size), config.vocab_size
@@ -120,7 +120,7 @@ def _import(package, purpose):
 
 
 def _redundant(name, tensor, model):
-    """Whether the model has these values without the tensor: the head is the embedding, old files hold the mask."""
+    """Whether the model can do without the tensor: a head equal to the embedding, or the causal mask of old files."""
     masked = name.endswith(".attn.masked_bias") and (tensor < -1000).all()  # the logit of a masked position
     mask = name.endswith(".attn.bias") and tensor.dim() == 4 and torch.equal(tensor, torch.ones_like(tensor).tril())
     head = name == "lm_head.weight" and torch.equal(tensor.float(), model.wte.weight)

@@ -14,8 +14,9 @@ from minidpo.run import count_steps, steps
 def fit(model, rows, train_step, settings, on_step=None):
     """Trains `model` in place on `rows`: the loop of train_sft.py and train_dpo.py without a run folder.
 
-    `train_step` is that of train_sft, or of train_dpo with its `reference` given. Device and dtype in `settings` must
-    not be "auto". Calls on_step(step, metrics) after each step, counted from 1.
+    `train_step(model, optimizer, rows, indices=..., settings=...)` makes one step and returns its metrics: that of
+    train_sft, for example, or that of train_dpo with its `reference` given. Device and dtype in `settings` must not be
+    "auto". Calls on_step(step, metrics) after each step, counted from 1.
     """
     optimizer = make_optimizer(model, settings.optimizer, settings.lr)
     total, _ = count_steps(rows, settings)

@@ -33,7 +33,7 @@ def best_of(scores, n):
     Of a tie the first is taken. Where n does not divide K, the samples that are left over are not used.
     """
     best = scores.unfold(1, n, n).argmax(dim=-1)  # (P, K // n): places within each group of n
-    return best + n * torch.arange(best.shape[1], device=scores.device)
+    return best + n * torch.arange(best.shape[1])
 
 
 def best_samples(samples, scores, n):

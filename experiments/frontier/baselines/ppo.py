@@ -97,9 +97,10 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def next_kl_coef(kl_coef, kl, target, gain):
-    """The controller of Ziegler et al. 2019, section 2.2: kl_coef rises while the KL is above its target (0: none).
+    """The controller of Ziegler et al. 2019, section 2.2: kl_coef rises while the KL is above its target.
 
-    The relative error counts up to 20 %, so one step changes kl_coef by at most a share of 0.2 * gain.
+    With a target of 0, kl_coef stays fixed. The relative error counts up to 20 %, so one step changes kl_coef by
+    at most a share of 0.2 * gain.
     """
     if target == 0:
         return kl_coef
@@ -114,7 +115,7 @@ def next_kl_coef(kl_coef, kl, target, gain):
 class Settings:
     kl_target: float = 2.0  # where the controller keeps the KL, in nats per response; 0: kl_coef is fixed
     kl_coef: float = 1.0  # price of a nat of distance from the reference, at the start
-    kl_gain: float = 0.1  # how fast the controller moves kl_coef: in one step by a fifth of this at most
+    kl_gain: float = 0.1  # how fast the controller moves kl_coef: one step changes it by at most a share of kl_gain / 5
     steps: int = 70  # rollouts of the whole run, each followed by its epochs of updates
     rollouts: int = 256  # responses sampled per step
     epochs: int = 2  # passes over each step's rollouts
