@@ -1,6 +1,7 @@
 """Chooses device and precision, and prints them."""
 
 import contextlib
+import os
 
 import torch
 
@@ -47,6 +48,10 @@ def pick_dtype(name, device, n_embd):
     else:
         has_bf16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()  # chips with AMX have it too
         picked = name if name != "auto" else "bfloat16" if has_bf16 and n_embd >= 128 else "float32"
+        for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+            # for each shape of a bf16 product, PyTorch and oneDNN keep about 1 MB, for up to 1,024 shapes. Nearly every
+            # batch has new shapes, and the blocks of a model share them: 64 are enough for one step
+            os.environ.setdefault(cache, "64")
     print(f"on {device} ({chip}), matrix products in {picked}{note}")
     return picked
 

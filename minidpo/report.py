@@ -73,8 +73,7 @@ def draw_curves(folder):
             steps, values = zip(*((m["step"], m[name]) for m in metrics if name in m), strict=True)
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(steps, running_mean(values, reach=len(values) // 60), color=colour, label=name.split("/")[-1])
-            held_out = [(m["step"], m[f"eval/{name}"]) for m in metrics if f"eval/{name}" in m]
-            if held_out:
+            if held_out := [(m["step"], m[f"eval/{name}"]) for m in metrics if f"eval/{name}" in m]:
                 label = "held out" if colour == "C0" else None
                 axes.plot(*zip(*held_out, strict=True), "o", color=colour, markeredgecolor="black", label=label)
         axes.grid(alpha=0.25)

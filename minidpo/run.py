@@ -204,8 +204,7 @@ class Run:
 
     def evaluates_after(self, step):
         """Whether the held-out rows are evaluated after this step: every --eval-every steps, and at the end."""
-        every = self.settings.eval_every
-        return step + 1 == self.last_step or bool(every) and (step + 1) % every == 0
+        return step + 1 == self.last_step or self.settings.eval_every and (step + 1) % self.settings.eval_every == 0
 
     @parallel.by_process_0
     def log(self, step, metrics):
