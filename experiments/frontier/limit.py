@@ -129,8 +129,8 @@ def sequence_logps(source, prompt_ids, response_ids):
     """Returns the log-probability with which `source` draws each response: (N,) float64, on the CPU."""
     model, temperature = source
     logps = torch.empty(len(prompt_ids), dtype=torch.float64)
-    for indices, batch in common.by_length(prompt_ids, response_ids, model.wte.weight.device):
-        values = token_logps(model(batch.ids) / temperature, batch.targets).masked_fill(~batch.mask, 0.0)
+    for indices, batch in common.by_length(prompt_ids, response_ids, model.wte.weight.device, batch_size=32):
+        values = token_logps(model(batch.ids).div_(temperature), batch.targets).masked_fill(~batch.mask, 0.0)
         logps[indices] = values.cpu().double().sum(-1)
     return logps
 
