@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import train_dpo
 import train_sft
@@ -131,8 +132,10 @@ class Watch:
         points = min(setup.settings.points, last_step)
         self.at = {round(last_step * (i + 1) / points) for i in range(points)}
         self.rows, self.seconds, self.since = [], 0.0, time.perf_counter()
+        self.bar = tqdm(total=last_step, desc="training", unit="step", disable=None)  # not in the sweep's logs
 
     def __call__(self, step, *_):
+        self.bar.update()
         if step in self.at:
             self.seconds += time.perf_counter() - self.since
             per_prompt = self.setup.settings.samples if step == self.last_step else 1
