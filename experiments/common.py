@@ -103,7 +103,8 @@ def by_length(prompts, responses, device, batch_size=128, progress=None):
 def prompt_mean_se(values, per_prompt):
     """Returns the mean of values (N,) and its standard error. Raises UserError for fewer than two prompts.
 
-    Every `per_prompt` values in a row share a prompt. Only the means of different prompts are independent.
+    The first `per_prompt` values belong to one prompt, the next ones to the next prompt, and so on. Only the
+    means of different prompts are independent.
     """
     means = torch.as_tensor(values, dtype=torch.float64).view(-1, per_prompt).mean(-1)
     if len(means) < 2:

@@ -411,22 +411,19 @@ def test_the_memory_of_the_papers_set_up():
 
 PRODUCTS = """
 import torch
+from experiments.bench.worker import memory_mb
 from minidpo.device import pick_dtype
-
-def resident():  # in MB
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * 4096 / 1e6
 
 pick_dtype("bfloat16", "cpu", 256)
 weight = torch.zeros(256, 256, dtype=torch.bfloat16)
-before = resident()
+before = memory_mb("cpu")
 for rows in range(200, 800):
     torch.nn.functional.linear(torch.zeros(rows, 256, dtype=torch.bfloat16), weight)
-print(resident() - before)
+print(memory_mb("cpu") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says how much memory is resident")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory is resident")
 def test_products_of_many_shapes_in_bf16_leave_little_behind():
     """PyTorch keeps what it prepared for each shape: about 450 MB here where the processor has bf16."""
     variables = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}

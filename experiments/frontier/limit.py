@@ -214,7 +214,8 @@ def slope_at(points, kl):
 def moments(rewards, kls, per_prompt):
     """Means of the rewards and KLs (N,) of the same samples, with standard errors and their covariance -> by name.
 
-    Every `per_prompt` values in a row share a prompt. Only the means of different prompts are independent.
+    The first `per_prompt` values belong to one prompt, the next ones to the next prompt, and so on. Only the
+    means of different prompts are independent.
     """
     pair = torch.stack([torch.as_tensor(values, dtype=torch.float64) for values in (rewards, kls)])
     pair = pair.view(2, -1, per_prompt).mean(-1)
