@@ -310,10 +310,11 @@ def test_dpo_stands_beside_the_baselines_with_their_optimiser():
 
 @pytest.mark.parametrize("data", ["toy", "imdb"])
 def test_flags_go_before_the_sweeps_own_settings(data):
-    settings = frontier.Settings(data=data, reward="a classifier", ppo_steps=7, max_new_tokens=33)
+    settings = frontier.Settings(data=data, reward="a classifier", ppo_steps=7, ppo_lr=0.5, max_new_tokens=33)
     for method in ("ppo", "ppo-gt"):
         training = sweeps.training(sweeps.Unit(method, 6.0, seed=2), settings)
         assert (training.steps, training.max_new_tokens, training.kl_target, training.seed) == (7, 33, 6.0, 2)
+        assert (training.lr, training.value_lr) == (0.5, 1.0)
 
 
 # ---- stopped and resumed ----
@@ -736,13 +737,13 @@ def test_a_sweep_without_a_grammar_has_one_panel(tmp_path, capsys):
     assert path.with_suffix(".png").exists()
 
 
-@pytest.mark.parametrize(("name", "bradley_terry"), [("toy", False), ("imdb", True)])
-def test_the_page_in_docs_holds_the_summary_of_its_csv(name, bradley_terry):
+@pytest.mark.parametrize(("page", "name", "bradley_terry"), [("frontier", "toy", False), ("frontier_imdb", "imdb", True)])
+def test_the_page_in_docs_holds_the_summary_of_its_csv(page, name, bradley_terry):
     """Made by: python -m experiments.frontier --plot-only --csv docs/frontier/NAME.csv [--bradley-terry]"""
     path, limits = ROOT / f"docs/frontier/{name}.csv", ROOT / f"docs/frontier/{name}_limit.csv"
     points, curve = figure.read_csv(path), limit.read(limits) if limits.exists() else None
     summary = figure.summary(points, curve, figure.read_covariances(path), bradley_terry)
-    assert summary in (ROOT / "docs/frontier.md").read_text(encoding="utf-8")
+    assert summary in (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
 
 
 def test_the_limits_in_docs_are_one_where_both_are_drawn():
