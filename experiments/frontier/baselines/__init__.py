@@ -7,6 +7,8 @@ best_of_n       samples N responses, keeps the one that the reward model likes b
 ppo             reinforcement learning on a reward, learned or true
 """
 
+from tqdm import tqdm
+
 from minidpo.optim import learning_rate, make_optimizer, set_learning_rate
 from minidpo.run import count_steps, steps
 
@@ -16,11 +18,11 @@ def fit(model, rows, train_step, settings, on_step=None):
 
     `train_step(model, optimizer, rows, indices=..., settings=...)` makes one step and returns its metrics: that of
     train_sft, for example, or that of train_dpo with its `reference` given. Device and dtype in `settings` must not be
-    "auto". Calls on_step(step, metrics) after each step, counted from 1.
+    "auto". Calls on_step(step, metrics) after each step, counted from 1. A terminal shows a progress bar.
     """
     optimizer = make_optimizer(model, settings.optimizer, settings.lr)
-    total, _ = count_steps(rows, settings)
-    for step, indices in steps(rows, settings):
+    total, last = count_steps(rows, settings)
+    for step, indices in tqdm(steps(rows, settings), "training", last, leave=False, unit="step", disable=None):
         model.train()  # on_step may have left it in evaluation mode
         set_learning_rate(optimizer, learning_rate(step, total, settings.lr, settings.warmup_steps, settings.decay))
         metrics = train_step(model, optimizer, rows, indices=indices, settings=settings)

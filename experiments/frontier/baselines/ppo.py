@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from experiments import common
 from minidpo import dataset
@@ -220,7 +221,7 @@ def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None)
     kl_coef = settings.kl_coef
     ids = common.prompt_ids(tokenizer, prompts, settings.max_new_tokens, policy)
 
-    for step in range(settings.steps):
+    for step in tqdm(range(settings.steps), "PPO", leave=False, unit="step", disable=None):
         # one seed per step, so that the sampling of a step does not depend on how many numbers the last one drew
         seed = settings.seed * 1_000_003 + step
         generator, sampling = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
