@@ -116,8 +116,8 @@ def training(unit, settings):
         # for a normally distributed reward, the optimum at this price is `kl_target` nats away
         price = sweep.reward_sd / math.sqrt(2 * unit.setting)
         values = dict(kl_target=unit.setting, kl_coef=price, max_new_tokens=settings.max_new_tokens, seed=unit.seed)
-        steps = {"steps": settings.ppo_steps} if settings.ppo_steps else {}
-        return ppo.Settings(**{**values, **own, **steps})
+        flags = {"steps": settings.ppo_steps, "lr": settings.ppo_lr, "value_lr": 2 * settings.ppo_lr}
+        return ppo.Settings(**{**values, **own, **{name: value for name, value in flags.items() if value}})
     cls = unlikelihood.Settings if unit.method == "unlikelihood" else train_dpo.Settings
     knob = {"unlikelihood": "alpha", "dpo": "beta"}.get(unit.method)
     varied = {knob: number(unit.setting)} if knob else {}

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import train_dpo
 import train_sft
@@ -50,6 +49,7 @@ class SweepSettings:
     samples: int = knob(4, "completions per prompt for the last point of a unit; one on the way", least=1)
     points: int = knob(4, "points along a training, evenly spaced, the last included", least=1)
     ppo_steps: int = knob(0, "steps of PPO; 0: as many as the dataset's settings say")
+    ppo_lr: float = knob(0.0, "learning rate of PPO, half that of its value model; 0: the dataset's")
     max_new_tokens: int = knob(0, "longest completion, in tokens; 0: 96 for the toy, 64 for imdb")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
 
@@ -132,10 +132,8 @@ class Watch:
         points = min(setup.settings.points, last_step)
         self.at = {round(last_step * (i + 1) / points) for i in range(points)}
         self.rows, self.seconds, self.since = [], 0.0, time.perf_counter()
-        self.bar = tqdm(total=last_step, desc="training", unit="step", disable=None)  # not in the sweep's logs
 
     def __call__(self, step, *_):
-        self.bar.update()
         if step in self.at:
             self.seconds += time.perf_counter() - self.since
             per_prompt = self.setup.settings.samples if step == self.last_step else 1
