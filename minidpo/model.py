@@ -17,6 +17,7 @@ PRESETS = {  # GPT-2's four sizes have 124 M, 355 M, 774 M and 1.6 B weights
     "toy": dict(vocab_size=1024, block_size=128, n_layer=4, n_head=4, n_embd=64),
     "toy-wide": dict(vocab_size=1024, block_size=128, n_layer=4, n_head=4, n_embd=128),
     "imdb": dict(vocab_size=4096, block_size=256, n_layer=2, n_head=4, n_embd=256),
+    "imdb-wide": dict(vocab_size=4096, block_size=256, n_layer=2, n_head=8, n_embd=512),
     "gpt2": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(vocab_size=50257, block_size=1024, n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(vocab_size=50257, block_size=1024, n_layer=36, n_head=20, n_embd=1280),
