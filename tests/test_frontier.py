@@ -737,7 +737,9 @@ def test_a_sweep_without_a_grammar_has_one_panel(tmp_path, capsys):
     assert path.with_suffix(".png").exists()
 
 
-@pytest.mark.parametrize(("page", "name", "bradley_terry"), [("frontier", "toy", False), ("frontier_imdb", "imdb", True)])
+@pytest.mark.parametrize(
+    ("page", "name", "bradley_terry"), [("frontier", "toy", False), ("frontier_imdb", "imdb", True)]
+)
 def test_the_page_in_docs_holds_the_summary_of_its_csv(page, name, bradley_terry):
     """Made by: python -m experiments.frontier --plot-only --csv docs/frontier/NAME.csv [--bradley-terry]"""
     path, limits = ROOT / f"docs/frontier/{name}.csv", ROOT / f"docs/frontier/{name}_limit.csv"
