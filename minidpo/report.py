@@ -18,8 +18,7 @@ PANELS = {  # metrics that share one picture, and their unit
 
 def read_metrics(folder):
     """Returns the lines of metrics.jsonl as dicts. It skips a line that a crash cut short."""
-    metrics = []
-    path = Path(folder) / "metrics.jsonl"
+    metrics, path = [], Path(folder) / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             metrics.append(json.loads(line))

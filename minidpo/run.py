@@ -199,7 +199,8 @@ class Run:
 
     def speed(self, **counts):
         """speed(tokens=n) -> {"tokens_per_second": n / seconds since this step began}."""
-        return {f"{name}_per_second": count / (time.perf_counter() - self.started) for name, count in counts.items()}
+        seconds = time.perf_counter() - self.started
+        return {f"{name}_per_second": count / seconds for name, count in counts.items()}
 
     def evaluates_after(self, step):
         """Whether the held-out rows are evaluated after this step: every --eval-every steps, and at the end."""

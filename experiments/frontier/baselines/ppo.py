@@ -205,7 +205,7 @@ def update(policy, value, optimizers, rollout, kl_coef, settings, generator):
 
 
 def train(policy, reference, reward, prompts, tokenizer, settings, on_step=None):
-    """Trains `policy` in place. Returns the value model.
+    """Trains `policy` in place. Returns the value model. A terminal shows a progress bar.
 
     Args:
         reward: reward(samples) -> list of floats, for common.Samples.
