@@ -7,7 +7,8 @@ response y_w over response y_l". It needs no reward model and no sampling. A num
 equation of the paper; (A.4) is a section of its appendix.
 
 WHAT WE WANT. A policy pi whose responses earn a high reward r(x, y), but which stays near the reference pi_ref, the
-model we start from. beta > 0 is the price of one nat of KL. x comes from the data and y from pi(.|x):
+model we start from. x comes from the data and y from pi(.|x). KL(pi || pi_ref), the mean of log(pi / pi_ref) over the
+responses y, measures how far pi has moved, in nats (natural logarithm). One nat costs beta > 0 units of reward:
 
     max_pi  E[ r(x, y) ]  -  beta KL( pi(y|x) || pi_ref(y|x) )                                                  (3)
 
@@ -17,8 +18,8 @@ WHAT SOLVES IT. For one prompt, write out the KL and collect everything under on
 
 The denominator is positive, but it does not sum to 1 over y. Its sum is Z(x) = sum_y pi_ref(y|x) exp(r(x, y) / beta).
 Divided by Z(x), it is a distribution. Call it pi*. With pi* Z(x) as the denominator, the objective is
--beta KL(pi || pi*) + beta log Z(x). Z does not depend on pi, and a KL is smallest, 0, only where its two sides are
-equal. So the optimum is
+-beta KL(pi || pi*) + beta log Z(x). Z does not depend on pi. A KL is at least 0, and it is 0 only if the two
+distributions are equal. So the optimum is
 
     pi*(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)                                                       (4)
 
@@ -54,24 +55,23 @@ ITS GRADIENT (A.4) shows what a step does. The derivative of -log sigmoid(m) is 
 
     grad L  =  -beta E[ sigmoid(rejected_reward - chosen_reward) ( grad log pi(y_w|x) - grad log pi(y_l|x) ) ]
 
-The first term pushes log pi of the chosen response up, the second pushes log pi of the rejected one down. The weight of
-a pair is large where the implicit reward is wrong about it. At the start pi = pi_ref, so both rewards are 0, every loss
-is ln 2 = 0.693 and every weight is 1/2. A loss of ln 2 does not mean that the gradient is 0.
+The first term pushes log pi of the chosen response up, the second pushes log pi of the rejected one down. A pair has a
+large weight if its rejected response has the higher implicit reward. At the start pi = pi_ref, so both rewards are 0,
+every loss is ln 2 = 0.693 and every weight is 1/2. A loss of ln 2 does not mean that the gradient is 0.
 
 WHERE DID THE KL TERM GO? The objective (3) has a KL term, the loss (7) has none. It became the reference inside the
 logarithms, because the optimum (4) of the KL objective contains pi_ref. beta sets the scale of the margin: to move the
 margin by 1, the difference of the log-ratios log(pi / pi_ref) must move by 1/beta nats. Suppose that a pair is labelled
-many times and one response wins 70 % of the labels. When sigmoid(margin) is 0.7, the gradients of these labels cancel.
-So a larger beta means a policy closer to the reference. This has two limits. First, the loss sees only the responses in
-the pairs. Nothing is sampled, so nothing keeps pi near the reference on other responses. Second, if nothing in the data
-contradicts a label, a larger margin always lowers the loss. Then not beta alone, but also the number of epochs and the
-learning rate decide how far pi moves.
+many times and one response wins 70 % of the labels. The gradients of these labels cancel when sigmoid(margin) is 0.7,
+which is the margin 0.85. The log-ratios then differ by 0.85/beta nats, so a larger beta keeps pi closer to the
+reference. This has two limits. First, the loss sees only the responses in the pairs. Nothing is sampled, so nothing
+keeps pi near the reference on other responses. Second, if nothing in the data contradicts a label, a larger margin
+always lowers the loss. Then the number of epochs and the learning rate also decide how far pi moves.
 
 WHY DOES THE CHOSEN REWARD FALL? (7) depends on the margin alone. The margin also grows when both log-probabilities fall
 and the rejected one falls faster. Chosen and rejected responses share words, so pushing one down pulls the other down,
-and their probability goes to other responses. So a falling rewards/chosen with growing rewards/margins is not a bug. If
-both responses are drawn from the reference, the mean rewards/chosen is below 0 even at the optimum (4) when beta is
-small (docs/displacement.md computes it).
+and their probability goes to other responses. So a falling rewards/chosen is not a bug while rewards/margins grows. If
+beta is small, it is below 0 even at the optimum (4), for responses drawn from the reference (docs/displacement.md).
 """
 
 import dataclasses
@@ -95,8 +95,8 @@ from minidpo.settings import UserError, knob, parse_settings, run_main
 def token_logps(logits, targets):
     """log pi(target_t | all tokens before it) at every position.
 
-    logits (B, T, V), targets (B, T), valid ids everywhere -> (B, T). Half precision is raised to fp32: in bf16, a sum
-    near -300 would be rounded to steps of 2 nats.
+    logits (B, T, V), targets (B, T), valid ids everywhere -> (B, T). Logits of a model in half precision are raised
+    to fp32, because bf16 would round a sum near -300 to a multiple of 2 nats. (Our GPT gives fp32.)
     """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
@@ -109,12 +109,12 @@ def response_logps(model, batch):
 
     It is the SUM over the response tokens, by the chain rule log pi(y|x) = sum_t log pi(y_t | x, y_<t). A mean would
     divide beta by the length of each response. A batch holds ids, targets and mask (B, T) of each side. For prompt
-    [e a b] and response [c d e], where e is the end-of-text token (eot), and one position of padding:
+    [e 5 6] and response [7 8 e], where e is the end-of-text token (eot), and one position of padding:
 
         position    0   1   2   3   4   5
-        ids         e   a   b   c   d   0      the text e a b c d e without its last token
-        targets     a   b   c   d   e   0      the same text without its first token: the shift by one
-        mask        .   .   x   x   x   .      scored: c, d and the final e, each at the position that predicts it
+        ids         e   5   6   7   8   0      the text e 5 6 7 8 e without its last token
+        targets     5   6   7   8   e   0      the same text without its first token: the shift by one
+        mask        .   .   x   x   x   .      scored: 7, 8 and the final e, each at the position that predicts it
 
     Padding on the right is harmless: under the causal mask a position sees only itself and earlier positions, so no
     real token sees padding, and the mask keeps padding out of the sum.
@@ -134,7 +134,7 @@ def dpo_loss(
 
     Args:
         four logps: (B,) each, in nats, summed over the response.
-        beta: price of one nat of KL. Larger stays closer to the reference.
+        beta: weight of the KL in (3). A larger beta keeps the policy closer to the reference.
         label_smoothing: s, the assumed probability that a label is flipped (conservative DPO, Mitchell 2023). The loss
             is then smallest at the margin ln((1 - s) / s).
         loss_type: "sigmoid" is DPO; "ipo" is Azar et al. 2023, Eq. 17, on the same sums.
@@ -148,7 +148,7 @@ def dpo_loss(
     chosen_log_ratios = policy_chosen_logps - reference_chosen_logps
     rejected_log_ratios = policy_rejected_logps - reference_rejected_logps
     h = chosen_log_ratios - rejected_log_ratios  # Z(x) of (5) has cancelled in this difference
-    margins = beta * h  # with a larger beta, a smaller h is enough: the policy stays closer to the reference
+    margins = beta * h
     if loss_type == "sigmoid":
         losses = -F.logsigmoid(margins)  # (7)
         if label_smoothing:
@@ -156,7 +156,7 @@ def dpo_loss(
     elif loss_type == "ipo" and not label_smoothing:
         losses = (h - 1 / (2 * beta)) ** 2  # a finite target for h, even if the labels are never wrong
     else:
-        raise ValueError(f"no loss {loss_type!r} with label_smoothing {label_smoothing}: sigmoid, or ipo without it")
+        raise ValueError(f"no loss {loss_type!r} with label_smoothing {label_smoothing}: take sigmoid, or ipo with 0")
     return losses, (beta * chosen_log_ratios).detach(), (beta * rejected_log_ratios).detach()
 
 
@@ -178,15 +178,15 @@ SETS = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Settings(RunSettings):
     """What DPO adds to `RunSettings`, which holds batch size, seed, device, checkpoints and the like."""
 
     data: str = knob(dataclasses.MISSING, "toy, imdb, hh, tldr, or a JSONL file with prompt, chosen, rejected")
     init: str = knob(dataclasses.MISSING, "starting model and reference: a run or GPT-2 folder, or a name such as gpt2")
     out: str = knob(dataclasses.MISSING, "the run folder to write")
-    settings: str = knob("", "named set of training settings; empty: the one of --init", choices=("", *SETS))
-    beta: float = knob(0.1, "price of one nat of KL: larger stays closer to the reference")
+    settings: str = knob("", "named set of training settings; empty: the one that fits", choices=("", *SETS))
+    beta: float = knob(0.1, "weight of the KL: a larger beta keeps the policy closer to the reference")
     loss_type: str = knob("sigmoid", "sigmoid (DPO) or ipo", choices=("sigmoid", "ipo"))
     label_smoothing: float = knob(0.0, "assumed probability that a label is flipped (conservative DPO)", below=0.5)
     reference_free: bool = knob(False, "count the reference's log-probabilities as 0")
@@ -239,7 +239,7 @@ def reference_logps(model, pairs, settings):
 
 
 def cached_reference(policy, parts, settings, run):
-    """`reference_logps` of all `parts`, kept in a file. Runs that would compute the same bits share it."""
+    """`reference_logps` of all `parts`, kept in a file for runs with the same policy, pairs and settings."""
     sizes = (settings.batch_size, settings.micro_batch_size, settings.micro_tokens)
     computed_by = (settings.device, settings.dtype, settings.fast, settings.compile, *sizes, settings.reference_free)
     name = checkpoint.fingerprint(policy, run.data, computed_by)
@@ -252,7 +252,7 @@ METRICS = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuraci
 
 
 def metric_sums(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """The METRICS of B pairs, from tensors (B,) -> their sums (7,), on the same device."""
+    """Five tensors (B,), one value per pair -> the sums of the METRICS over the pairs (7,), on the same device."""
     wins = (chosen_rewards > rejected_rewards) + 0.5 * (chosen_rewards == rejected_rewards)  # a tie is half a win
     margins = chosen_rewards - rejected_rewards
     metrics = (losses, chosen_rewards, rejected_rewards, margins, wins, chosen_logps, rejected_logps)
@@ -277,7 +277,7 @@ def train_step(policy, optimizer, pairs, reference, indices, settings, loss=dpo_
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.grad_clip or math.inf)
     metrics = {**means(parallel.all_sum(sums), len(indices)), "grad_norm": grad_norm.item()}
     if not all(math.isfinite(m) for m in metrics.values()):
-        raise UserError(f"not a finite number in {metrics}\nBatch: usable pairs {sorted(indices)}, counted from 0.")
+        raise UserError(f"not a finite number in {metrics}. Lower --lr.\nUsable pairs, from 0: {sorted(indices)}.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return metrics
@@ -301,9 +301,8 @@ def check_start(policy, pairs, reference, indices, settings, loss=dpo_loss):
             "causes: dropout is on, the reference comes from other weights or data, or tokens see padding."
         )
     losses, *_ = loss(*logps.T, *reference[indices].T, **settings.variant)
-    ipo = settings.loss_type == "ipo"
-    expected = f"1 / (2 beta)^2 = {1 / (2 * settings.beta) ** 2:.6f}" if ipo else f"ln 2 = {math.log(2):.6f}"
-    expected = f" ({expected})" if loss is dpo_loss else ""
+    known = {"sigmoid": f"ln 2 = {math.log(2):.6f}", "ipo": f"1 / (2 beta)^2 = {(2 * settings.beta) ** -2:.6f}"}
+    expected = f" ({known[settings.loss_type]})" if loss is dpo_loss else ""
     print(f"before the first update: log-ratios within {gap.max():.1g} nats, loss {losses.mean():.6f}{expected}")
 
 
@@ -357,12 +356,12 @@ def main(settings_class=Settings, loss=dpo_loss):
             if held_out and run.evaluates_after(step):  # the held-out pairs come last in `reference`
                 metrics |= evaluate(policy, held_out, reference[len(pairs) :], settings, loss)
             run.log(step, metrics)
-            if step + 1 == 2 * settings.warmup_steps + 50 and abs(metrics["rewards/margins"]) < 1e-3:
-                tqdm.write(f"warning: after {step + 1} steps the margin is still 0. Is the learning rate too small?")
+            if step + 1 == 2 * settings.warmup_steps + 50 and abs(metrics["rewards/margins"]) < 1e-2 * settings.beta:
+                tqdm.write(f"warning: after {step + 1} steps the margin is still near 0. Is --lr too small?")
 
     # -- the report
     after = run.complete(policy, tokenizer, prompts)
-    note = f"DPO on {len(pairs):,} pairs of {settings.data}: {run.last_step} steps, beta {settings.beta}."
+    note = f"{loss.__name__} {settings.variant}: {run.last_step} steps on {len(pairs):,} pairs of {settings.data}."
     run.finish({"prompt": [tokenizer.decode(p) for p in prompts], "before": before, "after": after}, note)
 
 

@@ -98,7 +98,7 @@ def train_step(model, optimizer, rows, indices, settings):
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
     metrics = {"loss": parallel.all_sum(mean_loss), "grad_norm": grad_norm.item()}
     if not all(math.isfinite(m) for m in metrics.values()):
-        raise UserError(f"not a finite number in {metrics}\nBatch: usable rows {sorted(indices)}, counted from 0.")
+        raise UserError(f"not a finite number in {metrics}. Lower --lr.\nUsable rows, from 0: {sorted(indices)}.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return metrics

@@ -29,7 +29,7 @@ def cut_to_context(prompt, responses, ended, eot, max_length, min_prompt_tokens=
 
     The limit counts input positions: 1 + prompt + response <= max_length, since the final eot is only a target. First
     the left of the prompt is cut, down to min_prompt_tokens. Only then are responses cut. All responses keep the same
-    prompt. A response gets a final eot only if it `ended` by itself (a list of bools) and was not cut.
+    prompt. `ended` has a bool per response. A response gets a final eot if its bool is true and it was not cut.
 
     Returns:
         ([eot] + prompt, [response + [eot], ...], whether the prompt was cut, how many responses were cut)
@@ -44,9 +44,9 @@ def cut_to_context(prompt, responses, ended, eot, max_length, min_prompt_tokens=
 def encode(records, fields, tokenizer, max_length):
     """Records -> (rows, counts). A row is (prompt_ids, *response_ids), with the responses in the order of `fields`.
 
-    A record with an empty response, or with two responses that are equal after the cut, is dropped. `counts` has the
-    numbers of dropped records and of cuts. A field such as "chosen_ended": false says that a sampler cut this response
-    before its end. Such a response gets no eot.
+    A record is dropped if a response is empty, if the context has no room for a response, or if both responses are
+    equal after the cut. `counts` has the numbers of dropped records and of cuts. A field such as "chosen_ended": false
+    says that a sampler cut this response before its end. Such a response gets no eot.
     """
     is_pair = fields == PAIR
     rows, counts = [], Counter({"pairs" if is_pair else "rows": len(records)})

@@ -79,7 +79,7 @@ class Attention(nn.Module):
         # q, k, v: (B, H, T, C/H)
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # a function has no train mode
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # eval() does not reach a function
         else:
             k, v, mask = cache.extend(self, k, v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -160,7 +160,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V), in the precision of the weights (fp32), even under autocast.
 
-        GPT-2's logits are -30 to -100. There, bf16 has steps of 0.25 to 0.5, an error of up to 1 nat per response.
+        GPT-2's logits are -30 to -100. There, bf16 has steps of 0.125 to 0.5, an error of up to 1 nat per response.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.wte.weight.dtype), self.head)

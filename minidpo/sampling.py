@@ -60,7 +60,7 @@ class Cache:
 
 
 def truncate(logits, top_k=None, top_p=None):
-    """Sets logits (B, V) to -inf outside the k best, and outside the smallest set of tokens of probability >= p.
+    """Sets logits (B, V) to -inf outside the k best, and outside the fewest tokens whose probabilities sum to >= p.
 
     Top-p is from Holtzman et al. 2020. Truncation changes the distribution: never measure a KL on such samples.
     """
@@ -121,7 +121,7 @@ def _generate_batch(model, prompts, uniform, eot, temperature, top_k, top_p):
     cache = Cache(pad, longest + max(limits), model.config.block_size)
     completions = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # rows[j]: which prompt row j continues
-    live = [limits[i] > 0 for i in rows]
+    live = [max_new_tokens > 0 for _ in rows]
     while any(live):
         logits = model.logits(model.hidden(ids, cache)[:, -1]).float()  # (rows, V)
         if temperature < 1e-6:  # logits / temperature would overflow

@@ -2,7 +2,7 @@
 
 A vocabulary is a list of byte strings: the 256 single bytes, then one token per merge, in the order of learning. One
 more id, usually the last, is the end-of-text token, eot. To encode a text, cut it into words with `PATTERN`. In each
-word, join the two neighbours whose join comes first in the list, until no join is in the list. tiktoken does this fast.
+word, join the two neighbours whose bytes together come first in the list, as long as any do. tiktoken does this fast.
 
 Train on a file:  python -m minidpo.tokenizer --text FILE --vocab-size N
 """
@@ -23,7 +23,7 @@ from minidpo.files.jsonl import texts
 from minidpo.files.writing import atomic_write
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
-# GPT-2's words: contractions; letters, digits or other signs with one space before them; blanks. No merge crosses them.
+# GPT-2's words: contractions; letters, digits or other signs after a space or none; whitespace. No merge crosses them.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # A million blanks in a row overflow the stack of tiktoken's regex engine, so `encode` cuts after every thousand.
 LONG_BLANK = regex.compile(r"(\s{1000})(?=\s)")

@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch):
     model = rewarder()
     monkeypatch.setattr(reward_model, "bradley_terry_loss", lambda chosen, rejected: math.nan * chosen)
     before = weights_of(model)
-    with pytest.raises(UserError, match=r"not a finite number.*\n.*pairs \[0, 2\]"):
+    with pytest.raises(UserError, match=r"not a finite number.*Lower --lr\.\n.*pairs, from 0: \[0, 2\]"):
         reward_model.train_step(model, make_optimizer(model, "adamw", 0.1), ROWS, [2, 0], knobs_of("reward-model"))
     assert torch.equal(weights_of(model), before)
 

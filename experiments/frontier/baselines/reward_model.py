@@ -10,9 +10,9 @@ log-likelihood:
 
 This is DPO's loss (7) with r in place of beta log pi/pi_ref: DPO trains a reward model as well, one that is a policy.
 
-Equation (2) leaves open what depends on the prompt alone. The paper sets the mean of every prompt to 0 (section 3).
-That changes neither the best of N responses nor the optimal policy, so here one number is enough: `score` subtracts the
-mean over all training responses. A difference of rewards is a log-odds of Bradley-Terry, in nats.
+Equation (2) stays the same if a number that depends only on the prompt is added to r. The paper sets the mean of every
+prompt to 0 (section 3). The number changes neither the best of N responses nor the optimal policy. So `score` only
+subtracts the mean over all training responses. A difference of rewards is a log-odds of Bradley-Terry, in nats.
 """
 
 import math
@@ -119,7 +119,7 @@ def train_step(model, optimizer, pairs, indices, settings):
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
     metrics = {"loss": loss.item(), "grad_norm": grad_norm.item()}
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"not a finite number in {metrics}\nBatch: usable pairs {sorted(indices)}, counted from 0.")
+        raise UserError(f"not a finite number in {metrics}. Lower --lr.\nUsable pairs, from 0: {sorted(indices)}.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return metrics
