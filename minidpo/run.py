@@ -45,7 +45,7 @@ class RunSettings:
     eval_data: str = knob("", "held-out rows for the curves; empty: the dataset's own, none for a file")
     eval_every: int = knob(50, "optimiser steps between evaluations on the held-out rows; 0: at the end only")
     save_every: int = knob(100, "optimiser steps between checkpoints", least=1)
-    samples: int = knob(8, "number of held-out prompts that are completed for the report")
+    samples: int = knob(8, "prompts that are completed for the report, held-out ones if there are any")
     sample_tokens: int = knob(128, "longest of these completions, in tokens", least=1)
     seed: int = knob(0, "any integer: order of the rows, sampling, first weights, dropout", least=-(2**63))
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
@@ -149,9 +149,8 @@ class Run:
         self.total_steps, self.last_step = total, last = count_steps(rows, self.settings)
         if first > last or last == 0 or first == last and (self.path / "report.md").exists():
             raise UserError(f"{self.path} has made {first} of {last} steps. Raise --epochs or --max-steps.")
-        if total <= self.settings.warmup_steps:
-            warmup = f"--warmup-steps {self.settings.warmup_steps}"
-            print(f"warning: all {total} steps are warm-up. Lower {warmup}, or --batch-size.")
+        if last <= (warmup := self.settings.warmup_steps):
+            print(f"warning: all {last} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size.")
 
     @contextlib.contextmanager
     def training(self, model, tokenizer, optimizer, **keep):
@@ -174,7 +173,7 @@ class Run:
                         state = dict(step=done, optimizer=optimizer.state_dict(), data=self.data, **keep)
                         self.save(model, tokenizer, state)
                     if stop and done < self.last_step:
-                        how = "Continue with the same command and --resume."
+                        how = f"To continue, run this script with --out {self.path} --resume."
                         raise UserError(f"stopped after step {done} and saved. {how}")
 
             yield stepping()
@@ -229,7 +228,7 @@ class Run:
             self._replace()
 
     def complete(self, model, tokenizer, prompts):
-        """Completes the prompts (lists of ids) for the report, as many at a time as a micro-batch has rows."""
+        """Completes the prompts (lists of ids) for the report, --micro-batch-size or 256 at a time."""
         at_once = self.settings.micro_batch_size or 256
         return complete(model, tokenizer, prompts, self.settings.sample_tokens, self.settings.seed, batch_size=at_once)
 

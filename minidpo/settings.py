@@ -167,7 +167,9 @@ def _resumed(given, fields):
             print(f"{change} The learning rate now follows the new number of steps.")
         elif name in ROUNDING:
             print(f"{change} From here on, results may differ by rounding from those of a run that was not stopped.")
-        elif name not in MAY_CHANGE and not same_name and given[name] != "auto":
+        elif name == "dtype" and given[name] == "auto":
+            del given[name]  # the run keeps the precision that was picked for it
+        elif name not in MAY_CHANGE and not same_name:
             advice = "A resumed run keeps its settings. To change them, start a new run with another --out."
             raise UserError(f"{change} {advice}")
     return {field.name: saved[field.name] for field in fields if field.name in saved}

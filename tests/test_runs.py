@@ -29,7 +29,7 @@ from minidpo.optim import learning_rate, make_optimizer
 from minidpo.report import read_metrics, running_mean
 from minidpo.run import CatchInterrupt
 from minidpo.sampling import complete
-from minidpo.settings import parse_settings
+from minidpo.settings import parse_settings, settings_of
 from minidpo.tokenizer import Tokenizer
 
 ROOT = Path(train_dpo.__file__).parent
@@ -419,6 +419,12 @@ def test_resume_needs_only_what_names_the_run(home, tmp_path):
     assert same_run(tmp_path / "whole", tmp_path / "moved")
 
 
+def test_a_resumed_run_keeps_its_precision(home, tmp_path):
+    dpo(home, tmp_path / "run", "--max-steps", 2, "--dtype", "bfloat16")  # "auto" would take float32: 64 channels
+    dpo(home, tmp_path / "run", "--max-steps", 3, "--dtype", "auto", "--resume")
+    assert settings_of(tmp_path / "run")["dtype"] == "bfloat16"
+
+
 @STAGES
 def test_nothing_to_do_says_so_and_a_missing_report_is_written(home, tmp_path, stage, capsys):
     stage(home, tmp_path / "run", "--max-steps", 3)
@@ -778,7 +784,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(home, tmp_path):
     message = message.decode()
     done = state_of(tmp_path / "run")["state"]["step"]
     assert process.returncode not in (0, None) and "Traceback" not in message
-    assert f"error: stopped after step {done} and saved. Continue with the same command and --resume." in message
+    assert f"saved. To continue, run this script with --out {tmp_path / 'run'} --resume." in message
     assert [m["step"] for m in metrics_of(tmp_path / "run")] == list(range(1, done + 1))
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES - {"samples.md", "report.md"}
     call_long = ("--data", home / "pairs.jsonl", "--init", home / "sft", *LONG, "--max-steps", done + 3)
@@ -859,6 +865,8 @@ def test_a_run_that_is_all_warm_up_is_said(home, tmp_path, capsys):
             stage(home, tmp_path / stage.__name__, "--epochs", 1, "--warmup-steps", warmup, "--overwrite")
             warning = f"warning: all {steps} steps are warm-up. Lower --warmup-steps {warmup}, or --batch-size."
             assert (warning in capsys.readouterr().out) == said
+        stage(home, tmp_path / stage.__name__, "--epochs", 1, "--warmup-steps", 2, "--max-steps", 2, "--overwrite")
+        assert "warning: all 2 steps are warm-up" in capsys.readouterr().out
 
 
 class FullDisk:
