@@ -349,13 +349,20 @@ def test_the_plan_is_of_the_largest_micro_batch_of_the_run():
         for epoch in (0, 1):
             for batch in batches(rows, 10, 3, epoch):
                 parts += micro_batches([batch], rows, settings.micro_batch_size, settings.micro_tokens)
-        largest = max(([rows[i] for i in part] for part in parts), key=tokens)
+        largest = max(([rows[i] for i in part] for part in parts), key=positions)
         expected = plan(config, largest, accumulate=bool(sizes))
         assert memory.plan(config, rows, settings)[:6] == expected[:6]
 
 
-def tokens(rows):
-    return sum(len(prompt) + len(response) - 1 for prompt, *responses in rows for response in responses)
+def test_the_plan_counts_padding_where_there_is_padding(monkeypatch):
+    rows = pairs_of([(8, 2, 2)] * 4 + [(2, 2, 2), (2, 28, 28)])
+    # input positions: 72 in the first four pairs, all of one length; 64 in the last two, and 116 with padding
+    for fast_path, largest in ((False, [4, 5]), (True, [0, 1, 2, 3])):
+        found = []
+        for parts in ([[0, 1, 2, 3], [4, 5]], [largest]):
+            monkeypatch.setattr(memory, "steps", lambda *_, parts=parts: enumerate(parts))
+            found.append(memory.plan(GPTConfig(**SHAPE), rows, settings_for(fast=fast_path, device="cuda")))
+        assert found[0] == found[1]
 
 
 def test_micro_batches_do_not_run_into_one_another():
