@@ -145,6 +145,8 @@ def excerpt(text, generator):
 
 def train_classifier(texts, labels):
     """Whole reviews and their labels (1 positive, 0 negative) -> SentimentClassifier. Every call gives the same."""
+    if len(set(labels)) < 2:
+        raise UserError("all reviews of one classifier have the same label. Shuffle the file: each takes every second.")
     generator = random.Random(0)
     whole = [ngrams(text) for text in tqdm(texts, desc="n-grams", unit=" reviews")]
     counts = Counter(ngram for document in whole for ngram in document)

@@ -525,6 +525,14 @@ def test_a_unit_has_the_setting_that_its_method_takes(made, tmp_path, small, cap
     assert not (tmp_path / "units").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "setting", "needed"), [("dpo", "0.5", "reference-logps"), ("best-of-n", "", "reward-model")]
+)
+def test_a_unit_says_what_must_be_run_before_it(made, tmp_path, small, capsys, method, setting, needed):
+    argv = ["--sft", made / "sft", "--out", tmp_path, "--method", method, "--setting", setting]
+    assert f"run --method {needed} first" in fails(capsys, unit.main, *argv)
+
+
 def test_the_second_reward_is_reported_and_trains_nothing(made, swept, tmp_path, small, capsys):
     SentimentClassifier({"a": -1.0, "e": 3.0}, 0.5).save(tmp_path / "second.pt")
     argv = flags(made, tmp_path / "out", "--methods", "sft,preferred-ft", "--second-reward", tmp_path / "second.pt")

@@ -255,6 +255,12 @@ def test_bad_test_file_is_found_before_training(tmp_path):
         rewards.main([])
 
 
+def test_each_half_needs_both_labels(tmp_path):
+    rows = [{"text": f"word {i}", "label": i % 2} for i in range(8)]  # labelling.pt would see label 0 only
+    with pytest.raises(UserError, match="Shuffle the file"):
+        rewards.main(["--train", write_jsonl(tmp_path / "a.jsonl", rows), "--out", str(tmp_path)])
+
+
 # ---- real reviews ----
 
 

@@ -39,8 +39,8 @@ class SweepSettings:
     """What the sweep and each of its units are told: together with the unit it decides the points."""
 
     data: str = knob("toy", "toy or imdb", choices=tuple(SWEEPS))
-    sft: str = knob("runs/toy/sft", "the SFT model that every method starts from: a run folder, a GPT-2 folder or name")
-    out: str = knob("runs/frontier/toy", "folder for the points, the reward models and the policies")
+    sft: str = knob("", "the SFT model: a run folder, a GPT-2 folder or name; empty: runs/DATA/sft")
+    out: str = knob("", "folder for the points, the reward models and the policies; empty: runs/frontier/DATA")
     reward: str = knob("", "the true reward: toy, or the file of a trained classifier; empty: the dataset's own")
     second_reward: str = knob("", "another reward to report: the file of a classifier that labelled no pair")
     pairs_file: str = knob("", "a JSONL file of pairs to train on; empty: the dataset's own")
@@ -54,6 +54,7 @@ class SweepSettings:
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
 
     def __post_init__(self):
+        self.sft, self.out = self.sft or f"runs/{self.data}/sft", self.out or f"runs/frontier/{self.data}"
         for name in ("pairs", "max_new_tokens", "reward"):
             if self.data in SWEEPS and not getattr(self, name):
                 setattr(self, name, getattr(SWEEPS[self.data], name))
@@ -62,7 +63,7 @@ class SweepSettings:
 @dataclasses.dataclass(kw_only=True)
 class Settings(SweepSettings):
     method: str = knob(dataclasses.MISSING, "what to run", choices=(*METHODS, "reward-model", "reference-logps"))
-    setting: str = knob("", "alpha of unlikelihood, beta of dpo, KL target of ppo and ppo-gt; empty for all others")
+    setting: str = knob("", "alpha of unlikelihood, beta of dpo (1.0-adamw: by AdamW), KL target of ppo, ppo-gt")
     seed: int = knob(0, "of the order of the pairs, and of all sampling")
 
 
@@ -202,7 +203,8 @@ def by_ppo(setup, unit):
 def to_scale(setup, reward, seed, samples=256):
     """Returns the reward times the factor that gives it the SD `reward_sd` over samples of the SFT model.
 
-    Labels that are never wrong do not say how large a learned reward is. Ziegler et al. 2019 normalise it as well.
+    Hard labels do not say how large a learned reward is. So it is brought to one scale, whatever the labels are, as in
+    Ziegler et al. 2019.
     """
     prompts = common.read_prompts(setup.settings.data, "prompts_train", samples)
     factor = setup.sweep.reward_sd / statistics.stdev(reward(setup.sample(setup.sft, prompts, seed)))
@@ -258,7 +260,7 @@ def is_done(setup, unit):
     if not path.exists():
         return False
     before, now = json.loads(path.read_text(encoding="utf-8"))["made_of"], made_of(setup, unit)
-    # a knob that only one of the two has was added to the code or removed since: it is not compared
+    # a knob that only one of the two has is not compared: the code has got or lost it since
     compared = before.keys() & now.keys() | setup.contents.keys()
     if changed := [name for name in now if name in compared and before.get(name) != now[name]]:
         what = ", ".join(f"{name} {before.get(name)!r} in place of {now[name]!r}" for name in changed)
@@ -279,6 +281,8 @@ def main():
     unit = Unit(settings.method, float(settings.setting) if plain else settings.setting, settings.seed)
     claim(unit_path(settings.out, unit))
     setup, began = Setup(settings), time.perf_counter()
+    if unit.needs and not is_done(setup, unit.needs):
+        raise UserError(f"{settings.out} lacks the unit {unit.needs.name}: run --method {unit.needs.method} first.")
     points = [{**unit._asdict(), **row} for row in RUN[unit.method](setup, unit)]
     found = {"made_of": made_of(setup, unit), "seconds": time.perf_counter() - began, "points": points}
     atomic_write(unit_path(setup.out, unit), json.dumps(found, indent=1) + "\n")
