@@ -189,7 +189,7 @@ def optimum(reference, reward, beta):
 
 
 def at_optimum(seed, _):
-    """What a perfect DPO run would log, summed over every pair of responses -> list of dicts, one per beta.
+    """What a perfect DPO run would log, as means over all pairs of responses -> list of dicts, one per beta.
 
     The reference is an SFT model. Both responses of a pair come from it, each response has a reward drawn from N(0, 1),
     the choices follow Bradley-Terry (Eq. 1), and the policy is pi* itself.

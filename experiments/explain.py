@@ -53,7 +53,7 @@ class Settings:
 
 
 def training_settings(settings):
-    """The `train_dpo.Settings` of the step: the policy's own if it is a DPO run, else the defaults for its data.
+    """The `train_dpo.Settings` of the step: the policy's own if it is a DPO run, else the defaults for --reference.
 
     Raises UserError if settings.json is damaged or names no data, or `formulas` does not know the loss of the run.
     """

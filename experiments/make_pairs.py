@@ -6,7 +6,7 @@ For each prompt, K completions are sampled at temperature 1, without top-k or to
 K (K - 1) / 2 pairs are written, except pairs of equal texts and ties under hard labels. There are two kinds of labels:
 
     hard   The completion with the higher reward is chosen, as in the paper's IMDb experiment. Such labels are never
-           wrong, so the DPO loss has no finite minimum.
+           wrong, so a larger margin always lowers the DPO loss.
     bt     The label is drawn from the Bradley-Terry model with the reward (Eq. 1). With hard labels DPO does not
            converge to the optimum of Eq. 4; with these it does.
 """

@@ -1,11 +1,11 @@
-"""How often is the implicit reward right? Accuracy on held-out pairs, next to rewards learned, true and naive.
+r"""How often is the implicit reward right? Accuracy on held-out pairs, next to rewards learned, true and naive.
 
-    python -m experiments.frontier.accuracy --policy runs/toy/dpo --reference runs/toy/sft \\
+    python -m experiments.frontier.accuracy --policy runs/toy/dpo --reference runs/toy/sft \
         --reward-model runs/frontier/toy/reward_model_0 --data toy --reward toy
 
 Each reward prefers one response of each held-out pair, and is right if that one was chosen. A tie is half right.
 
-    implicit reward     log pi(y|x) - log pi_ref(y|x), of --policy (Eq. 5 of Rafailov et al. 2023, without beta)
+    implicit reward     log pi(y|x) - log pi_ref(y|x), of --policy (Eq. 5 of Rafailov et al. 2023, without beta and Z)
     reward model        learned from pairs by Bradley-Terry (experiments.frontier.baselines.reward_model)
     true reward         the labels were drawn by it. With noisy labels no reward can be expected to be right more often
     reference log-prob  log pi_ref(y|x): the likelier response, before anything was learned from preferences

@@ -1,22 +1,23 @@
-"""The limit: the highest mean reward that any policy can have at a given KL from the reference.
+r"""The limit: the highest mean reward that any policy can have at a given KL from the reference.
 
-    python -m experiments.frontier.limit --reference runs/toy/sft --proposal runs/dpo_0.4 --proposal runs/dpo_1 \\
+    python -m experiments.frontier.limit --reference runs/toy/sft --proposal runs/dpo_0.4 --proposal runs/dpo_1 \
         --data toy --reward toy --prompts 50 --samples 1024 --out limit.csv
 
-Over a set of prompts, no policy of the same mean KL earns more than (Eq. 4 of the DPO paper, one beta for all prompts)
+Among all policies with the same mean KL over a set of prompts, the highest mean reward is that of
 
-    pi_beta(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)
+    pi_beta(y|x)  =  pi_ref(y|x) exp( r(x, y) / beta ) / Z(x)               (Eq. 4 of the DPO paper)
 
-because pi_beta maximises E[r] - beta KL. The curve over beta is the limit. It is estimated from samples of the
-reference and of trained policies, the proposals: docs/frontier.md says why. A response drawn by any of the K models
-counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of model k (the balance heuristic of Veach
-& Guibas 1995), and weighs
+with one beta for all prompts, because pi_beta maximises E[r] - beta KL. The curve over beta is the limit. It is
+estimated from samples of the reference and of trained policies, the proposals: docs/frontier.md says why. A response
+drawn by any of the K models counts as drawn from their mixture q = sum_k s_k pi_k, where s_k is the share of model k
+(the balance heuristic of Veach & Guibas 1995), and weighs
 
     u(y)  =  pi_ref(y|x) / q(y|x)   for the reference,   w(y) = u(y) exp( r(x, y) / beta )   for pi_beta
 
-with weights divided by their sum, prompt by prompt. Proposals sample at a temperature above 1, because a weight is
-large where q is too small. `read` gives a point only where each prompt has LEAST_ESS effective samples,
-(sum w)^2 / sum w^2; `doubling` says how far the curve moves when the samples are doubled.
+with weights divided by their sum, prompt by prompt. A response with a small q gets a large weight, and a few large
+weights spoil the mean. So proposals sample at a temperature above 1, which raises q for rare responses. `read` gives a
+point only where each prompt has LEAST_ESS effective samples, (sum w)^2 / sum w^2; `doubling` says how far the curve
+moves when the samples are doubled.
 """
 
 import dataclasses
@@ -214,8 +215,7 @@ def slope_at(points, kl):
 def moments(rewards, kls, per_prompt):
     """Means of the rewards and KLs (N,) of the same samples, with standard errors and their covariance -> by name.
 
-    The first `per_prompt` values belong to one prompt, the next ones to the next prompt, and so on. Only the
-    means of different prompts are independent.
+    The samples of one prompt are neighbours, as in `common.prompt_mean_se`.
     """
     pair = torch.stack([torch.as_tensor(values, dtype=torch.float64) for values in (rewards, kls)])
     pair = pair.view(2, -1, per_prompt).mean(-1)

@@ -49,7 +49,7 @@ class Sweep:
     reward: str = ""  # the true reward, unless --reward says otherwise; "": there is none of its own
     grammatical: Callable | None = None  # text -> whether the grammar accepts it
     reward_sd: float = 1.5  # SD of the SFT model's rewards; it sets PPO's first kl_coef
-    rescale: bool = False  # bring a learned reward to `reward_sd` first: its own scale says nothing
+    rescale: bool = False  # bring a learned reward to `reward_sd` first: see unit.to_scale
 
 
 def every_setting(kl_targets, betas):
@@ -66,9 +66,9 @@ def number(setting):
 def dpo_optimizer(setting):
     """DPO on the toy: SGD with momentum, or AdamW with the settings of the other methods.
 
-    With SGD, the gradient is proportional to beta, and the log-ratios that a run has to reach to 1/beta. So lr beta^2
-    decides how far a run gets; it is the same for all betas above 0.5. Below, the first steps, which are proportional
-    to lr beta, would be too long: there lr beta is the same for all betas.
+    The gradient grows with beta, and the log-ratios that a run must reach fall with beta. So with SGD, lr beta^2
+    decides how far a run gets. It is the same for all betas above 0.5. Below, the first steps would be too long. They
+    are proportional to lr beta, so there lr beta is the same for all betas.
     """
     if str(setting).endswith("-adamw"):
         return {}

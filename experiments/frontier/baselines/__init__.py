@@ -1,6 +1,6 @@
 """The methods that DPO is compared with (Rafailov et al. 2023, section 6).
 
-Preferred-FT    SFT on the chosen responses: python train_sft.py --data PAIRS.jsonl --init SFT --out OUT
+Preferred-FT    SFT on the chosen responses: train_sft.train_step
 unlikelihood    raises the chosen, lowers the rejected, without DPO's weights: a loss for train_dpo.py
 reward_model    Bradley-Terry on a scalar head: the reward that best_of_n and ppo use
 best_of_n       samples N responses, keeps the one that the reward model likes best

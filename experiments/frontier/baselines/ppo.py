@@ -24,7 +24,7 @@ against the errors of V. There is no discount: a response is short.
 UPDATE. Several epochs of small steps over the same rollouts. The ratio pi / pi_old at each token is clipped, so that no
 step gains from moving further than that (Schulman et al. 2017, arXiv 1707.06347, Eq. 7).
 
-The value model is a second network, as in Stiennon et al. 2020 (arXiv 2009.01325, section 3.4), and starts with the
+The value model is a second network, as in Stiennon et al. 2020 (arXiv 2009.01325, section 3.4). It starts with the
 weights of the SFT model. In a shared body, the value loss, which starts large, would damage the policy's language.
 """
 
@@ -109,16 +109,16 @@ def next_kl_coef(kl_coef, kl, target, gain):
     return kl_coef * (1 + gain * error)
 
 
-# ---- 2. Settings. The defaults fit the toy ----
+# ---- 2. Settings. The defaults fit the toy; the sweep sets max_new_tokens ----
 
 
 @dataclasses.dataclass
 class Settings:
     kl_target: float = 2.0  # where the controller keeps the KL, in nats per response; 0: kl_coef is fixed
     kl_coef: float = 1.0  # price of a nat of distance from the reference, at the start
-    kl_gain: float = 0.1  # how fast the controller moves kl_coef: one step changes it by at most a share of kl_gain / 5
-    steps: int = 70  # rollouts of the whole run, each followed by its epochs of updates
-    rollouts: int = 256  # responses sampled per step
+    kl_gain: float = 0.1  # gain of the controller
+    steps: int = 70  # batches of responses in the whole run, each followed by its epochs of updates
+    rollouts: int = 256  # responses in one batch
     epochs: int = 2  # passes over each step's rollouts
     minibatch_size: int = 128  # responses per update, and per forward pass
     lr: float = 1e-3  # learning rate of the policy after the warm-up; it falls linearly to 0
