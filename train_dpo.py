@@ -160,9 +160,8 @@ def dpo_loss(
     return losses, (beta * chosen_log_ratios).detach(), (beta * rejected_log_ratios).detach()
 
 
-# For another pairwise loss, write a function like dpo_loss: four logps (B,) and keywords -> losses, chosen and rejected
-# rewards, each (B,). Subclass Settings, return the keywords from `variant`, and call main(YourSettings, your_loss), as
-# experiments/frontier/baselines/unlikelihood.py does.
+# For another pairwise loss, write a function with the arguments and results of dpo_loss, subclass Settings, and call
+# main(YourSettings, your_loss). experiments/frontier/baselines/unlikelihood.py is an example.
 
 # ---- 2. Settings. The defaults are the paper's (section B). A set fits a model and a dataset; flags override it ----
 

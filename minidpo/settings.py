@@ -42,8 +42,7 @@ def run_main(main):
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message = f"error: {where}{error.strerror or error}. Check the path, its permissions and the free space."
-        code = 2
+        message, code = f"error: {where}{error.strerror or error}. Check the path, permissions and free space.", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     else:

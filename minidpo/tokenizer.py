@@ -20,7 +20,7 @@ import tiktoken
 from tqdm import tqdm
 
 from minidpo.files.jsonl import texts
-from minidpo.files.writing import atomic_write
+from minidpo.files.writing import atomic_write, new_file
 from minidpo.settings import UserError, knob, parse_settings, run_main
 
 # GPT-2's words: contractions; letters, digits or other signs after a space or none; whitespace. No merge crosses them.
@@ -175,13 +175,15 @@ class Settings:
     text: str = knob(dataclasses.MISSING, "UTF-8 text, or JSONL of rows as for training")
     vocab_size: int = knob(4096, "256 bytes + merges + eot", least=257)
     out: str = knob("bpe.json", "where to save it")
+    overwrite: bool = knob(False, "replace the file --out")
 
 
 def main():
     settings = parse_settings(Settings, "Learns a byte-level BPE from a file of text or of rows.")
+    out = new_file(settings.out, settings.overwrite)
     tokenizer = Tokenizer.train(texts(settings.text), settings.vocab_size)
-    tokenizer.save(settings.out)
-    print(f"{settings.out}: {tokenizer.vocab_size} tokens, the last one learned is {tokenizer.tokens[-1]}")
+    tokenizer.save(out)
+    print(f"{out}: {tokenizer.vocab_size} tokens, the last one learned is {tokenizer.tokens[-1]}")
 
 
 if __name__ == "__main__":

@@ -950,7 +950,7 @@ def test_unwritable_folder_is_one_message(home, tmp_path, stage, monkeypatch, ca
         stage(home, tmp_path / "run")
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("error:") == 1
-    assert str(tmp_path) in message and "Permission denied. Check the path, its permissions" in message
+    assert str(tmp_path) in message and "Permission denied. Check the path, permissions" in message
     assert (tmp_path / "file").read_text(encoding="utf-8") == "not a folder"
 
 

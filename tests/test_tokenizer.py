@@ -396,7 +396,12 @@ def test_command_trains_on_text_and_jsonl(tmp_path):
     row = {"prompt": "good", "completion": " film", "id": "xyz"}
     rows.write_text(json.dumps(row) + '\n{"prompt": "a", "chosen": "bc"}\n', encoding="utf-8")
     for file, texts in ((text, ["good film\n", "good plot\n"]), (rows, ["good", " film", "a", "bc"])):
-        result = run_python("-m", "minidpo.tokenizer", "--text", str(file), "--vocab-size", "262", "--out", str(out))
+        command = ("-m", "minidpo.tokenizer", "--text", str(file), "--vocab-size", "262", "--out", str(out))
+        if out.exists():  # of the first text
+            before = out.read_bytes()
+            assert "Add --overwrite" in run_python(*command).stderr and out.read_bytes() == before
+            command += ("--overwrite",)
+        result = run_python(*command)
         assert result.returncode == 0, result.stderr
         assert Tokenizer.load(out).tokens == train_bpe(texts, 262)
 
