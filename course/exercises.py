@@ -130,8 +130,9 @@ def gradient_weight(chosen_rewards, rejected_rewards, beta):
     """Implicit rewards (B,), (B,), beta -> (d loss / d log pi(chosen) (B,), d loss / d log pi(rejected) (B,)).
 
     Differentiate the loss of `margin_and_loss` by hand and write the formula. Autograd is not allowed here. The rewards
-    already contain beta. The loss falls when the chosen response becomes likelier, so the first derivative is negative.
-    The margins here are 0 and ln 3, and beta is 0.5:
+    already contain beta. (Other pages call w = sigmoid(-margin) the gradient weight. Here it is multiplied by -beta and
+    by beta.) The loss falls when the chosen response becomes likelier, so the first derivative is negative. The margins
+    here are 0 and ln 3, and beta is 0.5:
 
     >>> gradient_weight(torch.tensor([3.0, 3.0]).log(), torch.tensor([3.0, 1.0]).log(), 0.5)
     (tensor([-0.2500, -0.1250]), tensor([0.2500, 0.1250]))
@@ -175,7 +176,8 @@ def kl_estimates(policy_logits, reference_logits, targets, mask):
     The samples were drawn from the policy. The logits are (N, T, V), targets and mask are (N, T). Each estimate is a
     sum over the response positions, and at each position
     * plain takes log pi - log pi_ref of the token that was drawn;
-    * exact takes the KL over the whole vocabulary, sum over v of pi(v) (log pi(v) - log pi_ref(v)).
+    * exact takes the KL over the whole vocabulary, sum over v of pi(v) (log pi(v) - log pi_ref(v)). It is an
+      estimate as well, because the earlier tokens were sampled.
 
     The example has one position, policy (3/4, 1/4), reference (1/2, 1/2), and token 0 was drawn. Plain is
     ln 1.5 = 0.4055, and exact is 3/4 ln 1.5 + 1/4 ln 0.5 = 0.1308.

@@ -298,7 +298,8 @@ def judge(exercise, cases, reply):
         answers.append([value_of(item) for item in answer])
     agree = [alike(*case) for case in zip(answers, expected, dtypes, strict=True)]
     if not all(agree):
-        return sum(agree), diagnosis(exercise, plain, answers, expected, dtypes)
+        right = sum(a and not wrong for a, wrong in zip(agree, slopes, strict=True))
+        return right, diagnosis(exercise, plain, answers, expected, dtypes)
     return slopes.count(""), next(filter(None, slopes), "")
 
 

@@ -14,8 +14,8 @@
 # %% [markdown]
 # ## 0. Set up
 #
-# If the project is installed, the next cell does nothing. In a hosted notebook it downloads and installs the project.
-# Set `REPOSITORY` to the address of the repository first.
+# The next cell goes to the root of the repository. In a hosted notebook it first downloads and installs the project.
+# For that, set `REPOSITORY` to the address of the repository.
 
 # %%
 import importlib.util
@@ -55,7 +55,8 @@ from minidpo.report import samples_table
 from minidpo.sampling import complete
 
 # %% [markdown]
-# The size of the runs. With smaller numbers the notebook is faster, but the models learn less.
+# The size of the runs. With smaller numbers the notebook is faster, but the models learn less. The SFT model of
+# `make demo` trains for two epochs, so the results of the demo differ from those below.
 
 # %%
 SFT_EPOCHS = 1.0
@@ -93,11 +94,12 @@ for d in (1, 2, 3, 4):
 #
 # DPO moves probability from some responses to others, so the model must already be able to write both kinds. Stage 1,
 # supervised fine-tuning (SFT), is ordinary language modelling on reviews of every mood. It takes a minute. If you have
-# run `make demo`, you can set `SFT` to `runs/toy/sft` and skip the training.
+# run `make demo`, you can write `SFT = Path("runs/toy/sft")` in the next cell. Then it trains nothing.
 
 # %%
 SFT, DPO = RUNS / "sft", RUNS / "dpo"
-show.call(train_sft.main, f"--data toy --out {SFT} --epochs {SFT_EPOCHS} --overwrite")
+if SFT == RUNS / "sft":
+    show.call(train_sft.main, f"--data toy --out {SFT} --epochs {SFT_EPOCHS} --overwrite")
 
 # %%
 sft, tokenizer, _ = checkpoint.load(SFT)
@@ -109,9 +111,10 @@ for text in complete(sft, tokenizer, [prompt] * 4, max_new_tokens=96, seed=0):
 # ## 3. Tokens and mask
 #
 # A row is `∎ prompt response ∎`, where `∎` is the end-of-text token. At each position the model reads the row so far
-# and predicts the next token, the *target*. Only targets in the response count. Below you see the targets of two chosen
-# responses, then those of the two rejected ones; a space is shown as `␣`. Where does the green begin, and why is the
-# last `∎` green?
+# and predicts the next token, the *target*. Only targets in the response are scored: their log-probabilities are added.
+# Below you see the targets of two chosen responses, then those of the two rejected ones; a space is shown as `␣`. The
+# first `∎` is read and never predicted, so it is not shown. The last `∎` is scored: the policy also learns where a
+# response ends. Where does the green begin?
 
 # %%
 pairs, counts = dataset.encode(records, dataset.PAIR, tokenizer, sft.config.block_size)
@@ -123,8 +126,7 @@ show.tokens(batch.rejected, tokenizer)
 
 # %% [markdown]
 # The next cell shows the same as numbers, one position per line, around the boundary between prompt and response. The
-# first response token is predicted at the last position of the prompt. So the mask begins one position before the
-# response does in `ids`.
+# target at position t is the token at position t + 1. So the first scored position is the last position of the prompt.
 
 # %%
 boundary = len(pairs[0][0])
@@ -138,7 +140,7 @@ for t in range(boundary - 3, boundary + 3):
 #
 # At each position, the model outputs one logit for each token of its vocabulary. Take a vocabulary of 3 tokens and a
 # row of 2 positions with odds 1 : 2 : 7 and 6 : 3 : 1. The targets are token 2 and then token 0. A log-softmax over the
-# vocabulary turns logits into log-probabilities, and `gather` takes the one of the target at each position:
+# vocabulary turns logits into log-probabilities. `token_logps` then takes the one of the target at each position:
 
 # %%
 logits = torch.tensor([[[1.0, 2.0, 7.0], [6.0, 3.0, 1.0]]]).log()  # (1 row, 2 positions, 3 tokens)
@@ -149,7 +151,8 @@ print("the same, with 100 added to every logit:", train_dpo.token_logps(logits +
 
 # %% [markdown]
 # The log-probability of a whole response is the **sum** over its tokens, by the chain rule:
-# `log pi(y|x) = sum_t log pi(y_t | x, y_<t)`. It is not the mean, which is another quantity.
+# `log pi(y|x) = sum_t log pi(y_t | x, y_<t)`. Do not take the mean: it divides beta by the length of the
+# response.
 
 # %%
 with torch.no_grad():
@@ -174,8 +177,9 @@ print("d loss / d log pi of the rejected:", policy_logps[1].grad)
 
 # %% [markdown]
 # The *value* is the same for any model, but the *derivative* is not zero: it is `-beta/2` for the chosen response and
-# `+beta/2` for the rejected one. A step makes the chosen response likelier and the rejected one less likely. Where the
-# margin is already large, the curve below is flat, and the pair has almost no effect.
+# `+beta/2` for the rejected one. The gradient pushes log pi of the chosen response up and log pi of the rejected one
+# down. The two share weights, so the chosen one may still fall (section 8). Where the margin is already large, the
+# curve below is flat, and the pair has almost no effect.
 
 # %%
 margins = torch.linspace(-4, 4, 81)
@@ -195,7 +199,7 @@ legend = plt.legend()
 #
 # This is one step of the optimiser on one pair, from the SFT model. The table shows the log-probability of each token
 # before and after the step. The loss pushes every token of the chosen response up and every token of the rejected one
-# down. But the responses share words and weights, so some tokens move the other way. The loss with its numbers comes
+# down. But the responses share words and weights, so a token can move the other way. The loss with its numbers comes
 # after the table.
 
 # %%
@@ -255,8 +259,10 @@ for name in ("reference", "policy"):
 show.markdown(samples_table(columns))
 
 # %% [markdown]
-# The reward is what we want, and the KL is what it costs, in nats per response. `grammatical` is the share of samples
-# that follow the grammar of the reviews.
+# The reward is what we want, and the KL is what it costs, in nats per response. `kl_exact` estimates it from the
+# samples, with the probabilities of the whole vocabulary at each position. `reward_se` is the standard error of the
+# mean reward, `length_mean` is in tokens, and `grammatical` is the share of samples that follow the grammar of the
+# reviews.
 
 # %%
 print(f"{'':14}{'reference':>10}{'policy':>10}")
@@ -270,7 +276,8 @@ print(f"{'kl_exact':14}{0:10.3f}{figures['kl_exact']:10.3f}")
 # One run gives one point. The figure shows the sweep that comes with the project: several methods with several settings
 # and three seeds each, all from one SFT model. The black line is the highest reward that any policy can have at that
 # KL, computed from Equation 4. Large points show the end of a run, small points show earlier steps. Which methods come
-# near the line? How much reward does a small beta gain, and how much grammar does it cost?
+# near the line? How much reward does a small beta gain, and how much grammar does it cost? `docs/frontier.md` explains
+# the methods and the columns of the table.
 
 # %%
 points, curve = figure.read_csv("docs/frontier/toy.csv"), limit.read("docs/frontier/toy_limit.csv")
@@ -283,6 +290,6 @@ print(figure.summary(points, curve, figure.read_covariances("docs/frontier/toy.c
 # %% [markdown]
 # ## What next
 #
-# * Set `BETA = 0.1` in section 7 and run sections 7 to 9 again. Which number warns you?
+# * Set `BETA = 0.1` in section 7 and run sections 7 to 9 again. Compare `kl_exact` and `grammatical` with those above.
 # * Write the twelve functions: `course/README.md` explains how. The grader names the mistake in a wrong answer.
 # * Do the three open tasks: `course/tasks/README.md`.

@@ -227,6 +227,15 @@ def test_a_wrong_answer_that_only_an_edge_tells(name, wrong, said):
     assert score < CASES and said in words_
 
 
+def test_a_wrong_gradient_costs_its_case_whatever_the_other_cases_are():
+    detached = lambda m, e: -(1 - e) * F.logsigmoid(m) - e * F.logsigmoid(-m).detach()  # noqa: E731
+    in_two_steps = lambda m, e: -(1 - e) * m.sigmoid().log() - e * F.logsigmoid(-m).detach()  # noqa: E731
+    (one, _), (both, _) = (
+        points({"smoothed_loss": f}, only="smoothed_loss")["smoothed_loss"] for f in (detached, in_two_steps)
+    )
+    assert both <= one < CASES
+
+
 def test_for_an_unknown_mistake_the_first_case_is_shown():
     functions = solution() | {"implicit_reward": lambda policy, reference, beta: beta * (policy - reference) + 1}
     score, said = points(functions, only="implicit_reward")["implicit_reward"]

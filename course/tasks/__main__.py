@@ -99,7 +99,7 @@ def displacement(args):
     return [
         ("shown: change of log pi(chosen), nats", shown["eval/rewards/chosen"] / beta, "<=", -2.0),
         ("repaired: change of log pi(chosen), nats", repaired["eval/rewards/chosen"] / beta, ">=", -0.5),
-        ("repaired: change of the margin, nats", repaired[margin] / beta, ">=", 2.0),
+        ("repaired: change of margin / beta, nats", repaired[margin] / beta, ">=", 2.0),
         ("repaired: accuracy minus that of shown", repaired[accuracy] - shown[accuracy], ">=", -0.02),
         ("repaired: steps minus those of shown", repaired["step"] - shown["step"], ">=", 0),
     ]
