@@ -44,7 +44,7 @@ class Settings:
     show: int = knob(10, "print the completions of the first N prompts, side by side")
     seed: int = knob(0, "seed of the sampling")
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
-    json: str = knob("", "write the figures to this file")
+    json: str = knob("", "write the numbers to this file")
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def describe(samples, rewards, per_prompt, toy):
 
 
 def evaluate(policy, reference, tokenizer, prompts, reward, settings):
-    """Samples both models and compares them -> (figures by name, prompts, {"policy": texts, "reference": texts}).
+    """Samples both models and compares them -> (numbers by name, prompts, {"policy": texts, "reference": texts}).
 
     figures["reference"] holds those of the reference's own samples. Prompts are repeated `samples_per_prompt` times.
     """

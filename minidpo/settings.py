@@ -97,7 +97,7 @@ def parse_settings(cls, description, argv=None, sets=None):
             raise UserError(f"--{other} has no effect: --{one} {given[one]} brings its own. Leave out one of the two.")
 
     base = _resumed(given, fields) if given.get("resume") and given.get("out") else {}
-    required = [field for field in fields if field.default is dataclasses.MISSING]
+    required = [f for f in fields if f.default is dataclasses.MISSING and (f.name == "out" or not given.get("resume"))]
     if missing := [flag_of(field) for field in required if not {**base, **given}.get(field.name)]:
         raise UserError(f"{' and '.join(missing)} must be given. --help says what each flag does.")
     if sets and not base:

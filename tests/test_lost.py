@@ -358,7 +358,7 @@ def test_a_run_begun_on_cuda_goes_on_here(home, tmp_path, capsys, monkeypatch):
         (("toy",), "unknown flag 'toy'"),
         (("--data", "toy"), "--init and --out must be given"),
         (("--data", "toy", "--init", "x", "--out", ""), "--out must be given"),
-        (("--resume",), "must be given"),
+        (("--resume",), "error: --out must be given"),
     ],
 )
 def test_flags_that_are_wrong_or_missing(tmp_path, monkeypatch, capsys, argv, what):

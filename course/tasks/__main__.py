@@ -4,7 +4,7 @@
     python -m course.tasks curves --which a --run runs/mine
     python -m course.tasks displacement --shown runs/displaced --repaired runs/repaired
 
-Each line shows a figure, its goal, and whether the goal is reached. The exit code is 0 if all goals are reached, 1 if
+Each line shows a number, its goal, and whether the goal is reached. The exit code is 0 if all goals are reached, 1 if
 not, and 2 if the command cannot be carried out.
 """
 

@@ -137,7 +137,7 @@ class Settings:
     out: str = knob("", "folder to write to; empty: data/toy_sentiment/full, in the default sizes only")
     sft: int = knob(ROWS["sft_train"], "rows of sft_train.jsonl", least=1)
     pairs: int = knob(ROWS["pairs_train"], "rows of pairs_train.jsonl; more rows keep the first ones", least=1)
-    stats: bool = knob(False, "only print the figures and samples of the README")
+    stats: bool = knob(False, "only print the numbers and samples of the README")
     shipped: bool = knob(False, f"only write the files in git: the first {SHIPPED} rows of each")
 
 

@@ -26,7 +26,7 @@ class Settings:
     rounds: int = knob(3, "how often every process is run", least=1)
     threads: int = knob(0, "threads of each process; 0: PyTorch's choice")
     cache: str = knob("runs/bench", "folder that keeps what each process measured; delete it to measure again")
-    json: str = knob("", "file for the figures, with a picture beside it (.png); empty: print them only")
+    json: str = knob("", "file for the numbers, with a picture beside it (.png); empty: print them only")
     markdown: str = knob("", "page whose marked block becomes the tables, such as docs/bench.md")
     measure: bool = knob(True, "--no-measure: only show what --cache holds")
 
@@ -111,7 +111,7 @@ def table(rows, columns):
 
 
 def tell(settings, mark, figures, text, draw, measured):
-    """Prints `text`; writes the figures to --json, the picture beside it, and the text into the page --markdown.
+    """Prints `text`; writes the numbers to --json, the picture beside it, and the text into the page --markdown.
 
     In the page, the text replaces the lines between `<!-- mark -->` and `<!-- /mark -->`. Raises UserError if Ctrl-C
     left out some of the processes.

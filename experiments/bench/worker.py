@@ -274,7 +274,7 @@ def measure(work):
 
 
 def machine(device):
-    """Returns what the figures depend on besides the code."""
+    """Returns what the numbers depend on besides the code."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -37,7 +37,7 @@ class Settings:
     reward: str = knob("", "the true reward: toy, or the file of a trained classifier; empty: none is known")
     batch_size: int = knob(128, "pairs in a forward pass", least=1)
     device: str = knob("auto", "auto, cpu, cuda or mps", choices=DEVICES)
-    json: str = knob("", "write the figures to this file")
+    json: str = knob("", "write the numbers to this file")
 
 
 def accuracy(scores, prompts):

@@ -56,7 +56,7 @@ class Settings:
     pairs: list = knob(None, f"pairs to train on; may be repeated (default: {', '.join(map(str, PAIRS))})")
     seeds: int = knob(3, "runs of each kind, each with pairs of its own", least=1)
     beta: float = knob(0.9, "of DPO", least=1e-3)
-    lr: float = knob(0.0037, "learning rate of DPO")
+    lr: float = knob(0.0037, "learning rate of DPO: 0.003 / beta^2")
 
 
 class Run(NamedTuple):

@@ -11,7 +11,7 @@ from minidpo.settings import knob, parse_settings, run_main, unknown
 class Settings:
     only: str = knob("", "the name of one mistake; empty: all")
     curves: str = knob("", "train with each mistake into this folder instead, and write the page")
-    page: str = knob("docs/mistakes.md", "with --curves: the page with the figures; its picture goes beside it")
+    page: str = knob("docs/mistakes.md", "with --curves: the page with the numbers; its picture goes beside it")
     init: str = knob("runs/toy/sft", "with --curves: the SFT run of the toy to start from")
 
 
