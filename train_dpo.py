@@ -177,7 +177,7 @@ SETS = {
 }
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class Settings(RunSettings):
     """What DPO adds to `RunSettings`, which holds batch size, seed, device, checkpoints and the like."""
 
