@@ -300,8 +300,8 @@ def check_start(policy, pairs, reference, indices, settings, loss=dpo_loss):
             "causes: dropout is on, the reference comes from other weights or data, or tokens see padding."
         )
     losses, *_ = loss(*logps.T, *reference[indices].T, **settings.variant)
-    known = {"sigmoid": f"ln 2 = {math.log(2):.6f}", "ipo": f"1 / (2 beta)^2 = {(2 * settings.beta) ** -2:.6f}"}
-    expected = f" ({known[settings.loss_type]})" if loss is dpo_loss else ""
+    name, value = ("1 / (2 beta)^2", 0.25 / settings.beta**2) if settings.loss_type == "ipo" else ("ln 2", math.log(2))
+    expected = f" ({name} = {value:.6f})" if loss is dpo_loss else ""
     print(f"before the first update: log-ratios within {gap.max():.1g} nats, loss {losses.mean():.6f}{expected}")
 
 

@@ -784,7 +784,8 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(home, tmp_path):
     message = message.decode()
     done = state_of(tmp_path / "run")["state"]["step"]
     assert process.returncode not in (0, None) and "Traceback" not in message
-    assert f"saved. To continue, run this script with --out {tmp_path / 'run'} --resume." in message
+    how = f"To continue, run this script with --out {tmp_path / 'run'} --resume."
+    assert f"error: stopped after step {done} and saved. {how}" in message
     assert [m["step"] for m in metrics_of(tmp_path / "run")] == list(range(1, done + 1))
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES - {"samples.md", "report.md"}
     call_long = ("--data", home / "pairs.jsonl", "--init", home / "sft", *LONG, "--max-steps", done + 3)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from minidpo.dataset import count_tokens
 from minidpo.model import SHORT
 from minidpo.run import steps
 from minidpo.scale import parallel
@@ -27,13 +28,13 @@ def plan(config, rows, settings):
     reference and evaluation hold less, since they forward micro-batches of the same size without gradients.
     """
 
-    def positions(micro):
+    def padded(micro):  # input positions
         lengths = [[len(rows[i][0]) + len(response) - 1 for response in rows[i][1:]] for i in micro]
-        padded = len(micro) * sum(map(max, zip(*lengths, strict=True)))
-        return sum(map(sum, lengths)) if settings.fast else padded
+        return len(micro) * sum(map(max, zip(*lengths, strict=True)))
 
     micros = settings.cut([parallel.share(batch) for _, batch in steps(rows, settings)], rows)
-    rows = [rows[i] for i in max(micros, key=positions, default=[0])]
+    size = (lambda micro: count_tokens(rows, micro)) if settings.fast else padded  # --fast has no padding
+    rows = [rows[i] for i in max(micros, key=size, default=[0])]
     L, C, V, bf16 = config.n_layer, config.n_embd, config.vocab_size, settings.dtype == "bfloat16"
     width, embedding = 2 if bf16 else 4, 4 * V * C  # bytes: of a number in matrix products, of the token embedding
     weights = 4 * (V * C + config.block_size * C + L * (12 * C**2 + 13 * C) + 2 * C)
